@@ -46,7 +46,9 @@ class MDLMGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
-        if self.temperature is not None and not (isinstance(self.temperature, int | float) and 0 <= self.temperature < torch.inf):
+        if self.temperature is not None and not (
+            isinstance(self.temperature, int | float) and 0 <= self.temperature < torch.inf
+        ):
             raise ValueError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, not {self.sampler!r}")
@@ -160,7 +162,9 @@ class MDLMGenerationMixin:
         options = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
         unknown = sorted(set(kwargs) - set(options._get_default_generation_params()))
         if unknown:
-            raise ValueError(f"unknown arguments {unknown}; generate() takes {sorted(options._get_default_generation_params())}")
+            raise ValueError(
+                f"unknown arguments {unknown}; generate() takes {sorted(options._get_default_generation_params())}"
+            )
         for name, default in options._get_default_generation_params().items():
             if kwargs.get(name) is not None:
                 setattr(options, name, kwargs[name])
@@ -169,7 +173,9 @@ class MDLMGenerationMixin:
         options.validate()
         return options
 
-    def _canvas(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, options: MDLMGenerationConfig):
+    def _canvas(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, options: MDLMGenerationConfig
+    ):
         """Canvas [B * n, length], the positions to fill, and the attention mask of the same shape or None."""
         mask_token_id, context = self.config.mask_token_id, self.config.max_position_embeddings
         if input_ids is None:
@@ -198,7 +204,9 @@ class MDLMGenerationMixin:
             maskable &= attention_mask.bool()
             attention_mask = attention_mask.repeat_interleave(options.num_return_sequences, dim=0)
         if not maskable.any(dim=1).all():
-            raise ValueError(f"a row of input_ids holds no mask (id {mask_token_id}) to fill, and length ({length}) adds none")
+            raise ValueError(
+                f"a row of input_ids holds no mask (id {mask_token_id}) to fill, and length ({length}) adds none"
+            )
         repeat = options.num_return_sequences
         return canvas.repeat_interleave(repeat, dim=0), maskable.repeat_interleave(repeat, dim=0), attention_mask
 
@@ -221,6 +229,7 @@ class MDLMGenerationMixin:
         """Called by `from_pretrained`: takes over the given generation config, or the one saved with the model."""
         if generation_config is not None:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
+        if generation_config is not None or pretrained_model_name_or_path is None:
             return
         try:
             self.generation_config = self.generation_config_class.from_pretrained(

@@ -31,7 +31,9 @@ class MDLMLayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.layer_norm(hidden_states.float(), hidden_states.shape[-1:], self.weight.float(), None, self.eps)
+        return nn.functional.layer_norm(
+            hidden_states.float(), hidden_states.shape[-1:], self.weight.float(), None, self.eps
+        )
 
 
 class MDLMNoiseEmbedding(nn.Module):
@@ -129,7 +131,9 @@ class MDLMAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, _ = hidden_states.shape
-        query, key, value = self.qkv_proj(hidden_states).view(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            self.qkv_proj(hidden_states).view(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        )
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
@@ -166,7 +170,9 @@ class MDLMLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = self.modulation(conditioning)
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = self.modulation(
+            conditioning
+        )
         branch = modulate(self.attention_norm(hidden_states), shift_attention, scale_attention)
         branch, _ = self.attention(branch, position_embeddings, attention_mask, **kwargs)
         hidden_states = hidden_states + gate_attention * self.dropout(branch)

@@ -1,6 +1,6 @@
 """The tokenizer of the tiny models: one token per character of lower-cased English prose.
 
-    python -m trainers.character_tokenizer recipes/tiny/tokenizer
+python -m trainers.character_tokenizer recipes/tiny/tokenizer
 """
 
 import sys

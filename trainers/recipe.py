@@ -1,6 +1,8 @@
 """A recipe is one YAML file = one run. `parse_recipe` turns it, and the command line after it, into typed dataclasses."""
 
+import dataclasses
 import difflib
+import enum
 import json
 import os
 import sys
@@ -41,7 +43,9 @@ def _recipe_arguments(parser: HfArgumentParser, name: str) -> list[str]:
     if not path.is_file():
         path = RECIPE_FOLDER / path.name
     if not path.is_file():
-        parser.error(f"recipe {name!r} does not exist; the library's own are {sorted(p.name for p in RECIPE_FOLDER.glob('*.yaml'))}")
+        parser.error(
+            f"recipe {name!r} does not exist; the library's own are {sorted(p.name for p in RECIPE_FOLDER.glob('*.yaml'))}"
+        )
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -75,3 +79,22 @@ def _keys(parser: HfArgumentParser) -> set[str]:
 def _refuse_key(parser: HfArgumentParser, key: str, place: str):
     nearest = difflib.get_close_matches(key, _keys(parser), n=1, cutoff=0.0)
     parser.error(f"unknown key {key!r} in {place}; the nearest valid key is {nearest[0]!r}")
+
+
+def recipe_text(*instances) -> str:
+    """The recipe, as YAML, of what was parsed: every field that is not at its default. Never a token."""
+    settings = {}
+    for instance in instances:
+        defaults = {
+            f.name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            for f in dataclasses.fields(instance)
+        }
+        for name, default in defaults.items():
+            value = getattr(instance, name)
+            if (
+                value != default
+                and "token" not in name.split("_")
+                and isinstance(value, bool | int | float | str | list)
+            ):
+                settings[name] = str(value) if isinstance(value, enum.Enum) else value
+    return yaml.safe_dump(settings, sort_keys=False)

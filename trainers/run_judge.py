@@ -1,6 +1,6 @@
 """Trains a small autoregressive judge (GPT-2 architecture) from text, for generative perplexity where none can be had.
 
-    accelerate launch trainers/run_judge.py recipes/tiny_judge.yaml
+accelerate launch trainers/run_judge.py recipes/tiny_judge.yaml
 """
 
 from dataclasses import dataclass, field
@@ -41,9 +41,7 @@ def main(arguments: list[str] | None = None):
         eos_token_id=tokenizer.eos_token_id,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     )
-    trainer = Trainer(
-        GPT2LMHeadModel(config), training, collate, train, validation, processing_class=tokenizer
-    )
+    trainer = Trainer(GPT2LMHeadModel(config), training, collate, train, validation, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     if validation is not None:

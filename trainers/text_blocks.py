@@ -18,13 +18,20 @@ from transformers import PreTrainedTokenizerBase
 class TextArguments:
     """Where the text comes from and how it is cut."""
 
-    train_text: str = field(metadata={"help": "A UTF-8 text file, a folder of .txt files, or the name of a Hub dataset."})
+    train_text: str = field(
+        metadata={"help": "A UTF-8 text file, a folder of .txt files, or the name of a Hub dataset."}
+    )
     validation_text: str | None = field(default=None, metadata={"help": "The same, held out."})
-    train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset, slices allowed: 'train[:-1000]'."})
+    train_split: str = field(
+        default="train", metadata={"help": "Split of a Hub dataset, slices allowed: 'train[:-1000]'."}
+    )
     validation_split: str = field(default="validation", metadata={"help": "Split of a Hub dataset for validation."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     text_column: str = field(default="text", metadata={"help": "Column of a Hub dataset that holds the text."})
-    streaming: bool = field(default=False, metadata={"help": "Read the training text as it goes, in order, unshuffled."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the training text as it goes, in order, unshuffled."}
+    )
     block_length: int = field(default=1024, metadata={"help": "Tokens in a block, BOS and EOS included."})
     max_validation_blocks: int | None = field(default=None, metadata={"help": "Use only the first so many."})
 
@@ -37,45 +44,50 @@ def load_blocks(
     Raises:
         FileNotFoundError, ValueError: with the file, the offset or the column at fault.
     """
-    train = blocks_of(
-        text.train_text, tokenizer, text.block_length, text.train_split, text.dataset_config, text.text_column, text.streaming
-    )
+    train = blocks_of(text.train_text, tokenizer, text, text.train_split, text.streaming)
     if text.validation_text is None:
         return train, None
-    validation = blocks_of(
-        text.validation_text, tokenizer, text.block_length, text.validation_split, text.dataset_config, text.text_column
-    )
+    validation = blocks_of(text.validation_text, tokenizer, text, text.validation_split)
     if text.max_validation_blocks is not None:
         validation = validation.select(range(min(text.max_validation_blocks, len(validation))))
     return train, validation
 
 
 def blocks_of(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    block_length: int,
-    split: str = "train",
-    config: str | None = None,
-    column: str = "text",
-    streaming: bool = False,
+    source: str, tokenizer: PreTrainedTokenizerBase, text: TextArguments, split: str, streaming: bool = False
 ) -> Dataset | IterableDataset:
+    """The blocks of one source (a file, a folder, or a split of a Hub dataset)."""
+    block_length = text.block_length
     if block_length < 3:
         raise ValueError(f"block_length is {block_length}, but a block is BOS + text + EOS: at least 3")
     for name in ("bos_token_id", "eos_token_id"):
         if getattr(tokenizer, name) is None:
-            raise ValueError(f"the tokenizer has no {name}, and a block is BOS + text + EOS: set it and save the tokenizer again")
-    documents, identity = _documents(source, split, config, column, streaming)
+            raise ValueError(
+                f"the tokenizer has no {name}, and a block is BOS + text + EOS: set it and save the tokenizer again"
+            )
+    documents, identity = _documents(source, text, split, streaming)
     features = Features({"input_ids": List(Value("uint16" if len(tokenizer) <= 2**16 else "int32"), block_length)})
     arguments = {"documents": documents, "tokenizer": tokenizer, "block_length": block_length}
     if streaming:
         return IterableDataset.from_generator(pack, features=features, gen_kwargs=arguments)
     # Our own fingerprint: that of a tokenizer object changes with its use, and a path says nothing of the file's content.
-    recipe = (identity, tokenizer.backend_tokenizer.to_str(), block_length, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    recipe = (
+        identity,
+        tokenizer.backend_tokenizer.to_str(),
+        block_length,
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    )
     blocks = Dataset.from_generator(
-        pack, features=features, gen_kwargs=arguments, fingerprint=hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
+        pack,
+        features=features,
+        gen_kwargs=arguments,
+        fingerprint=hashlib.sha256(repr(recipe).encode()).hexdigest()[:16],
     )
     if len(blocks) == 0:
-        raise ValueError(f"{source!r} holds less text than one block of {block_length} tokens: give more text or a smaller block_length")
+        raise ValueError(
+            f"{source!r} holds less text than one block of {block_length} tokens: give more text or a smaller block_length"
+        )
     return blocks
 
 
@@ -83,7 +95,9 @@ def pack(documents, tokenizer: PreTrainedTokenizerBase, block_length: int) -> It
     """Cuts a stream of documents (rows with a `text`) into blocks, as the module's docstring says."""
     body, rest = block_length - 2, np.empty(0, dtype=np.int32)
     for batch in documents.iter(batch_size=64):
-        encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
         rest = np.concatenate([rest, *(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded)])
         whole = len(rest) // body
         for chunk in rest[: whole * body].reshape(whole, body):
@@ -91,19 +105,25 @@ def pack(documents, tokenizer: PreTrainedTokenizerBase, block_length: int) -> It
         rest = rest[whole * body :]
 
 
-def _documents(source: str, split: str, config: str | None, column: str, streaming: bool):
+def _documents(source: str, text: TextArguments, split: str, streaming: bool):
     """The documents as a dataset with the one column `text`, and a string that identifies their content."""
     path = Path(source)
     if path.exists() or path.suffix == ".txt" or path.is_absolute():
         files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
         if not files or not path.exists():
-            raise FileNotFoundError(f"text {source!r}: " + ("no .txt file in this folder" if path.is_dir() else "no such file or folder"))
+            raise FileNotFoundError(
+                f"text {source!r}: " + ("no .txt file in this folder" if path.is_dir() else "no such file or folder")
+            )
         identity = [(str(f.resolve()), hashlib.sha256(f.read_bytes()).hexdigest()) for f in files]
         build = IterableDataset.from_generator if streaming else Dataset.from_generator
-        documents = build(_read_files, features=Features({"text": Value("large_string")}), gen_kwargs={"files": identity})
+        documents = build(
+            _read_files, features=Features({"text": Value("large_string")}), gen_kwargs={"files": identity}
+        )
         return documents, repr(identity)
-    documents = load_dataset(source, config, split=split, streaming=streaming)
-    columns = documents.column_names
+    documents = load_dataset(
+        source, text.dataset_config, split=split, revision=text.dataset_revision, streaming=streaming
+    )
+    column, columns = text.text_column, documents.column_names
     if columns is not None and column not in columns:
         raise ValueError(f"dataset {source!r} has no column {column!r} for text_column; it has {sorted(columns)}")
     documents = documents.select_columns([column])
@@ -118,4 +138,6 @@ def _read_files(files: list[tuple[str, str]]) -> Iterator[dict[str, str]]:
         try:
             yield {"text": Path(name).read_bytes().decode("utf-8")}
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}") from None
+            raise ValueError(
+                f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+            ) from None

@@ -1,0 +1,57 @@
+"""Diversity and wording of samples. Gen-PPL falls whenever diversity falls, so the two are always read together."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+
+ENTROPY_UNITS = ("tokens", "words")
+WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")  # letters, with apostrophes inside
+
+
+def unigram_entropy(samples: Iterable[Sequence[int]] | Iterable[str], unit: str = "tokens") -> float:
+    """Mean over samples of the entropy, in nats, of the unigram counts within a sample (Duo, arXiv 2506.10892).
+
+    Args:
+        samples: token ids (`tokens`: every id counts, BOS and EOS too) or texts (`words`: split at white space).
+        unit: "tokens" or "words". For a character model only words say anything.
+
+    Raises:
+        ValueError: an unknown unit, or no sample.
+    """
+    if unit not in ENTROPY_UNITS:
+        raise ValueError(f"unit must be one of {ENTROPY_UNITS}, not {unit!r}")
+    entropies = [_entropy(sample.split() if unit == "words" else map(int, sample)) for sample in samples]
+    if not entropies:
+        raise ValueError("no samples: their entropy is not defined")
+    return sum(entropies) / len(entropies)
+
+
+def _entropy(items: Iterable) -> float:
+    counts = Counter(items).values()
+    total = sum(counts)
+    return sum(count / total * math.log(total / count) for count in counts)
+
+
+def distinct_n(texts: Iterable[str], n: int = 3) -> float:
+    """Different word n-grams over all word n-grams, in all texts together (arXiv 1510.03055); 0 when there is none.
+
+    Falls with the amount of text: compare equal numbers of samples of equal length only.
+    """
+    ngrams = Counter()
+    for text in texts:
+        words = text.split()
+        ngrams.update(zip(*(words[i:] for i in range(n)), strict=False))
+    return len(ngrams) / max(ngrams.total(), 1)
+
+
+def known_words(texts: Iterable[str], vocabulary: set[str]) -> float:
+    """Share of the words that are in the vocabulary (see `vocabulary_of`), all texts together; 0 when there is none."""
+    words = Counter(word for text in texts for word in WORD.findall(text.lower()))
+    return sum(count for word, count in words.items() if word in vocabulary) / max(words.total(), 1)
+
+
+def vocabulary_of(texts: Iterable[str]) -> set[str]:
+    """The words of texts: lower-cased runs of letters, with apostrophes inside, without digits and punctuation."""
+    return {word for text in texts for word in WORD.findall(text.lower())}

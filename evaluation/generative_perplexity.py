@@ -1,0 +1,113 @@
+"""Generative perplexity (Gen-PPL): how surprised another language model, the judge, is by samples.
+
+Two conventions are published, and their figures must not be compared with one another:
+
+- `retokenized` (MDLM, arXiv 2406.07524; Duo, arXiv 2506.10892): samples are text, special tokens written out, and the
+  judge's own tokenizer reads them. Within a window an EOS counts only if it is the first; every other token counts.
+  exp(total NLL / total tokens), over all samples together. Padding is never scored: the published code scores the
+  first padding token of a text without any EOS, so that its figure depends on the batch.
+- `raw_ids` (SDTT, arXiv 2410.21035): the judge reads the samples' own ids, every token counts; the mean over the L - 1
+  predictions of a sample, then over samples, then exp. Needs a judge with the model's vocabulary.
+
+Text beyond the judge's context is cut into windows of that size. Each is scored on its own, as in the published code:
+its first token is context only, and it sees nothing of the window before it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+CONVENTIONS = ("retokenized", "raw_ids")
+
+
+@dataclass(frozen=True)
+class GenerativePerplexity:
+    """
+    Args:
+        perplexity: over all samples, as the convention averages.
+        nll: [samples] float64, nats: the judge's total over the scored tokens of each sample.
+        tokens: [samples] int64, the number of scored tokens; 0 for a sample of a single token.
+    """
+
+    perplexity: float
+    nll: torch.Tensor
+    tokens: torch.Tensor
+
+
+def generative_perplexity(
+    samples: Sequence[str] | Sequence[Sequence[int]] | torch.Tensor,
+    judge: PreTrainedModel,
+    judge_tokenizer: PreTrainedTokenizerBase | None = None,
+    convention: str = "retokenized",
+    batch_size: int = 8,
+) -> GenerativePerplexity:
+    """Gen-PPL of texts (`retokenized`, needs the judge's tokenizer) or of token ids (`raw_ids`) under any causal LM.
+
+    Raises:
+        ValueError: an unknown convention, ids outside the judge's vocabulary, or nothing to score.
+    """
+    if convention == "retokenized":
+        sequences = [judge_tokenizer(text, verbose=False)["input_ids"] for text in samples]
+        nll, tokens = sequence_nll(sequences, judge, batch_size, judge_tokenizer.eos_token_id)
+    elif convention == "raw_ids":
+        nll, tokens = sequence_nll([[int(token) for token in ids] for ids in samples], judge, batch_size)
+    else:
+        raise ValueError(f"convention must be one of {CONVENTIONS}, not {convention!r}")
+    scored = tokens > 0
+    if not scored.any():
+        raise ValueError("nothing to score: no sample has two tokens, and the first of a sample is not predicted")
+    if convention == "retokenized":
+        mean = nll.sum() / tokens.sum()
+    else:
+        mean = (nll[scored] / tokens[scored]).mean()
+    return GenerativePerplexity(mean.exp().item(), nll, tokens)
+
+
+@torch.inference_mode()
+def sequence_nll(
+    sequences: Sequence[Sequence[int]], judge: PreTrainedModel, batch_size: int = 8, eos_token_id: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Total NLL in nats [n] float64 and number of scored tokens [n] of each sequence of ids. Puts the judge in eval mode.
+
+    With `eos_token_id` an EOS is scored only where it is the first of its window. Losses in float32, sums in float64.
+
+    Raises:
+        ValueError: an id outside the judge's vocabulary.
+    """
+    judge.eval()
+    vocabulary = judge.config.vocab_size
+    largest = max((max(ids) for ids in sequences if ids), default=0)
+    if largest >= vocabulary:
+        raise ValueError(
+            f"token id {largest} is outside the judge's vocabulary of {vocabulary}: judge the text, re-tokenised"
+        )
+    context = getattr(judge.config, "max_position_embeddings", None) or max((len(ids) for ids in sequences), default=1)
+    windows = [
+        (row, torch.tensor(ids[start : start + context]))
+        for row, ids in enumerate(sequences)
+        for start in range(0, len(ids), context)
+        if len(ids) - start > 1  # a window of one token predicts nothing
+    ]
+    nll = torch.zeros(len(sequences), dtype=torch.float64)
+    tokens = torch.zeros(len(sequences), dtype=torch.long)
+    for start in range(0, len(windows), batch_size):
+        rows, batch = zip(*windows[start : start + batch_size], strict=True)
+        lengths = torch.tensor([len(window) for window in batch])
+        # Padded on the right, where a causal model cannot see it: neither the id nor an attention mask matters.
+        input_ids = pad_sequence(batch, batch_first=True)
+        scored = torch.arange(1, input_ids.shape[1]) < lengths[:, None]
+        if eos_token_id is not None:
+            is_eos = input_ids == eos_token_id
+            scored &= (~is_eos | (is_eos.cumsum(dim=1) == 1))[:, 1:]
+        input_ids = input_ids.to(judge.device)
+        logits = judge(input_ids=input_ids, use_cache=False).logits[:, :-1]
+        losses = cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none")
+        losses = losses.view(scored.shape).cpu().double().masked_fill(~scored, 0.0)
+        nll.index_add_(0, torch.tensor(rows), losses.sum(dim=1))
+        tokens.index_add_(0, torch.tensor(rows), scored.sum(dim=1))
+    return nll, tokens

@@ -1,0 +1,45 @@
+"""Gen-PPL and entropy against the number of forwards, one line a model."""
+
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure  # not pyplot: no display and no global state
+from matplotlib.ticker import LogFormatter
+
+from evaluation.matched_entropy import held_out_row, is_matched
+from evaluation.results import write_atomically
+from evaluation.table import plain_rows, tables_of
+
+
+def write_plot(folder: str | Path, results: list[dict]):
+    """Writes `eval.png`: left Gen-PPL (log-log; dashed at matched entropy), right entropy; a row of panels a table."""
+    tables = tables_of(results)
+    figure = Figure(figsize=(11, 4.2 * len(tables)), layout="constrained")
+    for rows, (perplexity, entropy) in zip(tables, figure.subplots(len(tables), 2, squeeze=False), strict=True):
+        target, plain = held_out_row(results, rows[0]), plain_rows(rows)
+        for model in dict.fromkeys(row["model"] for row in plain):
+            points = sorted((row for row in plain if row["model"] == model), key=lambda row: row["nfe"])
+            nfe = [row["nfe"] for row in points]
+            (line,) = perplexity.plot(nfe, [row["gen_ppl"] for row in points], "o-", label=model)
+            entropy.plot(nfe, [row["entropy"] for row in points], "o-", color=line.get_color())
+            matched = [row for row in points if target is not None and is_matched(row, target)]
+            if matched:
+                heights = [row["matched_gen_ppl"] for row in matched]
+                perplexity.plot([row["nfe"] for row in matched], heights, "s--", color=line.get_color(), alpha=0.6)
+        if target is not None:
+            perplexity.axhline(target["gen_ppl"], color="grey", linestyle=":", label="held-out text")
+            entropy.axhline(target["entropy"], color="grey", linestyle=":")
+        perplexity.set(xscale="log", yscale="log", xlabel="NFE", ylabel="generative perplexity")
+        entropy.set(xscale="log", xlabel="NFE", ylabel=f"unigram entropy (nats, {rows[0]['entropy_unit']})")
+        for formatter in (perplexity.yaxis.set_major_formatter, perplexity.yaxis.set_minor_formatter):
+            formatter(LogFormatter())  # 40, not 4 x 10^1
+        for panel in (perplexity, entropy):
+            ticks = sorted({row["steps"] for row in plain})
+            panel.set_xticks(ticks, [str(n) for n in ticks])
+            panel.xaxis.minorticks_off()
+            panel.grid(alpha=0.3)
+        perplexity.legend(title=None if target is None else "dashed: at matched entropy")
+        entropy.set_title(f"{rows[0]['samples']} samples x {rows[0]['seeds']} seeds", fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(Path(folder) / "eval.png", buffer.getvalue())

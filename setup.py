@@ -1,0 +1,53 @@
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+
+EXTRAS = {
+    "deepspeed": ["deepspeed>=0.19"],
+    "peft": ["peft>=0.21"],
+    "eval": ["evaluate>=0.4.6"],
+    "tracking": ["tensorboard>=2.20", "trackio>=0.5"],
+}
+EXTRAS["dev"] = [
+    *EXTRAS["deepspeed"],
+    *EXTRAS["peft"],
+    *EXTRAS["eval"],
+    "tensorboard>=2.20",
+    "ninja>=1.13",
+    "pytest>=9.0",
+    "pytest-xdist>=3.8",
+    "ruff>=0.17",
+    "scipy>=1.17",
+]
+
+setup(
+    name="mcd",
+    version="0.1.0",
+    description="Masked diffusion language models that write well in a few steps: Masked Consistency Distillation and its kin",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_namespace_packages(include=["modeling_mcd*", "trainers*", "evaluation*", "recipes*"]),
+    package_data={"": ["*.yaml", "*.json", "*.txt", "*.safetensors", "*.md"]},
+    install_requires=[
+        "torch>=2.9",
+        "transformers>=5.20,<6",
+        "accelerate>=1.15",
+        "datasets>=5.0",
+        "huggingface-hub>=2.0",
+        "safetensors>=0.7",
+        "jinja2>=3.1",
+        "matplotlib>=3.10",
+        "pyyaml>=6.0",
+    ],
+    extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": [
+            "mcd-distill=trainers.run_mcd:main",
+            "mcd-pretrain=trainers.run_mdlm:main",
+            "mcd-evaluate=evaluation.run_eval:main",
+        ]
+    },
+)

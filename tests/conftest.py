@@ -1,0 +1,49 @@
+"""Shared fixtures: an offline and empty Hugging Face home, a small model with random weights, its tokenizer."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+
+# Before anything of Hugging Face is imported: no network, and no cache of an earlier run behind a result.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mcd_tests_")
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
+    os.environ.pop(name, None)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion  # noqa: E402
+from trainers.character_tokenizer import character_tokenizer  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def build():
+    """`build(**config)`: a small model in eval mode. Its weights are random: a fresh model's logits are all zero."""
+
+    def build(**config) -> MDLMForMaskedDiffusion:
+        shapes = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        shapes |= {"conditioning_size": 16, "max_position_embeddings": 32, "bos_token_id": 46, "eos_token_id": 46}
+        model = MDLMForMaskedDiffusion(MDLMConfig(**shapes | config)).eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.3, generator=generator)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def model(build) -> MDLMForMaskedDiffusion:
+    return build()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return character_tokenizer(model_max_length=32)

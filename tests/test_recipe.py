@@ -1,0 +1,208 @@
+"""Recipes: YAML and command line into typed dataclasses, and one clear line for everything that is wrong."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+
+from trainers.recipe import RECIPE_FOLDER, parse_recipe
+from trainers.text_blocks import TextArguments
+
+
+@dataclass
+class Model:
+    width: int = 8
+    kind: Literal["absorbing", "uniform"] = "absorbing"
+    teacher: str | None = None
+    sizes: list[int] = field(default_factory=lambda: [1, 2])
+
+
+@dataclass
+class Teaching:
+    rate: float = 0.1
+    shuffle: bool = False
+    keep: bool = True
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def parse(text: str | None, *words: str):
+        if text is None:
+            return parse_recipe((Model, Teaching), list(words))
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(text, encoding="utf-8")
+        return parse_recipe((Model, Teaching), [str(recipe), *words])
+
+    return parse
+
+
+def refusal(capsys, call) -> str:
+    """The one line of the complaint; the exit status must be 2."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    usage, *lines = err.strip().splitlines()
+    assert out == "" and usage.startswith("usage: ") and len(lines) == 1
+    return lines[0]
+
+
+# --- Values and their types
+
+
+@pytest.mark.parametrize(
+    "written, rate",
+    [("6e-5", 6e-5), ("6.0e-5", 6e-5), ("6E-5", 6e-5), ("1", 1.0), ("0.5", 0.5), ("'0.5'", 0.5), ("-2.5", -2.5)],
+)
+def test_numbers_are_numbers_however_yaml_reads_them(parse, written, rate):
+    _, teaching = parse(f"rate: {written}")
+    assert type(teaching.rate) is float and teaching.rate == rate
+    _, teaching = parse(None, f"--rate={written.strip(chr(39))}")
+    assert type(teaching.rate) is float and teaching.rate == rate
+
+
+def test_negative_exponents_and_leading_dashes_are_values(parse):
+    model, teaching = parse("rate: -6e-5\nteacher: '--odd-name'")
+    assert teaching.rate == -6e-5 and model.teacher == "--odd-name"
+
+
+@pytest.mark.parametrize("written, value", [("true", True), ("yes", True), ("false", False), ("no", False)])
+def test_truth_values(parse, written, value):
+    _, teaching = parse(f"shuffle: {written}\nkeep: {written}")
+    assert teaching.shuffle is value and teaching.keep is value
+
+
+def test_every_type_arrives(parse):
+    model, _ = parse("width: 16\nkind: uniform\nteacher: some/model\nsizes: [3, -4, 5]\n")
+    assert model == Model(16, "uniform", "some/model", [3, -4, 5])
+
+
+def test_what_is_missing_or_null_keeps_its_default(parse):
+    for text in ("", "# only a comment\n", "width:\nteacher: null\nrate: ~\n"):
+        assert parse(text) == (Model(), Teaching())
+    assert parse(None) == (Model(), Teaching())
+
+
+def test_a_list_of_one(parse):
+    assert parse("sizes: [7]")[0].sizes == [7] == parse("sizes: 7")[0].sizes
+
+
+def test_text_with_spaces_and_other_letters(parse):
+    for teacher in ("two words", "œuvre été", "a=b", "6e-5", ""):
+        assert parse(yaml.safe_dump({"teacher": teacher}, allow_unicode=True))[0].teacher == teacher
+
+
+def test_the_command_line_wins(parse):
+    text = "width: 16\nrate: 6e-5\nsizes: [3, 4]\nshuffle: true\nteacher: a"
+    model, teaching = parse(text, "--width", "32", "--rate=1e-3", "--sizes", "9", "--shuffle", "false")
+    assert model == Model(32, "absorbing", "a", [9])
+    assert teaching.rate == 1e-3 and teaching.shuffle is False
+
+
+# --- Paths
+
+
+def test_a_relative_path_is_relative_to_its_recipe(tmp_path, monkeypatch):
+    folder, elsewhere = tmp_path / "recipes", tmp_path / "elsewhere"
+    folder.mkdir(), elsewhere.mkdir()
+    for written, expected in (
+        ("./text/a.txt", folder / "text" / "a.txt"),
+        ("../runs/x", tmp_path / "runs" / "x"),
+        ("name/of-hub", "name/of-hub"),
+        ("/abs/a.txt", "/abs/a.txt"),
+        (".hidden", ".hidden"),
+    ):
+        (folder / "r.yaml").write_text(f"teacher: {written}")
+        for where, name in ((elsewhere, "../recipes/r.yaml"), (folder, "r.yaml"), (tmp_path, str(folder / "r.yaml"))):
+            monkeypatch.chdir(where)
+            (model, _) = parse_recipe((Model, Teaching), [name])
+            if isinstance(expected, Path):
+                assert Path(model.teacher).resolve() == expected
+            else:
+                assert model.teacher == expected
+    (model, _) = parse_recipe(
+        (Model, Teaching), ["r.yaml" if Path("r.yaml").exists() else name, "--teacher", "./here"]
+    )
+    assert model.teacher == "./here", "a path on the command line belongs to the shell's folder"
+
+
+def test_a_recipe_of_the_library_is_found_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shipped = sorted(path.name for path in RECIPE_FOLDER.glob("*.yaml"))
+    assert "tiny_judge.yaml" in shipped
+    line = refusal(capsys, lambda: parse_recipe((Model,), ["recipes/tiny_judge.yaml"]))
+    assert "unknown key" in line and "'recipes/tiny_judge.yaml'" in line, "the file was read"
+
+
+# --- Refusals
+
+
+@pytest.mark.parametrize(
+    "text, words, says",
+    [
+        ("widht: 3", (), "unknown key 'widht' in recipe '{recipe}'; the nearest valid key is 'width'"),
+        ("width: 3", ("--raet", "3"), "unknown key 'raet' in the command line; the nearest valid key is 'rate'"),
+        ("", ("--raet=3",), "unknown key 'raet' in the command line; the nearest valid key is 'rate'"),
+        ("", ("--wid", "3"), "unknown key 'wid' in the command line; the nearest valid key is 'width'"),
+        ("3: 4", (), "unknown key '3' in recipe"),
+        ("help: true", (), "unknown key 'help' in recipe"),
+        ("width: wide", (), "argument --width: invalid int value: 'wide'"),
+        ("width: 2.5", (), "argument --width: invalid int value: '2.5'"),
+        ("width: [1, 2]", (), "'width'"),
+        ("sizes: []", (), "argument --sizes: expected at least one argument"),
+        ("rate: fast", (), "argument --rate: invalid float value: 'fast'"),
+        ("rate: {a: 1}", (), "argument --rate: invalid float value"),
+        ("shuffle: maybe", (), "argument --shuffle: "),
+        ("kind: gaussian", (), "argument --kind: invalid choice: 'gaussian' (choose from"),
+        ("sizes: [1, two]", (), "argument --sizes: invalid int value: 'two'"),
+        ("", ("--width", "wide"), "argument --width: invalid int value: 'wide'"),
+        ("", ("stray",), "unexpected argument 'stray' on the command line"),
+        ("width: [1, 2", (), "recipe '{recipe}' is not valid YAML: "),
+        ("width: 3\n\tkind: x", (), "recipe '{recipe}' is not valid YAML: "),
+        ("- width\n- 3", (), "recipe '{recipe}' must be a mapping of keys to values, not a list"),
+        ("just words", (), "recipe '{recipe}' must be a mapping of keys to values, not a str"),
+    ],
+)
+def test_what_is_wrong_is_refused_in_one_line(parse, tmp_path, capsys, text, words, says):
+    line = refusal(capsys, lambda: parse(text, *words))
+    assert says.format(recipe=tmp_path / "recipe.yaml") in line
+
+
+def test_a_recipe_that_is_not_utf8_is_refused(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(b"teacher: \xff\xfe")
+    assert f"recipe '{recipe}' is not valid YAML" in refusal(capsys, lambda: parse_recipe((Model,), [str(recipe)]))
+
+
+def test_a_missing_recipe_is_refused_with_the_ones_there_are(tmp_path, capsys):
+    for name in (str(tmp_path / "nowhere.yaml"), str(tmp_path)):
+        line = refusal(capsys, lambda: parse_recipe((Model,), [name]))  # noqa: B023
+        assert f"recipe '{name}' does not exist" in line and "'tiny_judge.yaml'" in line
+
+
+def test_a_missing_required_value_is_named(tmp_path, capsys):
+    assert "train_text" in refusal(capsys, lambda: parse_recipe((TextArguments,), []))
+
+
+# --- With the arguments of transformers' Trainer
+
+
+def test_training_arguments(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "train_text: ./a.txt\noutput_dir: ../runs/x\nlearning_rate: 6e-5\nmax_steps: -1\nreport_to: [tensorboard]\n"
+        "lr_scheduler_kwargs: {min_lr: 1e-6}\nuse_cpu: true\nsave_strategy: steps\nblock_length: 64\nadam_beta2: 0.99\n"
+    )
+    text, training = parse_recipe((TextArguments, TrainingArguments), [str(recipe), "--per_device_train_batch_size=3"])
+    assert (text.train_text, text.block_length) == (str(tmp_path / "a.txt"), 64)
+    assert training.output_dir == str(tmp_path.parent / "runs" / "x")
+    assert (training.learning_rate, training.max_steps, training.adam_beta2) == (6e-5, -1, 0.99)
+    assert training.report_to == ["tensorboard"] and training.per_device_train_batch_size == 3
+    assert training.use_cpu is True and training.save_strategy == "steps"
+    assert list(training.lr_scheduler_kwargs) == ["min_lr"] and float(training.lr_scheduler_kwargs["min_lr"]) == 1e-6
+    recipe.write_text("train_text: a\nlearning_rat: 1")
+    line = refusal(capsys, lambda: parse_recipe((TextArguments, TrainingArguments), [str(recipe)]))
+    assert line.endswith("the nearest valid key is 'learning_rate'")

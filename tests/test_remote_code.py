@@ -1,0 +1,158 @@
+"""A saved model in a process that cannot import the package: loads, generates and saves with `trust_remote_code`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import modeling_mcd
+from modeling_mcd import MDLMForMaskedDiffusion
+
+
+SCRIPT = """
+import json, sys
+
+sys.modules["modeling_mcd"] = None  # so that an installed package is out of reach too
+try:
+    import modeling_mcd
+except ImportError:
+    pass
+else:
+    sys.exit("the package can be imported")
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from safetensors.torch import save_file
+
+saved, again, out = sys.argv[1:]
+report, tensors = {}, {}
+for auto in (AutoModel, AutoModelForMaskedLM):
+    for trust in (None, False):
+        try:
+            auto.from_pretrained(saved, **({} if trust is None else {"trust_remote_code": trust}))
+        except Exception as error:
+            report[f"{auto.__name__} {trust}"] = [type(error).__name__, str(error)]
+
+
+def note(name, model):
+    model.eval()
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        tensors[f"{name} logits"] = model(ids).logits.contiguous()
+    output = model.generate(seed=0, steps=4, return_dict_in_generate=True)
+    tensors[f"{name} sequences"], tensors[f"{name} nfe"] = output.sequences, output.nfe
+    tensors[f"{name} default nfe"] = model.generate(seed=0, return_dict_in_generate=True).nfe
+    report[name] = [type(model).__name__, type(model).__module__, type(model.generation_config).__name__]
+
+
+model = AutoModel.from_pretrained(saved, trust_remote_code=True)
+note("AutoModel", model)
+note("AutoModelForMaskedLM", AutoModelForMaskedLM.from_pretrained(saved, trust_remote_code=True))
+report["config"] = type(AutoConfig.from_pretrained(saved, trust_remote_code=True)).__name__
+try:
+    model.generate(steps=0)
+except ValueError as error:
+    report["steps=0"] = str(error)
+model.generation_config.steps = 3
+model.save_pretrained(again)
+note("again", AutoModel.from_pretrained(again, trust_remote_code=True))
+report["package"] = sorted(name for name in sys.modules if name.split(".")[0] == "modeling_mcd" and sys.modules[name])
+save_file(tensors, out + "/tensors.safetensors")
+json.dump(report, open(out + "/report.json", "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def visit(tmp_path_factory):
+    """What the other process saw: its report, its tensors, the folder it loaded and the folder it saved."""
+    home = tmp_path_factory.mktemp("visit")
+    torch.manual_seed(0)
+    config = modeling_mcd.MDLMConfig(
+        vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=12
+    )
+    model = MDLMForMaskedDiffusion(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    model.generation_config.steps = 2
+    model.save_pretrained(home / "saved")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_"))}
+    environment |= {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    (home / "elsewhere").mkdir()
+    (home / "visitor.py").write_text(SCRIPT)
+    folders = [str(home / "saved"), str(home / "again"), str(home)]
+    run = subprocess.run(
+        [sys.executable, "-I", str(home / "visitor.py"), *folders],
+        cwd=home / "elsewhere",
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads((home / "report.json").read_text())
+    return model, report, load_file(home / "tensors.safetensors"), home / "saved", home / "again"
+
+
+@pytest.mark.parametrize("name", ["AutoModel", "AutoModelForMaskedLM"])
+def test_remote_code_gives_the_same_model(visit, name):
+    model, report, tensors, *_ = visit
+    kind, module, options = report[name]
+    assert kind == "MDLMForMaskedDiffusion" and module.startswith("transformers_modules.")
+    assert options == "MDLMGenerationConfig" and report["config"] == "MDLMConfig" and report["package"] == []
+    with torch.no_grad():
+        torch.testing.assert_close(tensors[f"{name} logits"], model(torch.arange(12).reshape(2, 6)).logits)
+    ours = model.generate(seed=0, steps=4, return_dict_in_generate=True)
+    assert torch.equal(tensors[f"{name} sequences"], ours.sequences) and tensors[f"{name} sequences"].shape == (1, 12)
+    assert torch.equal(tensors[f"{name} nfe"], ours.nfe) and ours.nfe.item() == 4
+    assert tensors[f"{name} default nfe"].item() == 2, "the steps saved with the model"
+
+
+def test_remote_code_refuses_as_the_package_does(visit):
+    assert visit[1]["steps=0"] == "steps must be an integer of at least 1, not 0"
+
+
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForMaskedLM"])
+@pytest.mark.parametrize("trust", ["None", "False"])
+def test_without_trust_nothing_is_run(visit, auto, trust):
+    kind, message = visit[1][f"{auto} {trust}"]
+    assert kind == "ValueError" and "trust_remote_code=True" in message
+
+
+def test_a_model_saved_from_remote_code_is_whole(visit):
+    _, report, tensors, saved, again = visit
+    assert torch.equal(tensors["again logits"], tensors["AutoModel logits"])
+    assert torch.equal(tensors["again sequences"], tensors["AutoModel sequences"])
+    assert tensors["again default nfe"].item() == 3
+    assert {file.name for file in again.iterdir()} == {file.name for file in saved.iterdir()}
+    for folder in (saved, again):
+        auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+        assert {name: target.split("--")[-1] for name, target in auto_map.items()} == {
+            "AutoConfig": "configuration_mdlm.MDLMConfig",
+            "AutoModel": "modeling_mdlm.MDLMForMaskedDiffusion",
+            "AutoModelForMaskedLM": "modeling_mdlm.MDLMForMaskedDiffusion",
+        }
+    for name, tensor in load_file(saved / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(again / "model.safetensors")[name]), name
+
+
+def test_the_code_beside_the_weights_is_the_package_s_own(visit):
+    saved, package = visit[3], Path(modeling_mcd.__file__).parent
+    copied = {file.name for file in saved.glob("*.py")} - {"__init__.py"}
+    assert copied == {
+        f"{part}_mdlm.py" for part in ("configuration", "generation", "modeling", "noise_schedule", "sampling")
+    }
+    for name in copied:
+        assert (saved / name).read_text() == (package / name).read_text(), name
+
+
+def test_the_package_reads_what_remote_code_saved(visit):
+    model, _, _, _, again = visit
+    loaded = modeling_mcd.MDLMForMaskedDiffusion.from_pretrained(again)
+    assert loaded.generation_config.steps == 3
+    assert torch.equal(loaded.generate(seed=0, steps=4), model.generate(seed=0, steps=4))

@@ -1,0 +1,212 @@
+"""What is made of the figures: eval.json, matched entropy, the table, the plot, the model card."""
+
+import itertools
+import json
+import math
+import os
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from evaluation import load_report, markdown_table, matched_gen_ppl, save_results, write_model_card, write_report
+from evaluation.results import write_atomically
+
+
+SETTINGS = {"judge": "judge (2.7M)", "convention": "retokenized", "entropy_unit": "words", "length": 256}
+SETTINGS |= {"samples": 64, "seeds": 3, "precision": "float64", "vocabulary_words": None}
+
+
+def row(model="teacher", steps=8, temperature=1.0, gen_ppl=20.0, entropy=4.0, **changes) -> dict:
+    point = {"model": model, "steps": steps, "temperature": temperature, "sampler": "ancestral", "weights": "ab"}
+    figures = {
+        "gen_ppl": gen_ppl,
+        "gen_ppl_std": 0.5,
+        "judge_nll": math.log(gen_ppl),
+        "entropy": entropy,
+        "nfe": steps,
+    }
+    words = {"distinct_3": 0.9, "known_words": None, "example": f"{model} wrote this"}
+    return point | figures | words | SETTINGS | changes
+
+
+def held_out(entropy=3.6, **changes) -> dict:
+    nowhere = {"steps": None, "temperature": None, "sampler": None, "nfe": None, "gen_ppl_std": None, "seeds": 1}
+    return row("held-out text", entropy=entropy, gen_ppl=4.26) | nowhere | changes
+
+
+def line(entropy: float) -> float:
+    """A Gen-PPL whose logarithm is linear in entropy."""
+    return math.exp(0.5 + 0.7 * entropy)
+
+
+def test_interpolation_is_exact_on_a_line_whatever_the_order_of_the_sweep():
+    sweep = [row(gen_ppl=line(entropy), entropy=entropy) for entropy in (3.1, 4.2, 3.5, 2.9)]
+    for entropy in (2.9, 3.3, 3.9, 4.2):
+        assert matched_gen_ppl(sweep, entropy) == (pytest.approx(line(entropy)), entropy)
+
+
+def test_a_sweep_that_does_not_reach_the_entropy_gives_its_nearest_point():
+    sweep = [row(gen_ppl=line(entropy), entropy=entropy) for entropy in (3.1, 3.5)]
+    assert matched_gen_ppl(sweep, 5.0) == (pytest.approx(line(3.5)), 3.5)
+    assert matched_gen_ppl(sweep, 1.0) == (pytest.approx(line(3.1)), 3.1)
+
+
+def test_a_single_temperature_is_matched_only_within_the_tolerance():
+    assert matched_gen_ppl([row(entropy=4.0)], 3.9) is None
+    assert matched_gen_ppl([row(entropy=4.0)], 4.005) == (pytest.approx(20.0), 4.0)
+    assert matched_gen_ppl([], 4.0) is None
+
+
+def test_matched_figures_use_one_model_one_number_of_steps_and_one_protocol(tmp_path):
+    rows = [row(temperature=t, gen_ppl=line(h), entropy=h) for t, h in ((1.0, 4.0), (0.8, 3.2))]
+    strangers = [row("round-1", gen_ppl=1.0, entropy=3.6), row(steps=4, gen_ppl=1.0, entropy=3.6)]
+    strangers += [row(temperature=0.9, gen_ppl=1.0, entropy=3.6, samples=8)]
+    results = save_results(tmp_path, [held_out(3.6), *rows, *strangers])["results"]
+    assert [r["matched_gen_ppl"] for r in results[1:3]] == [pytest.approx(line(3.6))] * 2
+    assert [r["matched_entropy"] for r in results[1:3]] == [3.6, 3.6]
+    assert results[0]["matched_gen_ppl"] is None
+
+
+def test_held_out_text_under_another_judge_is_no_target(tmp_path):
+    results = save_results(tmp_path, [held_out(4.0, judge="another"), row(entropy=4.0)])["results"]
+    assert results[1]["matched_gen_ppl"] is None
+
+
+def test_eval_json_comes_back_as_it_was_written_and_merges(tmp_path):
+    assert load_report(tmp_path) == {"results": []}
+    written = save_results(tmp_path, [row(), row(steps=4)], data="novels", label="teacher")
+    assert load_report(tmp_path) == written
+    merged = save_results(tmp_path, [row(gen_ppl=10.0), row(temperature=0.9)], recipe="seed: 1", data=None)
+    points = [(r["steps"], r["temperature"], r["gen_ppl"]) for r in merged["results"]]
+    assert points == [(8, 1.0, 10.0), (4, 1.0, 20.0), (8, 0.9, 20.0)]  # replaced in its place, the new one at the end
+    assert (merged["data"], merged["label"], merged["recipe"]) == ("novels", "teacher", "seed: 1")
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    before = save_results(tmp_path, [row()])
+    with pytest.raises(ValueError, match="JSON"):
+        save_results(tmp_path, [row(steps=4, nfe=math.nan)])
+    with pytest.raises(OSError):  # the rename fails: a folder is in the way
+        (tmp_path / "taken").mkdir()
+        write_atomically(tmp_path / "taken", "text")
+    assert load_report(tmp_path) == before
+    assert sorted(os.listdir(tmp_path)) == ["eval.json", "taken"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"results": 3}', '{"results": [{"model": "x"}]}'])
+def test_a_foreign_eval_json_is_refused_and_left_alone(tmp_path, content):
+    (tmp_path / "eval.json").write_text(content)
+    with pytest.raises(ValueError, match="eval.json is not a report of this library"):
+        save_results(tmp_path, [row()])
+    assert (tmp_path / "eval.json").read_text() == content
+
+
+def sweep_of_two_models() -> list[dict]:
+    rows = [held_out(3.6)]
+    for (model, shift), steps, (temperature, entropy) in itertools.product(
+        (("teacher", 0.3), ("round-1", 0.0)), (8, 16), ((0.8, 3.3), (1.0, 4.0))
+    ):
+        rows.append(row(model, steps, temperature, line(entropy) * math.exp(shift), entropy))
+    return rows
+
+
+def test_no_gen_ppl_stands_in_the_table_without_its_entropy(tmp_path):
+    table = markdown_table(save_results(tmp_path, sweep_of_two_models())["results"])
+    lines = [text for text in table.splitlines() if re.match(r"\| (teacher|round-1)", text)][:4]
+    assert [text.split(" | ")[0] for text in lines] == [
+        "| teacher",
+        "| round-1",
+        "| teacher, matched",
+        "| round-1, matched",
+    ]
+    for text in lines:
+        cells = text.strip("| ").split(" | ")[1:]
+        assert len(cells) == 2 and all(re.fullmatch(r"[\d.]+( ± [\d.]+)? \(\d\.\d\d\)", cell) for cell in cells), text
+    assert f"{line(3.6):.2f} (3.60)" in lines[3]
+    assert f"{line(4.0):.2f} ± 0.50 (4.00)" in lines[1]  # temperature 1, not the sweep's 0.8
+    assert "| 8 steps (NFE 8.0) | 16 steps (NFE 16.0) |" in table
+    for fact in (
+        "64 samples of 256 tokens",
+        "3 seeds",
+        "judge (2.7M)",
+        "ancestral",
+        "float64",
+        "words",
+        "4.26 (3.60)",
+    ):
+        assert fact in table
+
+
+def test_an_entropy_that_the_sweep_does_not_reach_stands_in_brackets(tmp_path):
+    rows = [held_out(3.0), row(entropy=4.0, gen_ppl=line(4.0)), row(temperature=0.9, entropy=3.5, gen_ppl=line(3.5))]
+    table = markdown_table(save_results(tmp_path, rows)["results"])
+    assert f"| teacher, matched | ({line(3.5):.2f} (3.50)) |" in table
+
+
+def test_rows_of_different_protocols_stand_in_different_tables():
+    table = markdown_table([row(), row(steps=4, samples=512)])
+    assert "of 64 samples" in table and "of 512 samples" in table
+    assert all("- |" not in text for text in table.splitlines() if text.startswith("| teacher"))
+
+
+def test_a_table_of_nothing_says_so():
+    assert markdown_table([]) == markdown_table([held_out()]) == "No results yet."
+
+
+def test_the_plot_is_a_png_also_for_one_point_and_two_protocols(tmp_path):
+    write_report(tmp_path, save_results(tmp_path, [*sweep_of_two_models(), row(steps=4, samples=8)]))
+    assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "README.md").exists()  # no model lies in this folder
+
+
+def test_the_card_holds_the_table_the_recipe_and_an_index_of_the_folders_own_model(tmp_path):
+    about = {"label": "round-1", "recipe": "delta: 0.002\nseed: 1\n", "data": "Public-domain novels."}
+    report = save_results(tmp_path, sweep_of_two_models(), **about)
+    (tmp_path / "config.json").write_text("{}")
+    table = write_report(tmp_path, report, name="tiny-mcd", repository="someone/tiny-mcd")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.model_name == "tiny-mcd"
+    assert len(card.data.eval_results) == 4  # none of the teacher's
+    figures = {(result.metric_type, result.metric_name): result.metric_value for result in card.data.eval_results}
+    assert figures == {
+        (kind, f"{title}, {steps} steps, temperature 1, ancestral"): pytest.approx(value, abs=1e-4)
+        for kind, title, value in (("gen_ppl", "Gen-PPL", line(4.0)), ("entropy", "Unigram entropy (nats)", 4.0))
+        for steps in (8, 16)
+    }
+    for part in (
+        table,
+        "delta: 0.002\nseed: 1\n```",
+        "novels",
+        "(eval.png)",
+        "arxiv.org/abs/2602.00792",
+        "teacher wrote this",
+    ):
+        assert part in card.text
+    assert "round-1 wrote this" in card.text
+
+
+def test_a_card_without_results_is_whole(tmp_path):
+    write_model_card(tmp_path, {"results": []})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "No results yet." in card.text and "eval.png" not in card.text
+    assert card.data.eval_results is None
+
+
+def test_the_snippet_of_the_card_runs(tmp_path, model, tokenizer, capsys):
+    model.save_pretrained(tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    write_model_card(tmp_path / "out", {"results": []})
+    snippet = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
+    torch.manual_seed(0)
+    exec(snippet, {})
+    assert len(tokenizer(capsys.readouterr().out.rstrip("\n"))["input_ids"]) == 32
+
+
+def test_eval_json_has_the_fields_that_others_read(tmp_path):
+    save_results(tmp_path, [row()])
+    (result,) = json.loads((tmp_path / "eval.json").read_text())["results"]
+    fields = {"model": str, "steps": int, "nfe": int | float, "gen_ppl": float, "gen_ppl_std": float, "entropy": float}
+    fields |= {"precision": str, "samples": int, "seeds": int, "sampler": str}
+    assert all(isinstance(result[name], kind) for name, kind in fields.items())

@@ -1,0 +1,123 @@
+"""A run that is killed with SIGKILL at any moment and started again ends bitwise as one that never was."""
+
+import json
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import mcd_arguments, run_python, write_inputs
+
+
+RUN = "import sys; from trainers.run_mcd import main; main(sys.argv[1:])"
+
+# Each of these makes the process kill itself, for real, at one exact moment of the run.
+KILL = "import os, signal\ndef kill(): os.kill(os.getpid(), signal.SIGKILL)\n"
+MOMENTS = {
+    "inside a step": """
+from trainers.mcd_trainer import MCDTrainer
+step = MCDTrainer.training_step
+def training_step(self, *a, **k):
+    loss = step(self, *a, **k)
+    return kill() if self.state.global_step == 5 else loss
+MCDTrainer.training_step = training_step
+""",
+    "at a round's edge, teacher already replaced": """
+from trainers.teacher import TeacherCallback
+end = TeacherCallback.on_step_end
+def on_step_end(self, args, state, control, **k):
+    end(self, args, state, control, **k)
+    if state.global_step == 8: kill()
+TeacherCallback.on_step_end = on_step_end
+""",
+    "during a save, weights written and optimizer not": """
+from trainers.mcd_trainer import MCDTrainer
+save = MCDTrainer._save_optimizer_and_scheduler
+def _save(self, folder):
+    return kill() if self.state.global_step == 6 else save(self, folder)
+MCDTrainer._save_optimizer_and_scheduler = _save
+""",
+    "during a save, half of the last file written": """
+from transformers.trainer_callback import TrainerState
+save = TrainerState.save_to_json
+def save_to_json(self, path):
+    save(self, path)
+    if self.global_step == 8:
+        os.truncate(path, os.path.getsize(path) // 2)
+        kill()
+TrainerState.save_to_json = save_to_json
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(inputs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "run"
+    result = run_python(RUN, *mcd_arguments(inputs, output))
+    assert result.returncode == 0, result.stderr
+    return outcome(output)
+
+
+def outcome(output):
+    """Final student, teacher, EMA and optimizer state, and every logged loss."""
+    last = output / "checkpoint-12"
+    weights = {name: load_file(last / name / "model.safetensors") for name in (".", "teacher", "ema")}
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    measured = ("loss", "kl", "reveal_cross_entropy", "grad_norm", "delta", "tau", "round", "masked_fraction_t")
+    return weights, [{key: entry[key] for key in measured} for entry in history if "loss" in entry]
+
+
+def assert_same(one, other):
+    for name, state in one[0].items():
+        assert state.keys() == other[0][name].keys()
+        for key in state:
+            assert torch.equal(state[key], other[0][name][key]), (name, key)
+    assert one[1] == other[1] and len(one[1]) == 12
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_started_again(moment, inputs, uninterrupted, tmp_path):
+    arguments = mcd_arguments(inputs, tmp_path / "run")
+    killed = run_python(KILL + MOMENTS[moment] + RUN, *arguments)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = run_python(RUN, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert "resuming from" in again.stderr
+    assert_same(outcome(tmp_path / "run"), uninterrupted)
+
+
+def test_the_run_moved_the_weights_and_its_rounds_are_what_they_should_be(inputs, uninterrupted):
+    weights, history = uninterrupted
+    assert [entry["round"] for entry in history] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [entry["delta"] for entry in history] == [0.125] * 4 + [0.25] * 4 + [0.5] * 4
+    assert [entry["tau"] for entry in history] == [0.96] * 4 + [0.93] * 4 + [0.90] * 4
+    start = load_file(inputs / "teacher" / "model.safetensors")
+    assert all(not torch.equal(start[key], weights["."][key]) for key in start)
+    # The third round has ended: the teacher is the student again, and the EMA lags behind both.
+    assert all(torch.equal(weights["."][key], weights["teacher"][key]) for key in weights["."])
+    assert not torch.equal(weights["."]["lm_head.weight"], weights["ema"]["lm_head.weight"])
+
+
+def test_truncated_checkpoint_is_refused_by_name_and_passed_over(inputs, tmp_path):
+    arguments = mcd_arguments(inputs, tmp_path / "run", num_rounds=1)
+    assert run_python(RUN, *arguments).returncode == 0
+    weights = tmp_path / "run" / "checkpoint-4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    result = run_python(RUN, *arguments, "--resume_from_checkpoint", str(weights.parent))
+    assert result.returncode == 1
+    assert "cannot resume from" in result.stderr and "model.safetensors has 1000 bytes and should have" in result.stderr
+    result = run_python(RUN, *arguments)
+    assert result.returncode == 0 and "resuming from" in result.stderr and "checkpoint-2" in result.stderr
+
+
+def test_a_folder_with_another_run_is_refused(inputs, tmp_path):
+    assert run_python(RUN, *mcd_arguments(inputs, tmp_path / "run", num_rounds=1)).returncode == 0
+    result = run_python(RUN, *mcd_arguments(inputs, tmp_path / "run", num_rounds=1, learning_rate=2e-2))
+    assert result.returncode == 1
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: output_dir") and "learning_rate was 0.01 there and is 0.02 here" in line

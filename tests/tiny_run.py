@@ -1,0 +1,80 @@
+"""A very small run of the real entry points, for tests: a text, a tokenizer, a random teacher, and the arguments."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
+from trainers.character_tokenizer import character_tokenizer
+
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = 32
+
+
+def write_inputs(folder: Path) -> Path:
+    """Tokenizer, 64 blocks of text and a teacher of 30,000 random weights under `folder`."""
+    tokenizer = character_tokenizer(model_max_length=BLOCK)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    sentence = "the way of the data is one line, with no walking back. "
+    (folder / "text.txt").write_text(sentence * 36, encoding="utf-8")
+    save_teacher(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    return folder
+
+
+def save_teacher(folder: Path, vocab_size: int = 48):
+    set_seed(0)
+    config = MDLMConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        conditioning_size=8,
+        max_position_embeddings=BLOCK,
+        hidden_dropout=0.0,
+        bos_token_id=46,
+        eos_token_id=46,
+    )
+    model = MDLMForMaskedDiffusion(config)
+    # Away from the zero initialisation, under which every logit is zero and there is nothing to distil.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+
+
+def mcd_arguments(inputs: Path, output_dir: Path, **changes) -> list[str]:
+    settings = {
+        "teacher": inputs / "teacher",
+        "tokenizer": inputs / "tokenizer",
+        "train_text": inputs / "text.txt",
+        "block_length": BLOCK,
+        "num_rounds": 3,
+        "steps_per_round": 4,
+        "delta": 0.125,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "ema_decay": 0.9,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "save_total_limit": 3,
+        "disable_tqdm": True,
+        "seed": 5,
+        "output_dir": output_dir,
+        **changes,
+    }
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def run_python(code: str, *arguments: str, launcher: tuple[str, ...] = ("-c",), **options) -> subprocess.CompletedProcess:
+    """Runs code in a fresh process with this checkout on its path, one thread, and nothing from the network."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *launcher, code, *arguments], env=environment, capture_output=True, text=True, timeout=600, **options
+    )

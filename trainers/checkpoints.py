@@ -1,0 +1,80 @@
+"""Which checkpoint to trust: one that was written to the end, untouched since, and by this very run."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+
+MANIFEST, TRAINER_STATE, RUN = "manifest.json", "trainer_state.json", "run.json"
+
+
+def write_json(path: Path, content):
+    """All or nothing: a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_manifest(folder: Path):
+    """Lists every file of a checkpoint with its size. Written when all are there but the trainer's state, which is last."""
+    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+    files.pop(MANIFEST, None)
+    files.pop(TRAINER_STATE, None)
+    write_json(folder / MANIFEST, files)
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None when it is whole."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing: it was never written to the end"
+    except json.JSONDecodeError:
+        return "its manifest or its trainer state is cut off"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes and should have {size}"
+    return None
+
+
+def last_whole_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint to resume from."""
+    folders = [f for f in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name)]
+    for folder in sorted(folders, key=lambda f: int(f.name.split("-")[1]), reverse=True):
+        if fault_of(folder) is None:
+            return folder
+    return None
+
+
+def remove_later_checkpoints(output_dir: Path, keep: Path | None):
+    """Removes the remains of interrupted saves: everything after the checkpoint that the run goes on from."""
+    last = int(keep.name.split("-")[1]) if keep else -1
+    for folder in output_dir.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and int(folder.name.split("-")[1]) > last:
+            shutil.rmtree(folder)
+
+
+def claim_output_dir(output_dir: Path, settings: dict):
+    """Marks a folder as this run's. Raises ValueError when it is another's, naming the first setting that differs."""
+    path = output_dir / RUN
+    if path.is_file():
+        other = json.loads(path.read_text(encoding="utf-8"))
+        for key in sorted(settings.keys() | other.keys()):
+            if settings.get(key) != other.get(key):
+                raise ValueError(
+                    f"output_dir {str(output_dir)!r} holds another run: {key} was {other.get(key)!r} there and is "
+                    f"{settings.get(key)!r} here; choose another output_dir, or remove that folder"
+                )
+        return
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} is not empty and holds no run of ours ({RUN}); choose another one"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)

@@ -1,0 +1,197 @@
+"""What all methods share: the noise of a step, followers in every checkpoint, exact resume, logs, and when to stop."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
+from trainers.checkpoints import fault_of, write_manifest
+from trainers.teacher import EMACallback, Follower
+from trainers.trajectories import step_noise
+
+
+@dataclass
+class DiffusionTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults that masked diffusion needs, and the EMA of the student."""
+
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Blocks are not the model's arguments."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "The time strata need whole batches."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run instead."})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Learning-rate schedule."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every parameter is always used."}
+    )
+    ema_decay: float | None = field(
+        default=0.9999, metadata={"help": "Decay of the student's EMA, with warm-up; null: none."}
+    )
+
+    def __post_init__(self):
+        pick_cpu_backend(self)
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1) or be null, not {self.ema_decay}")
+        super().__post_init__()
+        if self.save_strategy == "steps" and self.logging_strategy == "steps" and self.save_steps % self.logging_steps:
+            raise ValueError(
+                f"save_steps ({self.save_steps}) must be a multiple of logging_steps ({self.logging_steps}): a run that "
+                "is resumed between two log lines could not give the same line again"
+            )
+
+
+def pick_cpu_backend(arguments: TrainingArguments):
+    """Without an accelerator: gloo under DeepSpeed, else accelerate's CPU mode. Other launches train unsynchronised ranks."""
+    if torch.accelerator.is_available():
+        return
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        if distributed:
+            arguments.ddp_backend, arguments.use_cpu = arguments.ddp_backend or "gloo", False
+    else:
+        arguments.use_cpu = True
+
+
+def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)}
+
+
+class DiffusionTrainer(Trainer):
+    """A Trainer whose loss is drawn from keyed noise, and whose checkpoints hold every network that the run needs.
+
+    A subclass writes `compute_loss`, calling `noise_of_batch` for its randomness and `record` for what it logs, and puts
+    each network that follows the student into `self.followers`.
+
+    Raises:
+        RuntimeError: when several processes were launched that would not be synchronised.
+    """
+
+    loss_is_scaled_for_ga = False  # compute_loss returns a mean over the micro-batch
+
+    def __init__(self, model, args: DiffusionTrainingArguments, *, data_collator=collate_blocks, **kwargs):
+        super().__init__(model, args, data_collator, **kwargs)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size > 1 and (
+            self.accelerator.num_processes != world_size or self.accelerator.distributed_type == "NO"
+        ):
+            raise RuntimeError(
+                f"{world_size} processes were launched, but accelerate would not synchronise their gradients; start with "
+                "`accelerate launch --config_file recipes/accelerate/ddp_cpu.yaml` (or another configuration there)"
+            )
+        self.model_accepts_loss_kwargs = False
+        self.schedule = noise_schedule_of(self.model.config)
+        self.mask_token_id = self.model.config.mask_token_id
+        self.followers: dict[str, Follower] = {}
+        if args.ema_decay is not None:
+            self.followers["ema"] = Follower(self.model)
+            self.followers["ema"].model.to(args.device)
+            self.add_callback(EMACallback(self.followers["ema"], args.ema_decay))
+        self._recorded: dict[str, list[torch.Tensor]] = {}
+        self._noise_key, self._micro_step = None, 0
+
+    def whole_student(self) -> torch.nn.Module:
+        """The network that the run hands on, whole on every rank: the EMA if one is kept, else a copy of the student."""
+        if "ema" in self.followers:
+            return self.followers["ema"].model
+        return Follower(self.accelerator.unwrap_model(self.model)).model
+
+    def noise_of_batch(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stratified times [B] and locking scalars u [B, L], float64, on the device of `input_ids` (see `step_noise`)."""
+        rows, length = input_ids.shape
+        if self.model.training:
+            key, world = (self.args.seed, self.state.global_step), self.args.world_size
+            global_rows = rows * world * self.args.gradient_accumulation_steps
+        else:
+            # Evaluation: fixed noise from a stream of its own, each batch stratified by itself.
+            key, world, global_rows = (self.args.seed, 2**63), self.args.world_size, None
+        self._micro_step = self._micro_step + 1 if key == self._noise_key else 0
+        self._noise_key = key
+        start = (self._micro_step * world + self.args.process_index) * rows
+        if global_rows is None:
+            seed, step, start, global_rows = key[0], key[1] + start, 0, rows
+        else:
+            seed, step = key
+        times, u = step_noise(seed, step, range(start, start + rows), global_rows, length)
+        return times.to(input_ids.device), u.to(input_ids.device)
+
+    def record(self, **values: torch.Tensor | float):
+        """Notes scalars of this micro-batch; their mean over micro-batches and ranks joins the next log line."""
+        for name, value in values.items():
+            self._recorded.setdefault(name, []).append(torch.as_tensor(value, dtype=torch.float64).detach().cpu())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs and self._recorded:
+            means = torch.stack([torch.stack(values).mean() for values in self._recorded.values()])
+            means = self.accelerator.reduce(means.to(self.args.device), "mean").tolist()
+            logs = {**logs, **dict(zip(self._recorded, means, strict=True))}
+            self._recorded.clear()
+        if "train_loss" in logs:
+            # The Trainer's own figure covers only the steps since the last resume.
+            losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+            logs["train_loss"] = sum(losses) / len(losses) if losses else logs["train_loss"]
+        super().log(logs, start_time)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._stop_unless_finite(loss, "loss")
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if grad_norm is not None and not self.args.fp16:  # under fp16 the loss scaler skips such steps itself
+            self._stop_unless_finite(grad_norm, "gradient norm")
+        return grad_norm
+
+    def _stop_unless_finite(self, value: torch.Tensor | float, name: str):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {name} is {float(value)} at step {self.state.global_step}{self.place()}; nothing was saved since "
+                "the last checkpoint, and a run with a smaller learning_rate can go on from there"
+            )
+
+    def place(self) -> str:
+        """Where in the method's schedule the run stands, for messages; empty when there is no schedule."""
+        return ""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self._recorded.clear()
+        return loss.detach(), None, None
+
+    def evaluate(self, *args, **kwargs):
+        self._noise_key = None
+        return super().evaluate(*args, **kwargs)
+
+    # Checkpoints: followers first, then the Trainer's own files, the manifest, and the trainer's state last of all.
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            for name, follower in self.followers.items():
+                follower.save(str(folder / name))
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(Path(output_dir))
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        if resume_from_checkpoint is not None:
+            fault = fault_of(Path(resume_from_checkpoint))
+            if fault is not None:
+                raise ValueError(f"cannot resume from {resume_from_checkpoint}: {fault}")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            for name, follower in self.followers.items():
+                follower.load(os.path.join(resume_from_checkpoint, name))
+        return prepared

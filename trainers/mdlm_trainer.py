@@ -1,0 +1,39 @@
+"""Pre-training of a masked diffusion language model by its continuous-time NELBO (MDLM, arXiv 2406.07524)."""
+
+from dataclasses import dataclass, field
+
+from modeling_mcd.noise_schedule_mdlm import nelbo_weight
+from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
+from trainers.divergences import cross_entropy, subs_log_probabilities
+from trainers.trajectories import mask_tokens, masked_at
+
+
+@dataclass
+class MDLMTrainingArguments(DiffusionTrainingArguments):
+    """The published settings of MDLM on OpenWebText, but for the batch and the number of steps."""
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
+    warmup_steps: float = field(default=2500, metadata={"help": "Steps of linear warm-up."})
+    sampling_epsilon: float = field(default=1e-3, metadata={"help": "Times are drawn from [sampling_epsilon, 1)."})
+
+
+class MDLMTrainer(DiffusionTrainer):
+    """Minimises E_t [ -gamma'(t) / (1 - gamma(t)) sum_masked -log p(x_0 | z_t) ] / L, nats per token (MDLM, Eq. 10).
+
+    The mean is over all tokens. Under the log-linear schedule the weight is exactly 1/t.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        input_ids = inputs["input_ids"]
+        times, u = self.noise_of_batch(input_ids)
+        times = self.args.sampling_epsilon + (1 - self.args.sampling_epsilon) * times
+        masked = masked_at(self.schedule.gamma(times), u)
+        z_t = mask_tokens(input_ids, masked, self.mask_token_id)
+
+        outputs = model(input_ids=z_t, timesteps=-self.schedule.gamma(times).log().float(), logits_rows=masked)
+        log_p = subs_log_probabilities(outputs.logits, self.mask_token_id)
+        weights = nelbo_weight(self.schedule, times)[:, None].expand_as(u)[masked].to(log_p.dtype)
+        loss = (weights * cross_entropy(log_p, input_ids[masked])).sum() / input_ids.numel()
+
+        self.record(masked_fraction=masked.double().mean())
+        return (loss, outputs) if return_outputs else loss

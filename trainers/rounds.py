@@ -1,0 +1,108 @@
+"""What happens at the end of a round: the student is exported as `round-k/` and judged."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from evaluation import (
+    EvaluationProtocol,
+    evaluate_held_out_text,
+    evaluate_model,
+    load_report,
+    read_texts,
+    save_results,
+    vocabulary_of,
+    write_report,
+)
+from trainers.run import save_model
+
+
+@dataclass
+class JudgeArguments:
+    """How the teacher and every round's student are judged. `evaluation/run_eval.py` makes larger tables of a finished run."""
+
+    judge: str | None = field(
+        default=None, metadata={"help": "Causal language model, folder or Hub name; null: no table."}
+    )
+    evaluation_steps: list[int] = field(
+        default_factory=lambda: [4, 8, 16, 32, 64], metadata={"help": "Numbers of sampling steps."}
+    )
+    evaluation_samples: int = field(default=64, metadata={"help": "Samples for each seed."})
+    evaluation_seeds: int = field(default=1, metadata={"help": "Seeds."})
+    evaluation_batch_size: int = field(default=32, metadata={"help": "Canvases at a time."})
+    convention: str = field(default="retokenized", metadata={"help": "What the judge reads: retokenized or raw_ids."})
+    entropy_unit: str = field(default="tokens", metadata={"help": "tokens, or words for a character model."})
+
+    def __post_init__(self):
+        if min(self.evaluation_steps, default=0) < 1:
+            raise ValueError(
+                f"evaluation_steps must be one or more numbers of at least 1, not {self.evaluation_steps}"
+            )
+
+
+class RunReport:
+    """Judges the networks of a run, one after the other, into the report of its output folder.
+
+    Args:
+        text: where the training text lies; its words count as known when it is a file or a folder.
+        about: what the model card says of the run: `recipe`, `data`, `method`.
+    """
+
+    def __init__(
+        self,
+        arguments: JudgeArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        validation: Dataset | None,
+        text: str,
+        output_dir: str,
+        device: torch.device,
+        **about: str,
+    ):
+        self.arguments, self.tokenizer, self.folder, self.about = arguments, tokenizer, Path(output_dir), about
+        judge = AutoModelForCausalLM.from_pretrained(arguments.judge).to(device).eval()
+        self.protocol = EvaluationProtocol(
+            judge,
+            AutoTokenizer.from_pretrained(arguments.judge),
+            samples=arguments.evaluation_samples,
+            seeds=arguments.evaluation_seeds,
+            convention=arguments.convention,
+            entropy_unit=arguments.entropy_unit,
+            vocabulary=vocabulary_of(read_texts(text)) if Path(text).exists() else None,
+            batch_size=arguments.evaluation_batch_size,
+        )
+        rows = []
+        if validation is not None:
+            count = min(len(validation), 512)
+            chosen = torch.linspace(0, len(validation) - 1, count).round().long().tolist()
+            blocks = torch.tensor(validation.select(chosen)["input_ids"])
+            rows = [evaluate_held_out_text(blocks, tokenizer, self.protocol)]
+        self.report = save_results(self.folder, rows, **about)
+
+    def judge(self, name: str, model: PreTrainedModel) -> str:
+        """Adds a model's rows, saved one by one, and returns the whole table."""
+        known = load_report(self.folder)["results"]
+        for row in evaluate_model(
+            name, model, self.tokenizer, self.protocol, self.arguments.evaluation_steps, known_rows=known
+        ):
+            self.report = save_results(self.folder, [row], label=name)
+        return write_report(self.folder, self.report)
+
+
+class RoundCallback(TrainerCallback):
+    """Exports the student at the end of each round, and has it judged by the first process."""
+
+    def __init__(self, trainer, tokenizer: PreTrainedTokenizerBase, report: RunReport | None):
+        self.trainer, self.tokenizer, self.report = trainer, tokenizer, report
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.steps_per_round:
+            return
+        name = f"round-{state.global_step // args.steps_per_round}"
+        student = self.trainer.whole_student()
+        save_model(student, self.tokenizer, args, name)
+        if self.report is not None:
+            print(f"\n{self.report.judge(name, student)}\n", flush=True)
+        self.trainer.accelerator.wait_for_everyone()

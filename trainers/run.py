@@ -1,0 +1,150 @@
+"""What the entry points share: one clear line for a user's mistake, the tokenizer, the blocks, and where to resume."""
+
+import dataclasses
+import errno
+import functools
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from trainers.checkpoints import claim_output_dir, last_whole_checkpoint, remove_later_checkpoints
+from trainers.text_blocks import TextArguments, load_blocks
+
+
+# Settings that change where a run writes and how fast it goes, but not what it computes.
+FREE_SETTINGS = {
+    "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo",
+    "hub_always_push", "hub_revision", "report_to", "run_name", "project", "disable_tqdm", "logging_dir", "log_level",
+    "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "local_rank", "ddp_backend", "ddp_timeout", "logging_first_step", "overwrite_output_dir",
+    "accelerator_config", "deepspeed", "use_cpu", "trackio_space_id",
+}  # fmt: skip
+
+
+@dataclass
+class TokenizerArguments:
+    tokenizer: str = field(metadata={"help": "Folder or Hub name of the tokenizer."})
+    add_mask_token: bool = field(
+        default=False, metadata={"help": "Give the tokenizer a [MASK] when it has none: one more token, at the end."}
+    )
+
+
+def one_line_errors(main):
+    """A user's mistake ends in one line on standard error and status 1, without a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(arguments: list[str] | None = None):
+        try:
+            return main(arguments)
+        except (ValueError, FileNotFoundError, FloatingPointError) as error:
+            line = str(error)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            line = f"no space left on the disk while writing {error.filename or 'a file'}: free some and start again"
+        sys.exit(f"error: {' '.join(line.split())}")
+
+    return wrapped
+
+
+def load_tokenizer(arguments: TokenizerArguments) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"tokenizer {arguments.tokenizer!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from None
+    if tokenizer.mask_token_id is None and arguments.add_mask_token:
+        tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    if tokenizer.bos_token_id is None:
+        tokenizer.bos_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config):
+    """Raises ValueError unless the tokenizer's [MASK] is the model's and all its tokens are inside the vocabulary."""
+    if tokenizer.mask_token_id is None:
+        raise ValueError("the tokenizer has no mask token: set add_mask_token to true, or give one that has")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {config.vocab_size}"
+        )
+    if tokenizer.mask_token_id != config.mask_token_id:
+        raise ValueError(
+            f"the tokenizer's mask token has the id {tokenizer.mask_token_id}, the model's mask_token_id is {config.mask_token_id}"
+        )
+
+
+def load_data(text: TextArguments, tokenizer: PreTrainedTokenizerBase, training: TrainingArguments):
+    """The blocks; the first process of each machine prepares the cache that the others read."""
+    with training.main_process_first():
+        return load_blocks(text, tokenizer)
+
+
+def prepare_output_dir(training: TrainingArguments, *arguments) -> str | None:
+    """Claims the output folder for this run, and returns the checkpoint to resume from, if there is one.
+
+    Raises:
+        ValueError: when the folder holds another run.
+    """
+    output_dir = Path(training.output_dir)
+    with training.main_process_first(local=False):
+        if training.process_index == 0:
+            settings = {}
+            for instance in (*arguments, training):
+                fields = training.to_dict() if instance is training else dataclasses.asdict(instance)
+                settings.update({key: value for key, value in fields.items() if key not in FREE_SETTINGS})
+            claim_output_dir(output_dir, settings)
+            if training.resume_from_checkpoint is None:
+                remove_later_checkpoints(output_dir, last_whole_checkpoint(output_dir))
+        checkpoint = training.resume_from_checkpoint or last_whole_checkpoint(output_dir)
+    if checkpoint is not None:
+        transformers.utils.logging.get_logger(__name__).warning(f"resuming from {checkpoint}")
+    return None if checkpoint is None else str(checkpoint)
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, training: TrainingArguments, name: str = ""
+):
+    """Saves a model and its tokenizer into the output folder, or all at once into a folder in it."""
+    if not training.should_save:
+        return
+    output_dir = Path(training.output_dir)
+    folder = output_dir / f".{name}.tmp" if name else output_dir
+    if name and folder.is_dir():
+        shutil.rmtree(folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if name:
+        if (output_dir / name).is_dir():
+            shutil.rmtree(output_dir / name)
+        folder.rename(output_dir / name)
+
+
+def push_to_hub(training: TrainingArguments):
+    """Sends the output folder, without checkpoints, to the Hub. A failure is reported with the way to try again."""
+    repository = training.hub_model_id or Path(training.output_dir).resolve().name
+    ignored = ["checkpoint-*", "round-*", "runs/*", "run.json", ".*"]
+    api = HfApi(token=training.hub_token)
+    try:
+        repository = api.create_repo(repository, private=training.hub_private_repo, exist_ok=True).repo_id
+        url = api.upload_folder(
+            repo_id=repository,
+            folder_path=training.output_dir,
+            ignore_patterns=ignored,
+            commit_message="End of training",
+        )
+        print(f"pushed to {url}")
+    except (HTTPError, OSError, ValueError) as error:
+        retry = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
+        print(
+            f"The push to {repository!r} failed ({type(error).__name__}: {str(error).splitlines()[0]}). Nothing is lost: "
+            f"everything is in {training.output_dir}. Try again with\n  hf upload {repository} {training.output_dir} . {retry}",
+            file=sys.stderr,
+        )

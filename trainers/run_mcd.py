@@ -1,0 +1,112 @@
+"""Masked Consistency Distillation: from a masked diffusion teacher to a student that needs fewer steps.
+
+    accelerate launch trainers/run_mcd.py recipes/tiny.yaml [--key value ...]
+
+Killed and started again with the same command, it goes on from the last whole checkpoint.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import set_seed
+
+from modeling_mcd.convert_checkpoints import load_model
+from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
+from trainers.recipe import parse_recipe, recipe_text
+from trainers.rounds import JudgeArguments, RoundCallback, RunReport
+from trainers.run import (
+    TokenizerArguments,
+    check_tokenizer,
+    load_data,
+    load_tokenizer,
+    one_line_errors,
+    prepare_output_dir,
+    push_to_hub,
+    save_model,
+)
+from trainers.text_blocks import TextArguments
+
+
+@dataclass
+class NetworkArguments:
+    teacher: str = field(metadata={"help": "Folder or Hub name of the first round's teacher."})
+    student: str | None = field(default=None, metadata={"help": "Where the student starts; the teacher when null."})
+
+
+@one_line_errors
+def main(arguments: list[str] | None = None):
+    networks, tokenizer_arguments, text, judging, training = parse_recipe(
+        (NetworkArguments, TokenizerArguments, TextArguments, JudgeArguments, MCDTrainingArguments), arguments
+    )
+    push, training.push_to_hub = training.push_to_hub, False  # we push once, when everything is saved
+    set_seed(training.seed)
+    tokenizer = load_tokenizer(tokenizer_arguments)
+    teacher = load_model(networks.teacher)
+    student = teacher if networks.student is None else load_model(networks.student)
+    check_tokenizer(tokenizer, teacher.config)
+    if text.block_length > teacher.config.max_position_embeddings:
+        raise ValueError(
+            f"block_length is {text.block_length}, but the teacher's context is {teacher.config.max_position_embeddings}"
+        )
+    train, validation = load_data(text, tokenizer, training)
+    checkpoint = prepare_output_dir(training, networks, tokenizer_arguments, text, judging)
+
+    trainer = MCDTrainer(
+        student,
+        training,
+        teacher=None if student is teacher else teacher,
+        train_dataset=train,
+        eval_dataset=validation,
+    )
+    report = None
+    if judging.judge is not None and training.process_index == 0:
+        report = RunReport(
+            judging,
+            tokenizer,
+            validation,
+            text.train_text,
+            training.output_dir,
+            training.device,
+            recipe=recipe_text(networks, tokenizer_arguments, text, judging, training),
+            data=f"Distilled on {_name(text.train_text)}; held out: {_name(text.validation_text)}.",
+            method=f"Distilled from {_name(networks.teacher)} by Masked Consistency Distillation.",
+        )
+        if checkpoint is None:
+            print(f"\n{report.judge('teacher', trainer.teacher)}\n", flush=True)
+    trainer.add_callback(RoundCallback(trainer, tokenizer, report))
+    trainer.train(checkpoint)
+
+    student = trainer.whole_student()
+    save_model(student, tokenizer, training)
+    if report is not None:
+        finish(report, trainer, student)
+    if push and training.process_index == 0:
+        push_to_hub(training)
+    trainer.end()
+
+
+def finish(report: RunReport, trainer: MCDTrainer, student):
+    """The table once more, the card beside the model, a sample of teacher and student, and where everything is."""
+    rounds = trainer.args.round_of(trainer.state.global_step - 1) + 1
+    table = report.judge(f"round-{rounds}", student)
+    print(f"\n{table}")
+    for name in ("teacher", f"round-{rounds}"):
+        rows = [row for row in report.report["results"] if row["model"] == name]
+        if rows:
+            row = min(rows, key=lambda row: abs(row["steps"] - 8))
+            print(f"\n{name}, {row['steps']} steps:\n  {row['example']}")
+    folder = Path(trainer.args.output_dir)
+    print(
+        f"\nSaved in {folder}: the student (model.safetensors, config.json), its card (README.md), eval.json, eval.md, eval.png, "
+        f"every round's student (round-*/), checkpoints and logs.\n"
+        f"  AutoModel.from_pretrained({str(folder)!r}).generate(steps=16)"
+    )
+
+
+def _name(source: str | None) -> str | None:
+    """A folder's name without the path of this machine; a Hub name as it is."""
+    return source if source is None or not Path(source).exists() else "/".join(Path(source).parts[-3:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Pre-trains a masked diffusion language model from text.
+
+accelerate launch trainers/run_mdlm.py recipes/tiny_teacher.yaml
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoModel, set_seed
+
+from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
+from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
+from trainers.recipe import parse_recipe
+from trainers.run import (
+    TokenizerArguments,
+    check_tokenizer,
+    load_data,
+    load_tokenizer,
+    one_line_errors,
+    prepare_output_dir,
+    save_model,
+)
+from trainers.text_blocks import TextArguments
+
+
+@dataclass
+class ModelArguments:
+    """The network: a saved one to go on from, or the shape of a new one."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name to go on from; null: a new network."}
+    )
+    hidden_size: int = field(default=768, metadata={"help": "Width."})
+    num_hidden_layers: int = field(default=12, metadata={"help": "Blocks."})
+    num_attention_heads: int = field(default=12, metadata={"help": "Attention heads."})
+    conditioning_size: int = field(default=128, metadata={"help": "Width of the noise embedding."})
+    hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout."})
+    noise_schedule: str = field(default="log_linear", metadata={"help": "log_linear or cosine."})
+
+
+def build_model(arguments: ModelArguments, tokenizer, context: int) -> MDLMForMaskedDiffusion:
+    if arguments.model is not None:
+        return AutoModel.from_pretrained(arguments.model, dtype=torch.float32)
+    return MDLMForMaskedDiffusion(
+        MDLMConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=context,
+            mask_token_id=tokenizer.mask_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            hidden_size=arguments.hidden_size,
+            num_hidden_layers=arguments.num_hidden_layers,
+            num_attention_heads=arguments.num_attention_heads,
+            conditioning_size=arguments.conditioning_size,
+            hidden_dropout=arguments.hidden_dropout,
+            noise_schedule=arguments.noise_schedule,
+        )
+    )
+
+
+@one_line_errors
+def main(arguments: list[str] | None = None):
+    model_arguments, tokenizer_arguments, text, training = parse_recipe(
+        (ModelArguments, TokenizerArguments, TextArguments, MDLMTrainingArguments), arguments
+    )
+    tokenizer = load_tokenizer(tokenizer_arguments)
+    set_seed(training.seed)
+    model = build_model(model_arguments, tokenizer, text.block_length)
+    check_tokenizer(tokenizer, model.config)
+    train, validation = load_data(text, tokenizer, training)
+    checkpoint = prepare_output_dir(training, model_arguments, tokenizer_arguments, text)
+
+    trainer = MDLMTrainer(model, training, train_dataset=train, eval_dataset=validation)
+    trainer.train(checkpoint)
+    save_model(trainer.whole_student(), tokenizer, training)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Networks that follow the student without a gradient: the teacher (snapshot or EMA) and the student's own EMA."""
+
+import contextlib
+import copy
+import os
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+
+def full_weights(model: nn.Module):
+    """A context in which the parameters of a ZeRO-3 model are whole on every rank; nothing to do for others."""
+    if not is_deepspeed_zero3_enabled():
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(model.parameters()))
+
+
+class Follower:
+    """A frozen copy of a network, whole on every rank, that is moved towards the student's weights.
+
+    Args:
+        model: the network to copy.
+        dtype: of the copy; float32 by default.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32):
+        if is_deepspeed_zero3_enabled():
+            # A partitioned network cannot be copied as it is: build the class anew and fill it. The constructor draws
+            # initial weights, which must not disturb the training's random state.
+            with torch.random.fork_rng():
+                self.model = type(model)(copy.deepcopy(model.config))
+            self.follow(model)
+        else:
+            self.model = copy.deepcopy(model)
+        self.model.to(dtype).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module, weight: float = 1.0):
+        """Moves every parameter by `weight` of the way to the student's; 1 copies it."""
+        with full_weights(student):
+            source = dict(student.named_parameters())
+            for name, parameter in self.model.named_parameters():
+                value = source[name].detach().to(parameter)
+                parameter.copy_(value) if weight == 1 else parameter.lerp_(value, weight)
+
+    def save(self, folder: str):
+        os.makedirs(folder, exist_ok=True)
+        state = {name: parameter.contiguous() for name, parameter in self.model.named_parameters()}
+        save_file(state, os.path.join(folder, "model.safetensors"))
+
+    @torch.no_grad()
+    def load(self, folder: str):
+        saved = load_file(os.path.join(folder, "model.safetensors"))
+        parameters = dict(self.model.named_parameters())
+        if saved.keys() != parameters.keys():
+            raise ValueError(
+                f"{folder} holds another network: {sorted(saved.keys() ^ parameters.keys())[0]!r} does not match"
+            )
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+
+
+def ema_weight(decay: float, updates: int) -> float:
+    """1 - min(decay, (1 + n) / (10 + n)) after n earlier updates: the warm-up of MDLM's EMA."""
+    return 1 - min(decay, (1 + updates) / (10 + updates))
+
+
+class EMACallback(TrainerCallback):
+    """Keeps the exponential moving average of the student."""
+
+    def __init__(self, follower: Follower, decay: float):
+        self.follower, self.decay = follower, decay
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.follower.follow(model, ema_weight(self.decay, state.global_step - 1))
+
+
+class TeacherCallback(TrainerCallback):
+    """Keeps the teacher: a snapshot of the student at the start of each round, or its moving average at every step."""
+
+    def __init__(self, teacher: Follower):
+        self.teacher = teacher
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if args.teacher_update == "ema":
+            self.teacher.follow(model, 1 - args.teacher_ema_decay)
+        elif state.global_step % args.steps_per_round == 0:
+            self.teacher.follow(model)
