@@ -30,10 +30,11 @@ def _table(rows: list[dict], results: list[dict]) -> str:
     plain, target = plain_rows(rows), held_out_row(results, rows[0])
     header = ["Gen-PPL (entropy)", *(_column(n, plain) for n in _steps(plain))]
     lines = [_line(header), "| --- |" + " ---: |" * (len(header) - 1), *_lines(plain, "{model}", _plain_cell)]
-    if target is not None:
+    swept = any(row["matched_gen_ppl"] is not None for row in plain)
+    if swept:
         lines += _lines(plain, "{model}, matched", lambda row: _matched_cell(row, target))
     header[0] = _words_title(plain[0])
-    lines += ["", _caption(plain[0], target), "", _line(header), "| --- |" + " ---: |" * (len(header) - 1)]
+    lines += ["", _caption(plain[0], target, swept), "", _line(header), "| --- |" + " ---: |" * (len(header) - 1)]
     return "\n".join([*lines, *_lines(plain, "{model}", _words_cell)])
 
 
@@ -84,7 +85,7 @@ def _number(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.1f}"
 
 
-def _caption(row: dict, target: dict | None) -> str:
+def _caption(row: dict, target: dict | None, swept: bool) -> str:
     conventions = {
         "retokenized": "text re-tokenised by the judge",
         "raw_ids": "token ids given to the judge as they are",
@@ -98,7 +99,11 @@ def _caption(row: dict, target: dict | None) -> str:
     if target is not None:
         caption += (
             f" Held-out text itself: {_number(target['gen_ppl'])} ({target['entropy']:.2f}), {_words_title(target)} "
-            f"{_words_cell(target)}. Matched: log Gen-PPL interpolated over temperatures to the entropy of held-out text; a "
-            f"cell wholly in brackets is the nearest point of a sweep that does not reach it; - says that no sweep was run."
+            f"{_words_cell(target)}."
+        )
+    if swept:
+        caption += (
+            " Matched: log Gen-PPL interpolated over temperatures to the entropy of held-out text; a "
+            "cell wholly in brackets is the nearest point of a sweep that does not reach it; - says that no sweep was run."
         )
     return caption

@@ -128,9 +128,12 @@ class MDLMGenerationMixin:
         # Row by row on the CPU, so that neither the device nor the number of rows behind it changes a row's noise.
         noise = torch.rand(len(canvas), 2, canvas.shape[1], dtype=torch.float64, generator=generator)
 
-        def predict(tokens: torch.Tensor, reveal: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        schedule = noise_schedule_of(self.config)
+
+        def predict(tokens: torch.Tensor, reveal: torch.Tensor, rows: torch.Tensor, t: float) -> torch.Tensor:
             mask = None if attention_mask is None else attention_mask[rows]
-            return self(input_ids=tokens, attention_mask=mask, logits_rows=reveal).logits
+            sigma = -schedule.gamma(torch.full((len(rows),), t, device=tokens.device)).log()
+            return self(input_ids=tokens, attention_mask=mask, timesteps=sigma, logits_rows=reveal).logits
 
         def on_step(tokens: torch.Tensor):
             if streamer is not None:
@@ -145,7 +148,7 @@ class MDLMGenerationMixin:
                 maskable,
                 noise.to(canvas.device).transpose(0, 1),
                 steps=options.steps,
-                schedule=noise_schedule_of(self.config),
+                schedule=schedule,
                 mask_token_id=self.config.mask_token_id,
                 temperature=options.temperature,
                 on_step=on_step,
@@ -160,6 +163,8 @@ class MDLMGenerationMixin:
     def _options(self, generation_config: MDLMGenerationConfig | None, kwargs: dict) -> MDLMGenerationConfig:
         """The call's arguments over the given (or the model's) configuration over the library's defaults."""
         options = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        if "steps" not in options._get_default_generation_params():
+            raise ValueError(f"generation_config must be an MDLMGenerationConfig, not a {type(options).__name__}")
         unknown = sorted(set(kwargs) - set(options._get_default_generation_params()))
         if unknown:
             raise ValueError(
@@ -193,7 +198,7 @@ class MDLMGenerationMixin:
             raise ValueError(f"length is {length}, but the model's context is {context} tokens")
         if width > length:
             raise ValueError(f"input_ids are {width} tokens wide, but length is {length}")
-        canvas = torch.nn.functional.pad(input_ids, (0, length - width), value=mask_token_id)
+        canvas = torch.nn.functional.pad(input_ids.long(), (0, length - width), value=mask_token_id)
         maskable = canvas == mask_token_id
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape:

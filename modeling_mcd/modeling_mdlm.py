@@ -78,13 +78,11 @@ class MDLMRotaryEmbedding(nn.Module):
         super().__init__()
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.theta = config.rope_theta
-        self.register_buffer("inv_freq", self.inverse_frequencies(), persistent=False)
-
-    def inverse_frequencies(self) -> torch.Tensor:
-        return 1.0 / self.theta ** (torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim)
 
     def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[:, :, None].float() * self.inv_freq.float()
+        # No buffer: `.to(bfloat16)` (DeepSpeed's bf16) would round it, and the meta device would lose it.
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=position_ids.device) / self.head_dim
+        angles = position_ids[:, :, None].float() * (1.0 / self.theta**exponents)
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
 
@@ -202,9 +200,6 @@ class MDLMPreTrainedModel(PreTrainedModel):
             # Every block is the identity and every logit zero at the start (DiT, arXiv 2212.09748, "adaLN-Zero").
             init.zeros_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, MDLMRotaryEmbedding):
-            # Not stored in checkpoints, and not computed when the model is built on the meta device.
-            init.copy_(module.inv_freq, module.inverse_frequencies())
 
 
 @auto_docstring(custom_intro="The DiT trunk: tokens to normalised and modulated hidden states, without the head.")

@@ -41,15 +41,16 @@ def draw_tokens(
         mask_token_id: never drawn.
         temperature: at least 0.
     """
-    scores = logits.double()
+    scores = logits.to(torch.float64, copy=True)
     scores[:, mask_token_id] = -torch.inf
     if temperature == 0:
         return scores.argmax(dim=-1)
+    scores -= scores.amax(dim=-1, keepdim=True)  # before the division: no temperature is too small
     cumulative = torch.softmax(scores / temperature, dim=-1).cumsum(dim=-1)
     # Scaling by the last entry absorbs the rounding of the sum; `right=True` skips tokens of probability zero.
-    targets = uniforms[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0]
-    return tokens
+    total = cumulative[:, -1:]
+    targets = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
 
 
 def ancestral(predict, canvas, maskable, uniforms, *, steps, schedule, mask_token_id, temperature, on_step):
@@ -59,7 +60,7 @@ def ancestral(predict, canvas, maskable, uniforms, *, steps, schedule, mask_toke
     the canvas that reveals nothing in a step takes no part in its forward. At most `steps` forwards a row.
 
     Args:
-        predict: `(canvas [b, L], reveal [b, L] bool, rows [b]) -> logits [revealed, V]`, in row-major order.
+        predict: `(canvas [b, L], reveal [b, L] bool, rows [b], t) -> logits [revealed, V]`, in row-major order.
         canvas: [B, L] int64; changed in place.
         maskable: [B, L] bool, the positions to fill.
         uniforms: [2, B, L] float64 in [0, 1): when, and which.
@@ -75,7 +76,7 @@ def ancestral(predict, canvas, maskable, uniforms, *, steps, schedule, mask_toke
         rows = reveal.any(dim=1).nonzero()[:, 0]
         if len(rows) == 0:
             continue
-        logits = predict(canvas[rows], reveal[rows], rows)
+        logits = predict(canvas[rows], reveal[rows], rows, 1 - step / steps)
         canvas[reveal] = draw_tokens(logits, uniforms[1][reveal], mask_token_id, temperature)
         forwards[rows] += 1
         on_step(canvas)

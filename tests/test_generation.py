@@ -86,7 +86,7 @@ def sample(table, start, steps, schedule, temperature=1.0, draws=200_000, seed=1
     """Counts of the 64 canvases among `draws` runs of the library's sampler."""
     canvas = torch.tensor(start).repeat(draws, 1)
     ancestral(
-        lambda canvas, reveal, rows: table[index_of(canvas)][reveal],
+        lambda canvas, reveal, rows, t: table[index_of(canvas)][reveal],
         canvas,
         canvas == 3,
         uniforms(2, draws, 3, seed=seed),
@@ -243,7 +243,7 @@ def run(table, steps, seed=0):
     """The canvases before each step and what is revealed in it, of eight rows."""
     canvas, path = torch.full((8, 3), 3), []
 
-    def predict(canvas, reveal, rows):
+    def predict(canvas, reveal, rows, t):
         path.append((rows.tolist(), canvas.tolist(), reveal.tolist()))
         return table[index_of(canvas)][reveal]
 

@@ -110,7 +110,9 @@ def test_truncated_checkpoint_is_refused_by_name_and_passed_over(inputs, tmp_pat
     weights.write_bytes(weights.read_bytes()[:1000])
     result = run_python(RUN, *arguments, "--resume_from_checkpoint", str(weights.parent))
     assert result.returncode == 1
-    assert "cannot resume from" in result.stderr and "model.safetensors has 1000 bytes and should have" in result.stderr
+    assert (
+        "cannot resume from" in result.stderr and "model.safetensors has 1000 bytes and should have" in result.stderr
+    )
     result = run_python(RUN, *arguments)
     assert result.returncode == 0 and "resuming from" in result.stderr and "checkpoint-2" in result.stderr
 

@@ -72,9 +72,16 @@ def mcd_arguments(inputs: Path, output_dir: Path, **changes) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
-def run_python(code: str, *arguments: str, launcher: tuple[str, ...] = ("-c",), **options) -> subprocess.CompletedProcess:
+def run_python(
+    code: str, *arguments: str, launcher: tuple[str, ...] = ("-c",), **options
+) -> subprocess.CompletedProcess:
     """Runs code in a fresh process with this checkout on its path, one thread, and nothing from the network."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *launcher, code, *arguments], env=environment, capture_output=True, text=True, timeout=600, **options
+        [sys.executable, *launcher, code, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        **options,
     )

@@ -15,6 +15,11 @@ from transformers import HfArgumentParser
 RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 
 
+class RecipeParser(HfArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"error: {' '.join(message.split())}\n")
+
+
 def parse_recipe(dataclass_types, arguments: list[str] | None = None) -> tuple:
     """Reads `[RECIPE.yaml] [--key value ...]` into one instance of each dataclass; the command line wins over the file.
 
@@ -26,7 +31,7 @@ def parse_recipe(dataclass_types, arguments: list[str] | None = None) -> tuple:
     Exits with status 2 and one line on standard error when a file, a key or a value is wrong.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False, usage="%(prog)s [RECIPE.yaml] [--key value ...]")
+    parser = RecipeParser(dataclass_types, allow_abbrev=False, usage="%(prog)s [RECIPE.yaml] [--key value ...]")
     if arguments and not arguments[0].startswith("-"):
         arguments = _recipe_arguments(parser, arguments[0]) + arguments[1:]
     *instances, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
@@ -59,8 +64,13 @@ def _recipe_arguments(parser: HfArgumentParser, name: str) -> list[str]:
             _refuse_key(parser, str(key), f"recipe {name!r}")
         if value is None:
             continue
-        values = value if isinstance(value, list) else [value]
-        arguments += [f"--{key}", *(_as_word(item, path.parent) for item in values)]
+        words = [_as_word(item, path.parent) for item in (value if isinstance(value, list) else [value])]
+        if len(words) == 1:
+            arguments.append(f"--{key}={words[0]}")  # in one piece: a value may start with a dash
+        elif known[key].nargs == "+":
+            arguments += [f"--{key}", *words]
+        else:
+            parser.error(f"{key!r} in recipe {name!r} takes one value, not {len(words)}")
     return arguments
 
 
@@ -72,8 +82,10 @@ def _as_word(value, folder: Path) -> str:
     return str(value)
 
 
-def _keys(parser: HfArgumentParser) -> set[str]:
-    return {option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")}
+def _keys(parser: HfArgumentParser) -> dict:
+    """Key -> argparse action; `--help` is for the command line only."""
+    options = {option: action for action in parser._actions for option in action.option_strings if option != "--help"}
+    return {option[2:]: action for option, action in options.items() if option.startswith("--")}
 
 
 def _refuse_key(parser: HfArgumentParser, key: str, place: str):

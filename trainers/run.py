@@ -130,7 +130,7 @@ def save_model(
 def push_to_hub(training: TrainingArguments):
     """Sends the output folder, without checkpoints, to the Hub. A failure is reported with the way to try again."""
     repository = training.hub_model_id or Path(training.output_dir).resolve().name
-    ignored = ["checkpoint-*", "round-*", "runs/*", "run.json", ".*"]
+    ignored = ["checkpoint-*", "teacher/*", "round-*", "runs/*", "run.json", ".*"]
     api = HfApi(token=training.hub_token)
     try:
         repository = api.create_repo(repository, private=training.hub_private_repo, exist_ok=True).repo_id

@@ -58,6 +58,8 @@ def main(arguments: list[str] | None = None):
         train_dataset=train,
         eval_dataset=validation,
     )
+    if checkpoint is None:
+        save_model(trainer.teacher, tokenizer, training, "teacher")
     report = None
     if judging.judge is not None and training.process_index == 0:
         report = RunReport(
@@ -98,7 +100,7 @@ def finish(report: RunReport, trainer: MCDTrainer, student):
     folder = Path(trainer.args.output_dir)
     print(
         f"\nSaved in {folder}: the student (model.safetensors, config.json), its card (README.md), eval.json, eval.md, eval.png, "
-        f"every round's student (round-*/), checkpoints and logs.\n"
+        f"the teacher and every round's student (teacher/, round-*/), checkpoints and logs.\n"
         f"  AutoModel.from_pretrained({str(folder)!r}).generate(steps=16)"
     )
 

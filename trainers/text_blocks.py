@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 
@@ -67,7 +68,7 @@ def blocks_of(
             )
     documents, identity = _documents(source, text, split, streaming)
     features = Features({"input_ids": List(Value("uint16" if len(tokenizer) <= 2**16 else "int32"), block_length)})
-    arguments = {"documents": documents, "tokenizer": tokenizer, "block_length": block_length}
+    arguments = {"documents": documents, "tokenizer": tokenizer, "block_length": block_length, "source": source}
     if streaming:
         return IterableDataset.from_generator(pack, features=features, gen_kwargs=arguments)
     # Our own fingerprint: that of a tokenizer object changes with its use, and a path says nothing of the file's content.
@@ -78,22 +79,23 @@ def blocks_of(
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
     )
-    blocks = Dataset.from_generator(
-        pack,
-        features=features,
-        gen_kwargs=arguments,
-        fingerprint=hashlib.sha256(repr(recipe).encode()).hexdigest()[:16],
-    )
-    if len(blocks) == 0:
-        raise ValueError(
-            f"{source!r} holds less text than one block of {block_length} tokens: give more text or a smaller block_length"
-        )
-    return blocks
+    fingerprint = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
+    return _build(pack, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
 
 
-def pack(documents, tokenizer: PreTrainedTokenizerBase, block_length: int) -> Iterator[dict[str, np.ndarray]]:
+def _build(generator, **arguments) -> Dataset:
+    """`Dataset.from_generator`, but the generator's own complaint reaches the user, not that there was one."""
+    try:
+        return Dataset.from_generator(generator, **arguments)
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+
+
+def pack(
+    documents, tokenizer: PreTrainedTokenizerBase, block_length: int, source: str = "the text"
+) -> Iterator[dict[str, np.ndarray]]:
     """Cuts a stream of documents (rows with a `text`) into blocks, as the module's docstring says."""
-    body, rest = block_length - 2, np.empty(0, dtype=np.int32)
+    body, rest, blocks = block_length - 2, np.empty(0, dtype=np.int32), 0
     for batch in documents.iter(batch_size=64):
         encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)[
             "input_ids"
@@ -102,7 +104,11 @@ def pack(documents, tokenizer: PreTrainedTokenizerBase, block_length: int) -> It
         whole = len(rest) // body
         for chunk in rest[: whole * body].reshape(whole, body):
             yield {"input_ids": np.concatenate([[tokenizer.bos_token_id], chunk, [tokenizer.eos_token_id]])}
-        rest = rest[whole * body :]
+        rest, blocks = rest[whole * body :], blocks + whole
+    if blocks == 0:
+        raise ValueError(
+            f"{source!r} holds less text than one block of {block_length} tokens: give more text or a smaller block_length"
+        )
 
 
 def _documents(source: str, text: TextArguments, split: str, streaming: bool):
@@ -115,7 +121,7 @@ def _documents(source: str, text: TextArguments, split: str, streaming: bool):
                 f"text {source!r}: " + ("no .txt file in this folder" if path.is_dir() else "no such file or folder")
             )
         identity = [(str(f.resolve()), hashlib.sha256(f.read_bytes()).hexdigest()) for f in files]
-        build = IterableDataset.from_generator if streaming else Dataset.from_generator
+        build = IterableDataset.from_generator if streaming else _build
         documents = build(
             _read_files, features=Features({"text": Value("large_string")}), gen_kwargs={"files": identity}
         )

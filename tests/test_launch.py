@@ -1,0 +1,106 @@
+"""One process, two processes under DDP, ZeRO-2 and ZeRO-3 on a CPU: the same losses and the same final networks."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from safetensors.torch import load_file
+from tiny_run import ROOT, mcd_arguments, run_python, write_inputs
+
+
+pytestmark = pytest.mark.slow
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or shutil.which("ninja") is None,
+    reason="DeepSpeed builds its gloo extension with g++ and ninja",
+)
+LAUNCHES = {
+    "one process": (None, {}),
+    "ddp": ("ddp_cpu.yaml", {}),
+    "ddp, accumulating": ("ddp_cpu.yaml", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    "zero2": ("zero2_cpu.yaml", {}),
+    "zero3": ("zero3_cpu.yaml", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def launch(inputs, output, config, **changes):
+    changes = {"save_steps": 12, **({"per_device_train_batch_size": 4} if config else {}), **changes}
+    arguments = mcd_arguments(inputs, output, **changes)
+    launcher = ["--config_file", str(ROOT / "recipes/accelerate" / config)] if config else []
+    return run_python(
+        "accelerate.commands.launch", *launcher, str(ROOT / "trainers/run_mcd.py"), *arguments, launcher=("-m",)
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(inputs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("reference") / "run"
+    result = launch(inputs, output, None)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def losses(output):
+    history = json.loads((output / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if "loss" in entry for key in ("loss", "kl", "reveal_cross_entropy")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=needs_compiler if "zero" in name else ()) for name in LAUNCHES if name != "one process"],
+)
+def test_same_losses_and_same_networks(name, inputs, reference, tmp_path):
+    config, changes = LAUNCHES[name]
+    result = launch(inputs, tmp_path / "run", config, **changes)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(reference), abs=1e-5)
+    for network in ("teacher", "ema"):
+        ours = load_file(tmp_path / "run" / "checkpoint-12" / network / "model.safetensors")
+        theirs = load_file(reference / "checkpoint-12" / network / "model.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-4
+    final, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", reference))
+    assert max((final[key] - expected[key]).abs().max().item() for key in expected) < 1e-4
+
+
+@pytest.mark.parametrize("config", ["ddp_cpu.yaml", pytest.param("zero3_cpu.yaml", marks=needs_compiler)])
+def test_stopped_and_resumed_is_the_same_run(config, inputs, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert launch(inputs, whole, config, save_steps=6).returncode == 0
+    assert launch(inputs, halves, config, save_steps=6).returncode == 0
+    shutil.rmtree(halves / "checkpoint-12")
+    result = launch(inputs, halves, config, save_steps=6)
+    assert result.returncode == 0 and "resuming from" in result.stderr, result.stderr
+    assert losses(whole) == losses(halves)
+    for network in ("teacher", "ema"):
+        ours, theirs = (load_file(run / "checkpoint-12" / network / "model.safetensors") for run in (halves, whole))
+        assert all(ours[key].equal(theirs[key]) for key in theirs)
+
+
+def test_unsynchronised_ranks_are_refused(inputs, tmp_path):
+    """torchrun with an explicit gloo backend and no CPU flag is the launch that used to train two diverging ranks."""
+    code = (
+        "import sys, trainers.diffusion_trainer as d; d.pick_cpu_backend = lambda arguments: None\n"
+        "from trainers.run_mcd import main; main(sys.argv[1:])"
+    )
+    script = tmp_path / "unsynchronised.py"
+    script.write_text(code)
+    arguments = mcd_arguments(inputs, tmp_path / "run", ddp_backend="gloo")
+    result = run_python(
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+        str(script),
+        *arguments,
+        launcher=("-m",),
+    )
+    assert result.returncode != 0
+    assert "accelerate would not synchronise" in result.stderr

@@ -1,0 +1,275 @@
+"""The MCD loss against the formula of the paper written out token by token, its identities, and its schedules."""
+
+import math
+
+import pytest
+import torch
+from tiny_run import BLOCK, save_teacher, write_inputs
+from transformers import AutoModel
+
+from trainers.divergences import cross_entropy, kl_divergence, subs_log_probabilities
+from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
+from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
+from trainers.trajectories import step_noise
+
+
+SETTINGS = {
+    "num_rounds": 3,
+    "steps_per_round": 4,
+    "delta": 0.125,
+    "ema_decay": None,
+    "per_device_train_batch_size": 4,
+    "save_strategy": "no",
+    "seed": 11,
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"))
+    return AutoModel.from_pretrained(folder / "teacher").eval()
+
+
+def make_trainer(teacher, tmp_path, **changes):
+    student = type(teacher)(teacher.config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            parameter.copy_(teacher.get_parameter(name) + 0.1 * torch.randn(parameter.shape, generator=generator))
+    arguments = MCDTrainingArguments(output_dir=str(tmp_path), **{**SETTINGS, **changes})
+    return MCDTrainer(student, arguments, teacher=teacher)
+
+
+def blocks():
+    return torch.randint(0, 46, (4, BLOCK), generator=torch.Generator().manual_seed(2))
+
+
+def loss_by_hand(trainer, teacher, x_0, step, direction, per_masked_token):
+    """Design points 4 and 5, one token at a time, in float64 over full logits."""
+    args = trainer.args
+    delta, tau = args.delta * 2 ** (step // 4), [0.96, 0.93, 0.90][step // 4]
+    times, u = step_noise(args.seed, step, range(4), 4, BLOCK)
+    t = 1 - (1 - delta) * times
+    gamma_t, gamma_s = 1 - (1 - 1e-3) * t, 1 - (1 - 1e-3) * (t - delta)
+    mask = trainer.mask_token_id
+    z_t = torch.where(u > gamma_t[:, None], mask, x_0)
+    z_s = torch.where(u > gamma_s[:, None], mask, x_0)
+    with torch.no_grad():
+        student_logits, teacher_logits = trainer.model(z_t).logits.double(), teacher(z_s).logits.double() / tau
+    student_logits[..., mask], teacher_logits[..., mask] = -math.inf, -math.inf
+    p, q = student_logits.softmax(-1), teacher_logits.softmax(-1)
+    total, masked = 0.0, 0
+    for b in range(4):
+        for i in range(BLOCK):
+            if z_t[b, i] != mask:
+                continue
+            masked += 1
+            if z_s[b, i] == mask:
+                first, second = (p[b, i], q[b, i]) if direction == "student_teacher" else (q[b, i], p[b, i])
+                total += sum(
+                    a * math.log(a / c) for a, c in zip(first.tolist(), second.tolist(), strict=True) if a > 0
+                )
+            else:
+                total -= math.log(p[b, i, x_0[b, i]])
+    return total / (masked if per_masked_token else x_0.numel())
+
+
+@pytest.mark.parametrize("direction", ["student_teacher", "teacher_student"])
+@pytest.mark.parametrize("reduction", ["all_tokens", "masked_tokens"])
+@pytest.mark.parametrize("step", [0, 5, 11])
+def test_loss_equals_the_formula_by_hand(teacher, tmp_path, direction, reduction, step):
+    trainer = make_trainer(teacher, tmp_path, divergence=direction, reduction=reduction)
+    trainer.model.train()
+    trainer.state.global_step = step
+    loss = trainer.compute_loss(trainer.model, {"input_ids": blocks()})
+    by_hand = loss_by_hand(trainer, teacher, blocks(), step, direction, reduction == "masked_tokens")
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_teacher_gets_no_gradient_and_every_student_parameter_one(teacher, tmp_path):
+    trainer = make_trainer(teacher, tmp_path)
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, {"input_ids": blocks()}).backward()
+    assert all(parameter.grad is None for parameter in trainer.teacher.parameters())
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+
+
+def test_a_batch_with_nothing_masked_costs_nothing(teacher, tmp_path):
+    trainer = make_trainer(teacher, tmp_path, delta=1e-9, delta_growth=1.0)
+    trainer.model.train()
+    trainer.noise_of_batch = lambda x: (
+        torch.full((4,), 1 - 1e-9, dtype=torch.float64),
+        torch.zeros(4, BLOCK, dtype=torch.float64),
+    )
+    loss = trainer.compute_loss(trainer.model, {"input_ids": blocks()})
+    loss.backward()
+    assert loss.item() == 0
+    assert all(parameter.grad.eq(0).all() for parameter in trainer.model.parameters())
+
+
+def test_the_hybrid_repairs_what_makes_plain_student_first_kl_explode(teacher):
+    """Where the teacher sees the token, SUBS makes it a point mass: teacher-first KL is the cross-entropy, student-first
+    KL is of order 1e6 (the FAILED row of the paper's ablation), which the hybrid replaces by the cross-entropy."""
+    x_0 = blocks()[:1]
+    logits = teacher(torch.full_like(x_0, 47)).logits[0]
+    log_student = subs_log_probabilities(logits, 47)
+    point_mass = torch.full_like(log_student, -1e6).scatter(1, x_0[0][:, None], 0.0)
+    reveal = cross_entropy(log_student, x_0[0])
+    assert torch.allclose(kl_divergence(point_mass, log_student), reveal, atol=1e-5)
+    assert (kl_divergence(log_student, point_mass) > 1e5).all()
+    assert (reveal < 20).all()
+
+
+def test_subs_never_gives_the_mask_probability_and_temperature_is_a_power():
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5
+    p = subs_log_probabilities(logits, 4, temperature=0.7).exp()
+    assert (p[:, 4] == 0).all() and torch.allclose(p.sum(1), torch.ones(50, dtype=torch.float64))
+    powered = subs_log_probabilities(logits, 4).exp() ** (1 / 0.7)
+    assert torch.allclose(p, powered / powered.sum(1, keepdim=True))
+
+
+def test_divergences_are_float32_under_autocast():
+    logits = torch.randn(4, 6, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_p = subs_log_probabilities(logits, 5)
+        assert log_p.dtype == kl_divergence(log_p, log_p).dtype == torch.float32
+
+
+def test_gradient_of_kl_and_cross_entropy():
+    """gradcheck in float64 through SUBS, with the mask among the columns."""
+    teacher_logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    tokens = torch.tensor([0, 1, 3])
+
+    def losses(student):
+        log_p, log_q = subs_log_probabilities(student, 4), subs_log_probabilities(teacher_logits, 4, 0.9)
+        return kl_divergence(log_p, log_q), kl_divergence(log_q, log_p), cross_entropy(log_p, tokens)
+
+    assert torch.autograd.gradcheck(losses, (logits,))
+
+
+def test_schedules_are_functions_of_the_step():
+    args = MCDTrainingArguments(output_dir="unused", num_rounds=5, steps_per_round=10)
+    assert args.max_steps == 50
+    assert [args.round_of(step) for step in (0, 9, 10, 49, 50)] == [0, 0, 1, 4, 4]
+    assert [args.delta_of(r) for r in range(5)] == [1 / 512, 1 / 256, 1 / 128, 1 / 64, 1 / 32]
+    assert [args.tau_of(r) for r in range(5)] == [0.96, 0.93, 0.90, 0.87, 0.84]
+    assert MCDTrainingArguments(output_dir="unused", tau=[0.5]).tau_of(3) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"delta": 0.3}, r"delta \(0.3\) grows to 1.2 in 3 rounds"),
+        ({"num_rounds": 0}, "num_rounds must be at least 1, not 0"),
+        ({"steps_per_round": 0}, "steps_per_round must be at least 1, not 0"),
+        ({"delta": 0.0}, r"delta \(0.0\).*must be positive"),
+        ({"tau": [0.9, -1.0]}, "tau must be one or more positive temperatures"),
+        ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\)"),
+        ({"save_strategy": "steps", "save_steps": 15, "logging_steps": 10}, r"save_steps \(15\) must be a multiple"),
+    ],
+)
+def test_wrong_settings_name_the_field_and_the_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MCDTrainingArguments(output_dir="unused", **{**SETTINGS, **changes})
+
+
+def test_teacher_and_student_of_different_vocabulary(teacher, tmp_path):
+    save_teacher(tmp_path / "other", vocab_size=60)
+    student = AutoModel.from_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="differ in vocab_size: 48 and 60"):
+        MCDTrainer(student, MCDTrainingArguments(output_dir=str(tmp_path / "run"), **SETTINGS), teacher=teacher)
+
+
+def test_gradient_accumulation_gives_the_loss_and_gradient_of_the_whole_batch(teacher, tmp_path):
+    """Same step, same noise: 1 x 4 rows against 2 micro-batches of 2."""
+    data = [{"input_ids": row.tolist()} for row in blocks()]
+    results = []
+    for size, accumulation in ((4, 1), (2, 2)):
+        trainer = make_trainer(
+            teacher,
+            tmp_path / str(size),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            logging_steps=1,
+            learning_rate=1e-3,
+            warmup_steps=0,
+        )
+        trainer.train_dataset = data
+        trainer.train()
+        log = trainer.state.log_history[0]
+        results.append((log["loss"], log["grad_norm"], trainer.model.lm_head.bias.detach().clone()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-4)
+    assert torch.allclose(results[0][2], results[1][2], atol=1e-5)
+
+
+@pytest.mark.parametrize("update", ["snapshot", "ema"])
+def test_teacher_follows_the_student_as_asked(teacher, tmp_path, update):
+    trainer = make_trainer(
+        teacher,
+        tmp_path,
+        teacher_update=update,
+        teacher_ema_decay=0.5,
+        steps_per_round=2,
+        max_steps=3,
+        learning_rate=1e-2,
+        warmup_steps=0,
+    )
+    seen = []
+
+    class Watch(type(trainer.callback_handler.callbacks[-1]).__base__):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            seen.append((model.lm_head.bias.detach().clone(), trainer.teacher.lm_head.bias.clone()))
+
+    trainer.add_callback(Watch())
+    trainer.train_dataset = [{"input_ids": row.tolist()} for row in blocks()] * 3
+    before = teacher.lm_head.bias.detach().clone()
+    trainer.train()
+    (s1, t1), (s2, t2), (s3, t3) = seen
+    if update == "snapshot":
+        assert torch.equal(t1, before) and torch.equal(t2, s2) and torch.equal(t3, s2)
+    else:
+        assert torch.allclose(t1, (before + s1) / 2) and torch.allclose(t2, (t1 + s2) / 2)
+        assert torch.allclose(t3, (t2 + s3) / 2)
+
+
+def test_non_finite_loss_stops_with_step_and_round(teacher, tmp_path):
+    trainer = make_trainer(teacher, tmp_path, max_steps=6, steps_per_round=2)
+
+    class Break(type(trainer.callback_handler.callbacks[-1]).__base__):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 3:
+                model.lm_head.bias.data[0] = math.nan
+
+    trainer.add_callback(Break())
+    trainer.train_dataset = [{"input_ids": row.tolist()} for row in blocks()] * 6
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 3 \(round 2 of 3\)"):
+        trainer.train()
+
+
+def test_mdlm_loss_equals_the_nelbo_by_hand(teacher, tmp_path):
+    arguments = MDLMTrainingArguments(
+        output_dir=str(tmp_path), ema_decay=None, per_device_train_batch_size=4, save_strategy="no", seed=11
+    )
+    trainer = MDLMTrainer(type(teacher)(teacher.config), arguments)
+    trainer.model.load_state_dict(teacher.state_dict())
+    trainer.model.train()
+    x_0 = blocks()
+    times, u = step_noise(11, 0, range(4), 4, BLOCK)
+    t = 1e-3 + (1 - 1e-3) * times
+    z_t = torch.where(u > (1 - (1 - 1e-3) * t)[:, None], 47, x_0)
+    with torch.no_grad():
+        logits = trainer.model(z_t).logits.double()
+    logits[..., 47] = -math.inf
+    nll = -logits.log_softmax(-1).gather(-1, x_0[..., None])[..., 0]
+    by_hand = (nll / t[:, None])[z_t == 47].sum() / x_0.numel()
+    assert trainer.compute_loss(trainer.model, {"input_ids": x_0}).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_evaluation_loss_is_the_same_each_time_and_leaves_training_noise_alone(teacher, tmp_path):
+    trainer = make_trainer(teacher, tmp_path)
+    trainer.eval_dataset = [{"input_ids": row.tolist()} for row in blocks()] * 4
+    first, second = (trainer.evaluate()["eval_loss"] for _ in range(2))
+    assert first == second and first > 0
