@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 from safetensors.torch import load_file
