@@ -17,6 +17,13 @@ $(VENV)/installed: setup.py constraints.txt
 distill: setup
 	$(BIN)/accelerate launch trainers/run_mcd.py recipes/tiny.yaml
 
+# The full table of the last `make distill`: 512 samples, 3 seeds, a sweep of temperatures for the matched column. Hours
+# on two cores; killed and started again, it goes on where it was.
+evaluate: setup
+	$(BIN)/python evaluation/run_eval.py runs/tiny --rounds --judge recipes/tiny/judge --entropy_unit words \
+		--steps 2 4 8 16 32 64 --temperatures 1.0 0.9 0.8 0.7 --samples 512 --seeds 3 --batch_size 64 \
+		--reference_text recipes/tiny/text/validation --vocabulary_text recipes/tiny/text/train
+
 test: setup
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile -q -m "not slow"
 

@@ -30,7 +30,7 @@ def _table(rows: list[dict], results: list[dict]) -> str:
     plain, target = plain_rows(rows), held_out_row(results, rows[0])
     header = ["Gen-PPL (entropy)", *(_column(n, plain) for n in _steps(plain))]
     lines = [_line(header), "| --- |" + " ---: |" * (len(header) - 1), *_lines(plain, "{model}", _plain_cell)]
-    swept = any(row["matched_gen_ppl"] is not None for row in plain)
+    swept = target is not None and any(row["matched_gen_ppl"] is not None for row in plain)
     if swept:
         lines += _lines(plain, "{model}, matched", lambda row: _matched_cell(row, target))
     header[0] = _words_title(plain[0])

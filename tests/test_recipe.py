@@ -45,8 +45,8 @@ def refusal(capsys, call) -> str:
         call()
     assert stop.value.code == 2
     out, err = capsys.readouterr()
-    usage, *lines = err.strip().splitlines()
-    assert out == "" and usage.startswith("usage: ") and len(lines) == 1
+    lines = err.strip().splitlines()
+    assert out == "" and len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]
 
 
