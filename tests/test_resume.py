@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import mcd_arguments, run_python, write_inputs
 
 
@@ -56,11 +57,16 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(inputs, tmp_path_factory):
+def whole_run(inputs, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "run"
-    result = run_python(RUN, *mcd_arguments(inputs, output))
+    result = run_python(RUN, *mcd_arguments(inputs, output, report_to="tensorboard"))
     assert result.returncode == 0, result.stderr
-    return outcome(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole_run):
+    return outcome(whole_run)
 
 
 def outcome(output):
@@ -101,6 +107,33 @@ def test_the_run_moved_the_weights_and_its_rounds_are_what_they_should_be(inputs
     # The third round has ended: the teacher is the student again, and the EMA lags behind both.
     assert all(torch.equal(weights["."][key], weights["teacher"][key]) for key in weights["."])
     assert not torch.equal(weights["."]["lm_head.weight"], weights["ema"]["lm_head.weight"])
+
+
+def test_everything_that_the_method_varies_is_logged(whole_run):
+    """The event file of TensorBoard, read back."""
+    events = EventAccumulator(str(next(whole_run.glob("runs/*")))).Reload()
+    names = (
+        "loss",
+        "kl",
+        "reveal_cross_entropy",
+        "delta",
+        "tau",
+        "round",
+        "masked_fraction_t",
+        "masked_fraction_s",
+        "grad_norm",
+    )
+    for name in names:
+        assert [event.step for event in events.Scalars(f"train/{name}")] == list(range(1, 13)), name
+    assert [event.value for event in events.Scalars("train/delta")] == [0.125] * 4 + [0.25] * 4 + [0.5] * 4
+
+
+def test_a_finished_run_started_again_trains_no_more(inputs, whole_run):
+    before = outcome(whole_run)
+    result = run_python(RUN, *mcd_arguments(inputs, whole_run))
+    assert result.returncode == 0, result.stderr
+    assert_same(outcome(whole_run), before)
+    assert not (whole_run / "checkpoint-13").exists()
 
 
 def test_truncated_checkpoint_is_refused_by_name_and_passed_over(inputs, tmp_path):

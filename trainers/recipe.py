@@ -103,10 +103,6 @@ def recipe_text(*instances) -> str:
         }
         for name, default in defaults.items():
             value = getattr(instance, name)
-            if (
-                value != default
-                and "token" not in name.split("_")
-                and isinstance(value, bool | int | float | str | list)
-            ):
+            if value != default and name != "hub_token" and isinstance(value, bool | int | float | str | list):
                 settings[name] = str(value) if isinstance(value, enum.Enum) else value
     return yaml.safe_dump(settings, sort_keys=False)

@@ -48,7 +48,6 @@ class RunReport:
 
     Args:
         text: where the training text lies; its words count as known when it is a file or a folder.
-        about: what the model card says of the run: `recipe`, `data`, `method`.
     """
 
     def __init__(
@@ -59,9 +58,8 @@ class RunReport:
         text: str,
         output_dir: str,
         device: torch.device,
-        **about: str,
     ):
-        self.arguments, self.tokenizer, self.folder, self.about = arguments, tokenizer, Path(output_dir), about
+        self.arguments, self.tokenizer, self.folder = arguments, tokenizer, Path(output_dir)
         judge = AutoModelForCausalLM.from_pretrained(arguments.judge).to(device).eval()
         self.protocol = EvaluationProtocol(
             judge,
@@ -73,13 +71,11 @@ class RunReport:
             vocabulary=vocabulary_of(read_texts(text)) if Path(text).exists() else None,
             batch_size=arguments.evaluation_batch_size,
         )
-        rows = []
         if validation is not None:
             count = min(len(validation), 512)
             chosen = torch.linspace(0, len(validation) - 1, count).round().long().tolist()
             blocks = torch.tensor(validation.select(chosen)["input_ids"])
-            rows = [evaluate_held_out_text(blocks, tokenizer, self.protocol)]
-        self.report = save_results(self.folder, rows, **about)
+            save_results(self.folder, [evaluate_held_out_text(blocks, tokenizer, self.protocol)])
 
     def judge(self, name: str, model: PreTrainedModel) -> str:
         """Adds a model's rows, saved one by one, and returns the whole table."""
@@ -87,8 +83,8 @@ class RunReport:
         for row in evaluate_model(
             name, model, self.tokenizer, self.protocol, self.arguments.evaluation_steps, known_rows=known
         ):
-            self.report = save_results(self.folder, [row], label=name)
-        return write_report(self.folder, self.report)
+            save_results(self.folder, [row], label=name)
+        return write_report(self.folder, load_report(self.folder))
 
 
 class RoundCallback(TrainerCallback):

@@ -17,14 +17,12 @@ from trainers.checkpoints import claim_output_dir, last_whole_checkpoint, remove
 from trainers.text_blocks import TextArguments, load_blocks
 
 
-# Settings that change where a run writes and how fast it goes, but not what it computes.
-FREE_SETTINGS = {
-    "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo",
-    "hub_always_push", "hub_revision", "report_to", "run_name", "project", "disable_tqdm", "logging_dir", "log_level",
-    "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
-    "dataloader_prefetch_factor", "local_rank", "ddp_backend", "ddp_timeout", "logging_first_step", "overwrite_output_dir",
-    "accelerator_config", "deepspeed", "use_cpu", "trackio_space_id",
-}  # fmt: skip
+# The settings of `TrainingArguments` that decide what a run computes; a method's own settings all do.
+DECISIVE_SETTINGS = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm"),
+    *("seed", "data_seed", "bf16", "fp16", "tf32", "full_determinism"),
+)
 
 
 @dataclass
@@ -87,6 +85,17 @@ def load_data(text: TextArguments, tokenizer: PreTrainedTokenizerBase, training:
         return load_blocks(text, tokenizer)
 
 
+def run_settings(training: TrainingArguments, *arguments) -> dict:
+    """What a run is: equal settings compute the same thing, whatever the number of processes."""
+    settings = {key: value for instance in arguments for key, value in dataclasses.asdict(instance).items()}
+    own = {f.name for f in dataclasses.fields(training)} - {f.name for f in dataclasses.fields(TrainingArguments)}
+    settings |= {key: value for key, value in training.to_dict().items() if key in own or key in DECISIVE_SETTINGS}
+    settings["global_batch_size"] = (
+        training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    )
+    return settings
+
+
 def prepare_output_dir(training: TrainingArguments, *arguments) -> str | None:
     """Claims the output folder for this run, and returns the checkpoint to resume from, if there is one.
 
@@ -96,11 +105,7 @@ def prepare_output_dir(training: TrainingArguments, *arguments) -> str | None:
     output_dir = Path(training.output_dir)
     with training.main_process_first(local=False):
         if training.process_index == 0:
-            settings = {}
-            for instance in (*arguments, training):
-                fields = training.to_dict() if instance is training else dataclasses.asdict(instance)
-                settings.update({key: value for key, value in fields.items() if key not in FREE_SETTINGS})
-            claim_output_dir(output_dir, settings)
+            claim_output_dir(output_dir, run_settings(training, *arguments))
             if training.resume_from_checkpoint is None:
                 remove_later_checkpoints(output_dir, last_whole_checkpoint(output_dir))
         checkpoint = training.resume_from_checkpoint or last_whole_checkpoint(output_dir)
@@ -125,6 +130,11 @@ def save_model(
         if (output_dir / name).is_dir():
             shutil.rmtree(output_dir / name)
         folder.rename(output_dir / name)
+
+
+def short_name(source: str | None) -> str | None:
+    """A folder's name without the path of this machine; a Hub name as it is."""
+    return source if source is None or not Path(source).exists() else "/".join(Path(source).parts[-3:])
 
 
 def push_to_hub(training: TrainingArguments):

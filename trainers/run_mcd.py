@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from evaluation import load_report, save_results, write_report
 from modeling_mcd.convert_checkpoints import load_model
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 from trainers.recipe import parse_recipe, recipe_text
@@ -23,6 +24,7 @@ from trainers.run import (
     prepare_output_dir,
     push_to_hub,
     save_model,
+    short_name,
 )
 from trainers.text_blocks import TextArguments
 
@@ -49,7 +51,7 @@ def main(arguments: list[str] | None = None):
             f"block_length is {text.block_length}, but the teacher's context is {teacher.config.max_position_embeddings}"
         )
     train, validation = load_data(text, tokenizer, training)
-    checkpoint = prepare_output_dir(training, networks, tokenizer_arguments, text, judging)
+    checkpoint = prepare_output_dir(training, networks, tokenizer_arguments, text)
 
     trainer = MCDTrainer(
         student,
@@ -61,53 +63,46 @@ def main(arguments: list[str] | None = None):
     if checkpoint is None:
         save_model(trainer.teacher, tokenizer, training, "teacher")
     report = None
-    if judging.judge is not None and training.process_index == 0:
-        report = RunReport(
-            judging,
-            tokenizer,
-            validation,
-            text.train_text,
+    if training.process_index == 0:
+        save_results(
             training.output_dir,
-            training.device,
             recipe=recipe_text(networks, tokenizer_arguments, text, judging, training),
-            data=f"Distilled on {_name(text.train_text)}; held out: {_name(text.validation_text)}.",
-            method=f"Distilled from {_name(networks.teacher)} by Masked Consistency Distillation.",
+            data=f"Distilled on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
+            method=f"Distilled from {short_name(networks.teacher)} by Masked Consistency Distillation.",
         )
-        if checkpoint is None:
+        if judging.judge is not None:
+            report = RunReport(judging, tokenizer, validation, text.train_text, training.output_dir, training.device)
             print(f"\n{report.judge('teacher', trainer.teacher)}\n", flush=True)
     trainer.add_callback(RoundCallback(trainer, tokenizer, report))
     trainer.train(checkpoint)
 
     student = trainer.whole_student()
     save_model(student, tokenizer, training)
-    if report is not None:
-        finish(report, trainer, student)
-    if push and training.process_index == 0:
-        push_to_hub(training)
+    if training.process_index == 0:
+        finish(trainer, student, report)
+        if push:
+            push_to_hub(training)
     trainer.end()
 
 
-def finish(report: RunReport, trainer: MCDTrainer, student):
+def finish(trainer: MCDTrainer, student, report: RunReport | None):
     """The table once more, the card beside the model, a sample of teacher and student, and where everything is."""
-    rounds = trainer.args.round_of(trainer.state.global_step - 1) + 1
-    table = report.judge(f"round-{rounds}", student)
-    print(f"\n{table}")
-    for name in ("teacher", f"round-{rounds}"):
-        rows = [row for row in report.report["results"] if row["model"] == name]
+    folder = Path(trainer.args.output_dir)
+    last = f"round-{trainer.args.round_of(trainer.state.global_step - 1) + 1}"
+    if report is not None:
+        report.judge(last, student)
+    results = load_report(folder)
+    print(f"\n{write_report(folder, results)}")
+    for name in ("teacher", last):
+        rows = [row for row in results["results"] if row["model"] == name]
         if rows:
             row = min(rows, key=lambda row: abs(row["steps"] - 8))
             print(f"\n{name}, {row['steps']} steps:\n  {row['example']}")
-    folder = Path(trainer.args.output_dir)
     print(
         f"\nSaved in {folder}: the student (model.safetensors, config.json), its card (README.md), eval.json, eval.md, eval.png, "
         f"the teacher and every round's student (teacher/, round-*/), checkpoints and logs.\n"
         f"  AutoModel.from_pretrained({str(folder)!r}).generate(steps=16)"
     )
-
-
-def _name(source: str | None) -> str | None:
-    """A folder's name without the path of this machine; a Hub name as it is."""
-    return source if source is None or not Path(source).exists() else "/".join(Path(source).parts[-3:])
 
 
 if __name__ == "__main__":

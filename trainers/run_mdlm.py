@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModel, set_seed
 
+from evaluation import save_results, validation_nelbo, write_report
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
-from trainers.recipe import parse_recipe
+from trainers.recipe import parse_recipe, recipe_text
 from trainers.run import (
     TokenizerArguments,
     check_tokenizer,
@@ -18,7 +19,9 @@ from trainers.run import (
     load_tokenizer,
     one_line_errors,
     prepare_output_dir,
+    push_to_hub,
     save_model,
+    short_name,
 )
 from trainers.text_blocks import TextArguments
 
@@ -63,6 +66,7 @@ def main(arguments: list[str] | None = None):
     model_arguments, tokenizer_arguments, text, training = parse_recipe(
         (ModelArguments, TokenizerArguments, TextArguments, MDLMTrainingArguments), arguments
     )
+    push, training.push_to_hub = training.push_to_hub, False  # we push once, when everything is saved
     tokenizer = load_tokenizer(tokenizer_arguments)
     set_seed(training.seed)
     model = build_model(model_arguments, tokenizer, text.block_length)
@@ -72,7 +76,22 @@ def main(arguments: list[str] | None = None):
 
     trainer = MDLMTrainer(model, training, train_dataset=train, eval_dataset=validation)
     trainer.train(checkpoint)
-    save_model(trainer.whole_student(), tokenizer, training)
+    model = trainer.whole_student()
+    save_model(model, tokenizer, training)
+    if training.process_index == 0:
+        report = save_results(
+            training.output_dir,
+            recipe=recipe_text(model_arguments, tokenizer_arguments, text, training),
+            data=f"Trained on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
+            method="Trained by the continuous-time NELBO.",
+        )
+        if validation is not None:
+            nelbo = validation_nelbo(model, torch.tensor(validation["input_ids"]))
+            trainer.save_metrics("eval", {"nelbo": nelbo})
+            print(f"NELBO on the validation text: {nelbo:.4f} nats per token")
+        write_report(training.output_dir, report)
+        if push:
+            push_to_hub(training)
     trainer.end()
 
 

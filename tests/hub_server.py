@@ -1,0 +1,182 @@
+"""A Hub on this machine, for tests: the real client creates a repository, uploads a folder, and loads a model from it.
+
+Only what that takes, over LFS (the client needs HF_HUB_DISABLE_XET=1). Everything is in memory, on 127.0.0.1.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+
+class Refusal(Exception):
+    """An HTTP status, the code by which the client tells the reasons apart, and what else the answer holds."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: "HubServer"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self):
+        request = f"{self.command} {unquote(urlsplit(self.path).path)}"
+        body, headers = self.read_body(), {}  # always read: the connection is used again
+        try:
+            for pattern, status in self.server.broken.items():
+                if re.fullmatch(pattern, request):
+                    raise Refusal(status, "Broken")
+            for pattern, (needs_token, route) in ROUTES.items():
+                if match := re.fullmatch(pattern, request):
+                    if needs_token and not self.has_token():
+                        raise Refusal(401, "InvalidToken")
+                    content, headers = route(self, body, **match.groupdict())
+                    status = 200
+                    break
+            else:
+                raise Refusal(404, "EntryNotFound")
+        except Refusal as refusal:
+            status, code, *rest = refusal.args
+            content, headers = dict(*rest, error=code), {"X-Error-Code": code}
+        self.server.requests.append((request, status))
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": len(content)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_GET = do_HEAD = do_POST = do_PUT = answer
+
+    def read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def has_token(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {self.server.token}"
+
+    def commit_of(self, name: str, revision: str | None) -> tuple[str, dict[str, bytes]]:
+        commits = self.server.commits.get(name)
+        if commits is None or (self.server.private[name] and not self.has_token()):
+            raise Refusal(404, "RepoNotFound")
+        commit = list(commits)[-1] if revision in (None, "main") else revision
+        if commit not in commits:
+            raise Refusal(404, "RevisionNotFound")
+        return commit, commits[commit]
+
+    # One method for each route: what is returned is the content of the answer and its own headers.
+
+    def create_repository(self, body):
+        wish = json.loads(body)
+        name = f"{wish.get('organization') or self.server.user}/{wish['name']}"
+        answer = {"url": f"{self.server.endpoint}/{name}"}
+        if name in self.server.commits:
+            raise Refusal(409, "RepoExists", answer)
+        self.server.private[name] = wish.get("visibility") == "private"
+        self.server.add_commit(name, {})
+        return answer, {}
+
+    def validate_card(self, body):
+        yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+        return {"errors": [], "warnings": []}, {}
+
+    def choose_upload_modes(self, body, name):
+        modes = {True: "lfs", False: "regular"}
+        files = [(file["path"], modes[file["path"].endswith(".safetensors")]) for file in json.loads(body)["files"]]
+        return {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in files]}, {}
+
+    def offer_large_uploads(self, body, name):
+        objects = json.loads(body)["objects"]
+        for item in objects:
+            if item["oid"] not in self.server.large_files:
+                item["actions"] = {"upload": {"href": f"{self.server.endpoint}/large-files/{item['oid']}"}}
+        return {"transfer": "basic", "objects": objects}, {}
+
+    def take_large_file(self, body, digest):
+        if hashlib.sha256(body).hexdigest() != digest:
+            raise Refusal(400, "DigestMismatch")
+        self.server.large_files[digest] = body
+        return b"", {}
+
+    def commit(self, body, name):
+        files = dict(self.commit_of(name, "main")[1])
+        for entry in map(json.loads, body.splitlines()):
+            value = entry["value"]
+            if entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self.server.large_files[value["oid"]]
+        commit = self.server.add_commit(name, files)
+        return {"commitUrl": f"{self.server.endpoint}/{name}/commit/{commit}", "commitOid": commit}, {}
+
+    def describe(self, body, name, revision=None):
+        commit, files = self.commit_of(name, revision)
+        card = yaml.safe_load(files["README.md"].decode().split("---\n")[1]) if "README.md" in files else None
+        siblings = [{"rfilename": path} for path in files]
+        private = self.server.private[name]
+        return {"id": name, "sha": commit, "private": private, "siblings": siblings, "cardData": card}, {}
+
+    def send_file(self, body, name, revision, path):
+        commit, files = self.commit_of(name, revision)
+        if path not in files:
+            raise Refusal(404, "EntryNotFound")
+        return files[path], {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"'}
+
+
+NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+ROUTES = {  # request -> whether only the owner's token opens it, and what answers
+    r"POST /api/repos/create": (True, Handler.create_repository),
+    r"POST /api/validate-yaml": (False, Handler.validate_card),
+    rf"POST /api/models/{NAME}/preupload/main": (True, Handler.choose_upload_modes),
+    rf"POST /{NAME}\.git/info/lfs/objects/batch": (True, Handler.offer_large_uploads),
+    r"PUT /large-files/(?P<digest>[0-9a-f]{64})": (False, Handler.take_large_file),
+    rf"POST /api/models/{NAME}/commit/main": (True, Handler.commit),
+    rf"GET /api/models/{NAME}(/revision/{REVISION})?": (False, Handler.describe),
+    rf"(GET|HEAD) /{NAME}/resolve/{REVISION}/(?P<path>.+)": (False, Handler.send_file),
+}
+
+
+class HubServer(ThreadingHTTPServer):
+    """`with HubServer() as hub:` answers at `hub.endpoint`.
+
+    Attributes:
+        commits: repository -> commit -> path -> content, the newest commit last.
+        private: repository -> whether only the owner may see it.
+        requests: ("METHOD /path", status) of every request so far.
+        broken: regular expression for "METHOD /path" -> status with which such requests fail; may change at any time.
+    """
+
+    def __init__(self, token: str, user: str = "user"):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.token, self.user, self.endpoint = token, user, f"http://127.0.0.1:{self.server_address[1]}"
+        self.commits, self.private, self.large_files, self.requests, self.broken = {}, {}, {}, [], {}
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+    def add_commit(self, name: str, files: dict[str, bytes]) -> str:
+        commits = self.commits.setdefault(name, {})
+        commit = hashlib.sha1(f"{name} {len(commits)}".encode()).hexdigest()
+        commits[commit] = files
+        return commit
+
+    def files(self, name: str) -> dict[str, bytes]:
+        return list(self.commits[name].values())[-1]
