@@ -211,4 +211,4 @@ def describe_judge(judge: PreTrainedModel) -> str:
     if Path(name).is_dir():
         name = Path(name).resolve().name
     millions = judge.num_parameters() / 1e6
-    return f"{name or 'judge'} ({type(judge).__name__}, {millions:.3g}M parameters, weights {fingerprint(judge)[:8]})"
+    return f"{name or 'judge'} ({type(judge).__name__}, {millions:.3g}M parameters in {str(judge.dtype).removeprefix('torch.')}, weights {fingerprint(judge)[:8]})"

@@ -9,7 +9,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from evaluation.diversity import ENTROPY_UNITS, vocabulary_of
 from evaluation.evaluate_model import EvaluationProtocol, evaluate_held_out_text, evaluate_model
@@ -37,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--temperatures", type=_at_least(float, 0), nargs="+", default=[1.0], help="Several make a sweep."
     )
     result.add_argument("--judge", required=True, help="Folder or Hub name of any causal language model.")
+    result.add_argument("--judge_dtype", choices=("float32", "bfloat16"), default="float32", help="Of its weights.")
     result.add_argument("--samples", type=_at_least(int, 1), default=64, help="Samples for each seed.")
     result.add_argument("--seeds", type=_at_least(int, 1), default=3, help="How many seeds: 0, 1, ...")
     result.add_argument("--length", type=_at_least(int, 2), help="Tokens in a sample; the model's context by default.")
@@ -83,11 +91,8 @@ def run(options: argparse.Namespace):
     vocabulary = options.vocabulary_text and vocabulary_of(read_texts(options.vocabulary_text))
     reference = options.reference_text and read_texts(options.reference_text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judge_tokenizer = _load(AutoTokenizer, "judge", options.judge)
-    judge = _load(AutoModelForCausalLM, "judge", options.judge).to(device)
     protocol = EvaluationProtocol(
-        judge,
-        judge_tokenizer,
+        *load_judge(options.judge, options.judge_dtype, device),
         vocabulary=vocabulary,
         **{name: getattr(options, name) for name in ("samples", "seeds", "length", "sampler", "convention")},
         **{name: getattr(options, name) for name in ("entropy_unit", "batch_size")},
@@ -98,7 +103,7 @@ def run(options: argparse.Namespace):
     report = None
     for name, path in paths.items():
         tokenizer = _load(AutoTokenizer, "model", path)
-        model = _load(AutoModel, "model", path).to(device)
+        model = _load(AutoModel, "model", path, dtype=torch.float32).to(device)
         if reference and report is None:
             blocks = text_blocks(reference, tokenizer, lengths[name], options.samples)
             report = save_results(folder, [evaluate_held_out_text(blocks, tokenizer, protocol)], label=label)
@@ -149,9 +154,14 @@ def _length(path: str, length: int | None) -> int:
     return length or config.max_position_embeddings
 
 
-def _load(auto_class, what: str, name: str):
+def load_judge(name: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = _load(AutoTokenizer, "judge", name)
+    return _load(AutoModelForCausalLM, "judge", name, dtype=getattr(torch, dtype)).to(device).eval(), tokenizer
+
+
+def _load(auto_class, what: str, name: str, **options):
     try:
-        return auto_class.from_pretrained(name)
+        return auto_class.from_pretrained(name, **options)
     except Exception as error:  # a broken folder raises what its broken file happens to raise
         place = "cannot be loaded" if Path(name).is_dir() else "is no folder here, and cannot be had from the Hub"
         raise ValueError(f"{what} {name!r} {place}: {str(error).strip().splitlines()[0]}") from None

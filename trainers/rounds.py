@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from evaluation import (
     EvaluationProtocol,
@@ -17,6 +18,9 @@ from evaluation import (
     vocabulary_of,
     write_report,
 )
+from evaluation.diversity import ENTROPY_UNITS
+from evaluation.generative_perplexity import CONVENTIONS
+from evaluation.run_eval import load_judge
 from trainers.run import save_model
 
 
@@ -33,14 +37,20 @@ class JudgeArguments:
     evaluation_samples: int = field(default=64, metadata={"help": "Samples for each seed."})
     evaluation_seeds: int = field(default=1, metadata={"help": "Seeds."})
     evaluation_batch_size: int = field(default=32, metadata={"help": "Canvases at a time."})
-    convention: str = field(default="retokenized", metadata={"help": "What the judge reads: retokenized or raw_ids."})
-    entropy_unit: str = field(default="tokens", metadata={"help": "tokens, or words for a character model."})
+    convention: Literal[CONVENTIONS] = field(default="retokenized", metadata={"help": "What the judge reads."})
+    entropy_unit: Literal[ENTROPY_UNITS] = field(default="tokens", metadata={"help": "Words for a character model."})
+    judge_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Of the judge's weights."}
+    )
 
     def __post_init__(self):
         if min(self.evaluation_steps, default=0) < 1:
             raise ValueError(
                 f"evaluation_steps must be one or more numbers of at least 1, not {self.evaluation_steps}"
             )
+        for name in ("evaluation_samples", "evaluation_seeds", "evaluation_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 class RunReport:
@@ -60,10 +70,8 @@ class RunReport:
         device: torch.device,
     ):
         self.arguments, self.tokenizer, self.folder = arguments, tokenizer, Path(output_dir)
-        judge = AutoModelForCausalLM.from_pretrained(arguments.judge).to(device).eval()
         self.protocol = EvaluationProtocol(
-            judge,
-            AutoTokenizer.from_pretrained(arguments.judge),
+            *load_judge(arguments.judge, arguments.judge_dtype, device),
             samples=arguments.evaluation_samples,
             seeds=arguments.evaluation_seeds,
             convention=arguments.convention,

@@ -1,0 +1,370 @@
+"""Bad input to the entry points: one clear line, a failing exit status, and nothing left half-written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_text_blocks import hub_dataset  # noqa: F401
+from tiny_run import BLOCK, ROOT, mcd_arguments, save_teacher, write_inputs
+
+from trainers import run_mcd, run_mdlm
+from trainers.character_tokenizer import character_tokenizer
+from trainers.checkpoints import last_whole_checkpoint
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def output(tmp_path) -> Path:
+    return tmp_path / "run"
+
+
+def mdlm_arguments(inputs: Path, output: Path, **changes) -> list[str]:
+    settings = {
+        "tokenizer": inputs / "tokenizer",
+        "train_text": inputs / "text.txt",
+        "block_length": BLOCK,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_steps": 2,
+        "output_dir": output,
+        **changes,
+    }
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+ENTRIES = {"run_mcd": (run_mcd.main, mcd_arguments), "run_mdlm": (run_mdlm.main, mdlm_arguments)}
+both = pytest.mark.parametrize("entry", ENTRIES)
+
+
+def contents(folder: Path) -> dict[str, bytes] | None:
+    if not folder.exists():
+        return None
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def refusal(inputs, output, capsys):
+    """`refusal(entry, *words, **changes)`: the one line with which a run ends that must not have written anything."""
+
+    def refusal(entry: str, *words: str, **changes) -> str:
+        main, arguments_of = ENTRIES[entry]
+        before = contents(output)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments_of(inputs, output), *(f"--{key}={value}" for key, value in changes.items()), *words])
+        assert contents(output) == before, "the output folder must be as it was"
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        if isinstance(stop.value.code, str):  # what Python prints on standard error itself, to exit with status 1
+            lines += stop.value.code.splitlines()
+        else:
+            assert stop.value.code == 2
+        assert len(lines) == 1 and lines[0].startswith("error: ")
+        return lines[0]
+
+    return refusal
+
+
+# --- Text
+
+
+@both
+@pytest.mark.parametrize("field", ["train_text", "validation_text"])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (None, "text '{text}': no such file or folder"),
+        (b"", "'{text}' holds less text than one block of 32 tokens: give more text or a smaller block_length"),
+        (b"\n \n", "'{text}' holds less text than one block of 32 tokens"),
+        (b"one short line", "'{text}' holds less text than one block of 32 tokens"),
+        (b"plain until here \xe9 and on" * 9, "{text} is not UTF-8: byte 0xe9 at offset 17"),
+        ("utf-16".encode("utf-16"), "{text} is not UTF-8: byte 0xff at offset 0"),
+    ],
+    ids=["missing", "empty", "only space", "shorter than a block", "Latin-1", "UTF-16"],
+)
+def test_text(refusal, tmp_path, entry, field, content, says):
+    text = tmp_path / "novel.txt"
+    if content is not None:
+        text.write_bytes(content)
+    assert says.format(text=text) in refusal(entry, **{field: text})
+
+
+@both
+def test_of_a_folder_the_bad_file_is_named(refusal, tmp_path, entry):
+    folder = tmp_path / "novels"
+    folder.mkdir()
+    assert f"text '{folder}': no .txt file in this folder" in refusal(entry, train_text=folder)
+    (folder / "a.txt").write_text("a good one. " * 20)
+    (folder / "b.txt").write_bytes(b"cut off in the middle of a character: \xc3")
+    assert f"{folder / 'b.txt'} is not UTF-8: byte 0xc3 at offset 38" in refusal(entry, train_text=folder)
+
+
+@both
+def test_a_dataset_that_cannot_be_had(refusal, entry):
+    line = refusal(entry, train_text="acme/nowhere")
+    assert "train_text" in line and "'acme/nowhere'" in line
+
+
+@both
+@pytest.mark.usefixtures("hub_dataset")
+def test_an_unknown_column_or_split_of_a_dataset(refusal, entry):
+    line = refusal(entry, train_text="acme/novels", text_column="txet")
+    assert "'acme/novels' has no column 'txet' for text_column; it has ['n', 'text', 'title']" in line
+    assert "nowhere" in refusal(entry, train_text="acme/novels", train_split="nowhere")
+
+
+@both
+def test_a_block_that_holds_nothing(refusal, entry):
+    assert "block_length is 2" in refusal(entry, block_length=2)
+
+
+def test_a_block_longer_than_the_teachers_context(refusal):
+    line = refusal("run_mcd", block_length=2 * BLOCK)
+    assert f"block_length is {2 * BLOCK}, but the teacher's context is {BLOCK}" in line
+
+
+# --- Tokenizer and networks
+
+
+@both
+def test_a_tokenizer_without_a_mask_token(refusal, tmp_path, entry):
+    tokenizer = character_tokenizer(BLOCK)
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    line = refusal(entry, tokenizer=tmp_path / "tokenizer")
+    assert "the tokenizer has no mask token: set add_mask_token to true, or give one that has" in line
+
+
+@pytest.mark.parametrize("entry, network", [("run_mcd", {}), ("run_mdlm", {"model": "teacher"})])
+def test_a_tokenizer_that_does_not_fit_the_model(refusal, inputs, tmp_path, entry, network):
+    network = {key: inputs / name for key, name in network.items()}
+    tokenizer = character_tokenizer(BLOCK)
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    line = refusal(entry, tokenizer=tmp_path / "tokenizer", **network)
+    assert "the tokenizer has 49 tokens, more than the model's vocab_size 48" in line
+    save_teacher(tmp_path / "larger", vocab_size=50)
+    line = refusal(entry, **{"teacher" if entry == "run_mcd" else "model": tmp_path / "larger"})
+    assert "the tokenizer's mask token has the id 47, the model's mask_token_id is 49" in line
+
+
+def test_a_teacher_and_a_student_of_different_vocabularies(refusal, tmp_path):
+    save_teacher(tmp_path / "student", vocab_size=64)
+    line = refusal("run_mcd", student=tmp_path / "student")
+    assert "teacher and student differ in vocab_size: 48 and 64" in line
+
+
+@pytest.mark.parametrize("entry, field", [(e, "tokenizer") for e in ENTRIES] + [("run_mdlm", "model")])
+@pytest.mark.parametrize("place", ["no such folder", "a folder without it", "not a name of the Hub either"])
+def test_a_tokenizer_or_model_that_is_not_there(refusal, tmp_path, entry, field, place):
+    assert_named_when_absent(refusal, tmp_path, entry, field, place)
+
+
+@pytest.mark.parametrize("field", ["teacher", "student"])
+@pytest.mark.parametrize("place", ["no such folder", "a folder without it", "not a name of the Hub either"])
+def test_a_teacher_or_student_that_is_not_there(refusal, tmp_path, field, place):
+    assert_named_when_absent(refusal, tmp_path, "run_mcd", field, place)
+
+
+@pytest.mark.parametrize("place", ["no such folder", "a folder without it", "not a name of the Hub either"])
+def test_a_judge_that_is_not_there(refusal, tmp_path, place):
+    assert_named_when_absent(refusal, tmp_path, "run_mcd", "judge", place)
+
+
+def assert_named_when_absent(refusal, tmp_path, entry, field, place):
+    (tmp_path / "empty").mkdir()
+    path = {"no such folder": tmp_path / "nowhere", "a folder without it": tmp_path / "empty"}.get(
+        place, "acme/nothing"
+    )
+    line = refusal(entry, **{field: path})
+    kind = "model" if field in ("teacher", "student") else field
+    assert f"{kind} '{path}'" in line
+
+
+# --- Numbers. They are refused before anything is loaded, or the teacher, which does not exist, would be the complaint.
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"delta": 0.125, "num_rounds": 4}, "delta (0.125) grows to 1 in 4 rounds, but t - s must stay below 1"),
+        ({"delta": 1.0, "num_rounds": 1}, "delta (1.0) grows to 1 in 1 rounds"),
+        ({"delta": 0.3, "num_rounds": 3, "delta_growth": 3}, "delta (0.3) grows to 2.7 in 3 rounds"),
+        ({"delta": 0}, "delta (0.0) and delta_growth (2.0) must be positive"),
+        ({"num_rounds": 0}, "num_rounds must be at least 1, not 0"),
+        ({"steps_per_round": 0}, "steps_per_round must be at least 1, not 0"),
+        ({"evaluation_steps": 0}, "evaluation_steps must be one or more numbers of at least 1, not [0]"),
+        ({"evaluation_steps": -4}, "evaluation_steps must be one or more numbers of at least 1, not [-4]"),
+        ({"tau": 0}, "tau must be one or more positive temperatures, not [0.0]"),
+        ({"ema_decay": 1}, "ema_decay must lie in [0, 1) or be null, not 1.0"),
+        ({"save_steps": 3, "logging_steps": 2}, "save_steps (3) must be a multiple of logging_steps (2)"),
+        ({"learning_rate": "fast"}, "argument --learning_rate: invalid float value: 'fast'"),
+        ({"divergence": "jeffreys"}, "argument --divergence: invalid choice: 'jeffreys'"),
+        (
+            {"stepz_per_round": 4},
+            "unknown key 'stepz_per_round' in the command line; the nearest valid key is 'steps_",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else ",".join(f"{key}={word}" for key, word in value.items()),
+)
+def test_numbers_and_keys(refusal, changes, says):
+    assert says in refusal("run_mcd", **{"teacher": "/nowhere", "tokenizer": "/nowhere", **changes})
+
+
+def test_one_bad_number_of_steps_among_good_ones(refusal):
+    assert "not [8, 0]" in refusal("run_mcd", "--evaluation_steps", "8", "0", teacher="/nowhere")
+
+
+def test_the_widest_delta_that_is_allowed_is(refusal):
+    """The refusal above is not one of everything: just below the bound, the missing tokenizer is the complaint."""
+    assert "tokenizer" in refusal("run_mcd", delta=0.1249, num_rounds=4, tokenizer="/nowhere")
+
+
+@both
+@pytest.mark.parametrize(
+    "recipe, says",
+    [
+        (
+            "learning_rat: 1",
+            "unknown key 'learning_rat' in recipe '{recipe}'; the nearest valid key is 'learning_rate'",
+        ),
+        ("learning_rate: quick", "argument --learning_rate: invalid float value: 'quick'"),
+        ("max_steps: 2.5", "argument --max_steps: invalid int value: '2.5'"),
+        ("max_steps: [1, 2]", "'max_steps' in recipe '{recipe}' takes one value, not 2"),
+        ("- max_steps", "recipe '{recipe}' must be a mapping of keys to values, not a list"),
+    ],
+)
+def test_recipes(inputs, output, tmp_path, capsys, entry, recipe, says):
+    main, arguments_of = ENTRIES[entry]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    with pytest.raises(SystemExit) as stop:
+        main([str(path), *arguments_of(inputs, output, tokenizer="/nowhere")])
+    assert stop.value.code == 2 and not output.exists()
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("usage: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and says.format(recipe=path) in lines[0]
+
+
+# --- Output folders and checkpoints
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory) -> Path:
+    """The output folder of another run."""
+    folder = tmp_path_factory.mktemp("another") / "run"
+    run_mcd.main(mcd_arguments(inputs, folder, num_rounds=1))
+    return folder
+
+
+@both
+def test_an_output_folder_with_another_run(refusal, finished, output, entry):
+    shutil.copytree(finished, output)
+    line = refusal(entry, **({"learning_rate": 2e-2, "num_rounds": 1} if entry == "run_mcd" else {}))
+    assert f"output_dir '{output}' holds another run: " in line and "choose another output_dir" in line
+    if entry == "run_mcd":
+        assert "learning_rate was 0.01 there and is 0.02 here" in line
+
+
+@both
+def test_an_output_folder_with_foreign_files(refusal, output, entry):
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    assert f"output_dir '{output}' is not empty and holds no run of ours" in refusal(entry)
+
+
+@both
+def test_an_output_folder_that_is_a_file(refusal, tmp_path, entry):
+    (tmp_path / "file").write_text("not a folder")
+    assert f"output_dir '{tmp_path / 'file'}' is a file" in refusal(entry, output_dir=tmp_path / "file")
+
+
+def test_a_checkpoint_of_another_run(refusal, finished):
+    line = refusal("run_mcd", num_rounds=1, learning_rate=2e-2, resume_from_checkpoint=finished / "checkpoint-4")
+    assert f"cannot resume from {finished / 'checkpoint-4'}: " in line
+    assert "learning_rate was 0.01 there and is 0.02 here" in line
+
+
+def test_a_checkpoint_that_is_not_there(refusal, tmp_path):
+    line = refusal("run_mcd", resume_from_checkpoint=tmp_path / "checkpoint-4")
+    assert f"cannot resume from {tmp_path / 'checkpoint-4'}: " in line
+
+
+# --- A disk that is really full: a small tmpfs, in a mount namespace that ends with the process
+
+IN_A_NAMESPACE = ["unshare", *([] if os.getuid() == 0 else ["--user", "--map-root-user"]), "--mount"]
+FULL_DISKS = """
+import json, shutil, subprocess, sys
+from trainers.run_mcd import main
+disk, copies, *sizes, words = sys.argv[1:]
+def mount(options):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], check=True)
+report = {}
+for size in sizes:
+    mount("size=" + size)
+    try:
+        main(json.loads(words))
+        report[size] = None
+    except SystemExit as stop:
+        report[size] = stop.code
+    except Exception as error:
+        report[size] = f"a traceback: {error!r}"
+    shutil.copytree(disk, f"{copies}/{size}/full")
+    mount("remount,size=64m")
+    main(json.loads(words))
+    shutil.copytree(disk, f"{copies}/{size}/freed")
+    subprocess.run(["umount", disk], check=True)
+json.dump(report, open(f"{copies}/report.json", "w"))
+"""
+SIZES = ["16k", "200k", "600k", "1200k", "1600k", "2000k"]
+
+
+@pytest.fixture(scope="module")
+def full_disks(inputs, tmp_path_factory):
+    """The same run on disks that are too small, and again when there is room: what it said, and what lay on the disk."""
+    home = tmp_path_factory.mktemp("disks")
+    (home / "disk").mkdir()
+    attempt = [*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", str(home / "disk")]
+    if shutil.which("unshare") is None or subprocess.run(attempt, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here: this needs unshare and the right to a mount namespace")
+    words = json.dumps(mcd_arguments(inputs, home / "disk" / "run", num_rounds=2))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*IN_A_NAMESPACE, sys.executable, "-c", FULL_DISKS, str(home / "disk"), str(home), *SIZES, words]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return home, json.loads((home / "report.json").read_text())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_full_disk_ends_in_one_line_and_leaves_no_half_written_model(full_disks, size):
+    home, report = full_disks
+    assert report[size].startswith("error: no space left on the disk while writing ")
+    assert "free some and start again" in report[size] and len(report[size].splitlines()) == 1
+    run = home / size / "full" / "run"
+    for weights in run.rglob("*.safetensors"):
+        load_file(weights)  # a cut file does not load
+    for checkpoint in run.glob("checkpoint-*"):
+        assert (checkpoint / "manifest.json").is_file(), f"{checkpoint.name} was not written to the end"
+    assert not [path for path in run.rglob("*") if ".tmp" in path.name]
+
+
+def test_the_disks_were_full_at_different_moments_and_earlier_checkpoints_are_intact(full_disks):
+    home, _ = full_disks
+    last = [last_whole_checkpoint(home / size / "full" / "run") for size in SIZES]
+    assert last[0] is None and last[-1] is not None and len(set(last)) >= 3
+
+
+def test_with_room_again_the_run_ends_as_if_it_had_never_been_short_of_it(full_disks, inputs, tmp_path):
+    home, _ = full_disks
+    run_mcd.main(mcd_arguments(inputs, tmp_path / "run", num_rounds=2))
+    expected = (tmp_path / "run" / "model.safetensors").read_bytes()
+    for size in SIZES:
+        assert (home / size / "freed" / "run" / "model.safetensors").read_bytes() == expected, size
