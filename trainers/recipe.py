@@ -1,8 +1,6 @@
 """A recipe is one YAML file = one run. `parse_recipe` turns it, and the command line after it, into typed dataclasses."""
 
-import dataclasses
 import difflib
-import enum
 import json
 import os
 import sys
@@ -91,18 +89,3 @@ def _keys(parser: HfArgumentParser) -> dict:
 def _refuse_key(parser: HfArgumentParser, key: str, place: str):
     nearest = difflib.get_close_matches(key, _keys(parser), n=1, cutoff=0.0)
     parser.error(f"unknown key {key!r} in {place}; the nearest valid key is {nearest[0]!r}")
-
-
-def recipe_text(*instances) -> str:
-    """The recipe, as YAML, of what was parsed: every field that is not at its default. Never a token."""
-    settings = {}
-    for instance in instances:
-        defaults = {
-            f.name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            for f in dataclasses.fields(instance)
-        }
-        for name, default in defaults.items():
-            value = getattr(instance, name)
-            if value != default and name != "hub_token" and isinstance(value, bool | int | float | str | list):
-                settings[name] = str(value) if isinstance(value, enum.Enum) else value
-    return yaml.safe_dump(settings, sort_keys=False)

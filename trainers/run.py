@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
+import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -94,6 +95,12 @@ def run_settings(training: TrainingArguments, *arguments) -> dict:
         training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     )
     return settings
+
+
+def recipe_text(training: TrainingArguments, *arguments) -> str:
+    """The recipe of a run as YAML, for its model card."""
+    settings = {key: value for key, value in run_settings(training, *arguments).items() if value is not None}
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
 def prepare_output_dir(training: TrainingArguments, *arguments) -> str | None:

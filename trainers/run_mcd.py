@@ -13,7 +13,7 @@ from transformers import set_seed
 from evaluation import load_report, save_results, write_report
 from modeling_mcd.convert_checkpoints import load_model
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
-from trainers.recipe import parse_recipe, recipe_text
+from trainers.recipe import parse_recipe
 from trainers.rounds import JudgeArguments, RoundCallback, RunReport
 from trainers.run import (
     TokenizerArguments,
@@ -23,6 +23,7 @@ from trainers.run import (
     one_line_errors,
     prepare_output_dir,
     push_to_hub,
+    recipe_text,
     save_model,
     short_name,
 )
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None):
     if training.process_index == 0:
         save_results(
             training.output_dir,
-            recipe=recipe_text(networks, tokenizer_arguments, text, judging, training),
+            recipe=recipe_text(training, networks, tokenizer_arguments, text, judging),
             data=f"Distilled on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
             method=f"Distilled from {short_name(networks.teacher)} by Masked Consistency Distillation.",
         )

@@ -11,7 +11,7 @@ from transformers import AutoModel, set_seed
 from evaluation import save_results, validation_nelbo, write_report
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
-from trainers.recipe import parse_recipe, recipe_text
+from trainers.recipe import parse_recipe
 from trainers.run import (
     TokenizerArguments,
     check_tokenizer,
@@ -20,6 +20,7 @@ from trainers.run import (
     one_line_errors,
     prepare_output_dir,
     push_to_hub,
+    recipe_text,
     save_model,
     short_name,
 )
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None):
     if training.process_index == 0:
         report = save_results(
             training.output_dir,
-            recipe=recipe_text(model_arguments, tokenizer_arguments, text, training),
+            recipe=recipe_text(training, model_arguments, tokenizer_arguments, text),
             data=f"Trained on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
             method="Trained by the continuous-time NELBO.",
         )
