@@ -47,9 +47,13 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> MDLMForMasked
     """Loads one of our models, or a published one in the layout of `kuleshov-group/mdlm-owt`, from a folder or the Hub.
 
     Raises:
+        FileNotFoundError: when there is nothing of that name.
         ValueError: when it is neither, or its weights do not fit its configuration; names the first that does not.
     """
-    settings, _ = PreTrainedConfig.get_config_dict(source)
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(source)
+    except OSError as error:
+        raise FileNotFoundError(f"model {str(source)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     if settings.get("model_type") == MDLMConfig.model_type:
         return AutoModel.from_pretrained(source, dtype=dtype)
     if settings.get("model_type") != "mdlm":

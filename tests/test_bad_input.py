@@ -27,7 +27,7 @@ def output(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def mdlm_arguments(inputs: Path, output: Path, **changes) -> list[str]:
+def mdlm_arguments(inputs: Path, output: Path) -> list[str]:
     settings = {
         "tokenizer": inputs / "tokenizer",
         "train_text": inputs / "text.txt",
@@ -37,7 +37,6 @@ def mdlm_arguments(inputs: Path, output: Path, **changes) -> list[str]:
         "num_attention_heads": 2,
         "max_steps": 2,
         "output_dir": output,
-        **changes,
     }
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
@@ -63,8 +62,9 @@ def refusal(inputs, output, capsys):
         with pytest.raises(SystemExit) as stop:
             main([*arguments_of(inputs, output), *(f"--{key}={value}" for key, value in changes.items()), *words])
         assert contents(output) == before, "the output folder must be as it was"
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-        if isinstance(stop.value.code, str):  # what Python prints on standard error itself, to exit with status 1
+        lines = capsys.readouterr().err.splitlines()
+        if isinstance(stop.value.code, str):  # Python itself prints it on standard error, and exits with status 1
+            lines = [line for line in lines if line.startswith("error")]  # beside it, progress bars
             lines += stop.value.code.splitlines()
         else:
             assert stop.value.code == 2
@@ -110,8 +110,7 @@ def test_of_a_folder_the_bad_file_is_named(refusal, tmp_path, entry):
 
 @both
 def test_a_dataset_that_cannot_be_had(refusal, entry):
-    line = refusal(entry, train_text="acme/nowhere")
-    assert "train_text" in line and "'acme/nowhere'" in line
+    assert "text 'acme/nowhere' " in refusal(entry, train_text="acme/nowhere")
 
 
 @both
@@ -207,7 +206,7 @@ def assert_named_when_absent(refusal, tmp_path, entry, field, place):
         ({"tau": 0}, "tau must be one or more positive temperatures, not [0.0]"),
         ({"ema_decay": 1}, "ema_decay must lie in [0, 1) or be null, not 1.0"),
         ({"save_steps": 3, "logging_steps": 2}, "save_steps (3) must be a multiple of logging_steps (2)"),
-        ({"learning_rate": "fast"}, "argument --learning_rate: invalid float value: 'fast'"),
+        ({"learning_rate": "fast"}, "learning-rate: invalid float value: 'fast'"),
         ({"divergence": "jeffreys"}, "argument --divergence: invalid choice: 'jeffreys'"),
         (
             {"stepz_per_round": 4},
@@ -237,8 +236,8 @@ def test_the_widest_delta_that_is_allowed_is(refusal):
             "learning_rat: 1",
             "unknown key 'learning_rat' in recipe '{recipe}'; the nearest valid key is 'learning_rate'",
         ),
-        ("learning_rate: quick", "argument --learning_rate: invalid float value: 'quick'"),
-        ("max_steps: 2.5", "argument --max_steps: invalid int value: '2.5'"),
+        ("learning_rate: quick", "learning-rate: invalid float value: 'quick'"),
+        ("max_steps: 2.5", "max-steps: invalid int value: '2.5'"),
         ("max_steps: [1, 2]", "'max_steps' in recipe '{recipe}' takes one value, not 2"),
         ("- max_steps", "recipe '{recipe}' must be a mapping of keys to values, not a list"),
     ],
@@ -248,9 +247,9 @@ def test_recipes(inputs, output, tmp_path, capsys, entry, recipe, says):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe)
     with pytest.raises(SystemExit) as stop:
-        main([str(path), *arguments_of(inputs, output, tokenizer="/nowhere")])
+        main([str(path), *arguments_of(inputs, output), "--tokenizer=/nowhere"])
     assert stop.value.code == 2 and not output.exists()
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("usage: ")]
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and says.format(recipe=path) in lines[0]
 
 
@@ -304,15 +303,18 @@ IN_A_NAMESPACE = ["unshare", *([] if os.getuid() == 0 else ["--user", "--map-roo
 FULL_DISKS = """
 import json, shutil, subprocess, sys
 from trainers.run_mcd import main
-disk, copies, *sizes, words = sys.argv[1:]
+disk, copies, words, *sizes = sys.argv[1:]
 def mount(options):
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], check=True)
 report = {}
 for size in sizes:
-    mount("size=" + size)
+    # The run's last save is that of the student, over 200 kB; the card and the table come after it, and are smaller.
+    mount("size=" + (str(needed - 100_000) if size == "almost enough" else size))
+    with open(f"{disk}/ballast", "wb") as file:
+        file.write(bytes(4096))
     try:
         main(json.loads(words))
-        report[size] = None
+        report[size] = "no complaint"
     except SystemExit as stop:
         report[size] = stop.code
     except Exception as error:
@@ -320,11 +322,12 @@ for size in sizes:
     shutil.copytree(disk, f"{copies}/{size}/full")
     mount("remount,size=64m")
     main(json.loads(words))
+    needed = shutil.disk_usage(disk).used
     shutil.copytree(disk, f"{copies}/{size}/freed")
     subprocess.run(["umount", disk], check=True)
 json.dump(report, open(f"{copies}/report.json", "w"))
 """
-SIZES = ["16k", "200k", "600k", "1200k", "1600k", "2000k"]
+SIZES = ["4k", "20k", "600k", "1200k", "1600k", "almost enough"]  # of the first nothing is left for the run
 
 
 @pytest.fixture(scope="module")
@@ -335,9 +338,9 @@ def full_disks(inputs, tmp_path_factory):
     attempt = [*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", str(home / "disk")]
     if shutil.which("unshare") is None or subprocess.run(attempt, capture_output=True).returncode:
         pytest.skip("a small disk cannot be mounted here: this needs unshare and the right to a mount namespace")
-    words = json.dumps(mcd_arguments(inputs, home / "disk" / "run", num_rounds=2))
+    words = json.dumps(mcd_arguments(inputs, home / "disk" / "run", num_rounds=2, save_total_limit=9))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*IN_A_NAMESPACE, sys.executable, "-c", FULL_DISKS, str(home / "disk"), str(home), *SIZES, words]
+    command = [*IN_A_NAMESPACE, sys.executable, "-c", FULL_DISKS, str(home / "disk"), str(home), words, *SIZES]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return home, json.loads((home / "report.json").read_text())
@@ -348,18 +351,19 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_written_model(full_disk
     home, report = full_disks
     assert report[size].startswith("error: no space left on the disk while writing ")
     assert "free some and start again" in report[size] and len(report[size].splitlines()) == 1
+    assert str(ROOT) not in report[size], "it is not one of the package's own files that could not be written"
     run = home / size / "full" / "run"
     for weights in run.rglob("*.safetensors"):
         load_file(weights)  # a cut file does not load
     for checkpoint in run.glob("checkpoint-*"):
         assert (checkpoint / "manifest.json").is_file(), f"{checkpoint.name} was not written to the end"
-    assert not [path for path in run.rglob("*") if ".tmp" in path.name]
+    assert not [path.name for path in run.rglob("*") if ".tmp" in path.name]
 
 
 def test_the_disks_were_full_at_different_moments_and_earlier_checkpoints_are_intact(full_disks):
     home, _ = full_disks
     last = [last_whole_checkpoint(home / size / "full" / "run") for size in SIZES]
-    assert last[0] is None and last[-1] is not None and len(set(last)) >= 3
+    assert last[0] is None and last[-1].name == "checkpoint-8" and len(set(last)) >= 3
 
 
 def test_with_room_again_the_run_ends_as_if_it_had_never_been_short_of_it(full_disks, inputs, tmp_path):

@@ -13,8 +13,11 @@ MANIFEST, TRAINER_STATE, RUN = "manifest.json", "trainer_state.json", "run.json"
 def write_json(path: Path, content):
     """All or nothing: a reader never sees half of it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_manifest(folder: Path):
@@ -60,17 +63,35 @@ def remove_later_checkpoints(output_dir: Path, keep: Path | None):
             shutil.rmtree(folder)
 
 
+def difference(output_dir: Path, settings: dict) -> str | None:
+    """The first setting in which the run of a folder is not ours, in words; None when it is ours, or there is no run."""
+    if not (output_dir / RUN).is_file():
+        return None
+    other = json.loads((output_dir / RUN).read_text(encoding="utf-8"))
+    for key in sorted(settings.keys() | other.keys()):
+        if settings.get(key) != other.get(key):
+            return f"{key} was {other.get(key)!r} there and is {settings.get(key)!r} here"
+    return None
+
+
+def check_checkpoint(folder: Path, settings: dict):
+    """Raises ValueError unless a checkpoint is whole and, as far as its folder tells, of a run with these settings."""
+    fault, other = fault_of(folder), difference(folder.parent, settings)
+    if fault or other:
+        raise ValueError(f"cannot resume from {folder}: " + (fault or f"it belongs to another run: {other}"))
+
+
 def claim_output_dir(output_dir: Path, settings: dict):
     """Marks a folder as this run's. Raises ValueError when it is another's, naming the first setting that differs."""
     path = output_dir / RUN
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir {str(output_dir)!r} is a file; choose another one")
+    other = difference(output_dir, settings)
+    if other is not None:
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} holds another run: {other}; choose another output_dir, or remove that folder"
+        )
     if path.is_file():
-        other = json.loads(path.read_text(encoding="utf-8"))
-        for key in sorted(settings.keys() | other.keys()):
-            if settings.get(key) != other.get(key):
-                raise ValueError(
-                    f"output_dir {str(output_dir)!r} holds another run: {key} was {other.get(key)!r} there and is "
-                    f"{settings.get(key)!r} here; choose another output_dir, or remove that folder"
-                )
         return
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
-from trainers.checkpoints import fault_of, write_manifest
+from trainers.checkpoints import fault_of, last_whole_checkpoint, write_manifest
 from trainers.teacher import EMACallback, Follower
 from trainers.trajectories import step_noise
+
+
+EVALUATION_STEP = 2**63  # no training step: evaluation has a stream of noise of its own
 
 
 @dataclass
@@ -91,7 +95,7 @@ class DiffusionTrainer(Trainer):
             self.followers["ema"].model.to(args.device)
             self.add_callback(EMACallback(self.followers["ema"], args.ema_decay))
         self._recorded: dict[str, list[torch.Tensor]] = {}
-        self._noise_key, self._micro_step = None, 0
+        self._noise_step, self._micro_step = None, 0
 
     def whole_student(self) -> torch.nn.Module:
         """The network that the run hands on, whole on every rank: the EMA if one is kept, else a copy of the student."""
@@ -102,20 +106,16 @@ class DiffusionTrainer(Trainer):
     def noise_of_batch(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stratified times [B] and locking scalars u [B, L], float64, on the device of `input_ids` (see `step_noise`)."""
         rows, length = input_ids.shape
-        if self.model.training:
-            key, world = (self.args.seed, self.state.global_step), self.args.world_size
-            global_rows = rows * world * self.args.gradient_accumulation_steps
+        seed, world_size = self.args.seed, self.args.world_size
+        step = self.state.global_step if self.model.training else EVALUATION_STEP
+        self._micro_step = self._micro_step + 1 if step == self._noise_step else 0
+        self._noise_step = step
+        first = (self._micro_step * world_size + self.args.process_index) * rows
+        if step == EVALUATION_STEP:  # each batch is stratified by itself
+            times, u = step_noise(seed, step + first, range(rows), rows, length)
         else:
-            # Evaluation: fixed noise from a stream of its own, each batch stratified by itself.
-            key, world, global_rows = (self.args.seed, 2**63), self.args.world_size, None
-        self._micro_step = self._micro_step + 1 if key == self._noise_key else 0
-        self._noise_key = key
-        start = (self._micro_step * world + self.args.process_index) * rows
-        if global_rows is None:
-            seed, step, start, global_rows = key[0], key[1] + start, 0, rows
-        else:
-            seed, step = key
-        times, u = step_noise(seed, step, range(start, start + rows), global_rows, length)
+            global_rows = rows * world_size * self.args.gradient_accumulation_steps
+            times, u = step_noise(seed, step, range(first, first + rows), global_rows, length)
         return times.to(input_ids.device), u.to(input_ids.device)
 
     def record(self, **values: torch.Tensor | float):
@@ -158,23 +158,29 @@ class DiffusionTrainer(Trainer):
         return ""
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        recorded, self._recorded = self._recorded, {}  # the training's own, for its next log line
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        self._recorded.clear()
+        self._recorded = recorded
         return loss.detach(), None, None
 
     def evaluate(self, *args, **kwargs):
-        self._noise_key = None
+        self._noise_step = None
         return super().evaluate(*args, **kwargs)
 
     # Checkpoints: followers first, then the Trainer's own files, the manifest, and the trainer's state last of all.
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            for name, follower in self.followers.items():
-                follower.save(str(folder / name))
-        super()._save_checkpoint(model, trial)
+        try:
+            if self.args.should_save:
+                for name, follower in self.followers.items():
+                    follower.save(str(folder / name))
+            super()._save_checkpoint(model, trial)
+        except Exception:
+            if self.args.should_save and fault_of(folder) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)
@@ -182,8 +188,13 @@ class DiffusionTrainer(Trainer):
         if self.args.should_save:
             write_manifest(Path(output_dir))
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(Path(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"cannot resume: no whole checkpoint in {self.args.output_dir}")
         if resume_from_checkpoint is not None:
+            resume_from_checkpoint = str(resume_from_checkpoint)
             fault = fault_of(Path(resume_from_checkpoint))
             if fault is not None:
                 raise ValueError(f"cannot resume from {resume_from_checkpoint}: {fault}")

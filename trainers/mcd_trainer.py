@@ -81,6 +81,16 @@ class MCDTrainingArguments(DiffusionTrainingArguments):
         return self.tau[min(round, len(self.tau) - 1)]
 
 
+def check_same_tokens(teacher, student):
+    """Raises ValueError when the configurations of teacher and student have different vocabularies or masks."""
+    for name in ("vocab_size", "mask_token_id"):
+        theirs, ours = getattr(teacher, name), getattr(student, name)
+        if theirs != ours:
+            raise ValueError(
+                f"teacher and student differ in {name}: {theirs} and {ours}; their tokens must be the same"
+            )
+
+
 class MCDTrainer(DiffusionTrainer):
     """Distils a student that needs fewer steps from a masked diffusion teacher (Algorithm 1 of the paper).
 
@@ -95,12 +105,7 @@ class MCDTrainer(DiffusionTrainer):
     def __init__(self, model, args: MCDTrainingArguments, *, teacher: nn.Module | None = None, **kwargs):
         super().__init__(model, args, **kwargs)
         if teacher is not None:
-            for name in ("vocab_size", "mask_token_id"):
-                ours, theirs = getattr(self.model.config, name), getattr(teacher.config, name)
-                if ours != theirs:
-                    raise ValueError(
-                        f"teacher and student differ in {name}: {theirs} and {ours}; their tokens must be the same"
-                    )
+            check_same_tokens(teacher.config, self.model.config)
         self.followers["teacher"] = Follower(self.model if teacher is None else teacher, self.model.dtype)
         self.teacher = self.followers["teacher"].model.to(args.device)
         self.add_callback(TeacherCallback(self.followers["teacher"]))

@@ -20,7 +20,6 @@ from evaluation import (
 )
 from evaluation.diversity import ENTROPY_UNITS
 from evaluation.generative_perplexity import CONVENTIONS
-from evaluation.run_eval import load_judge
 from trainers.run import save_model
 
 
@@ -57,21 +56,22 @@ class RunReport:
     """Judges the networks of a run, one after the other, into the report of its output folder.
 
     Args:
+        judge: the judge and its tokenizer, as `load_judge` returns them.
         text: where the training text lies; its words count as known when it is a file or a folder.
     """
 
     def __init__(
         self,
         arguments: JudgeArguments,
+        judge: tuple[PreTrainedModel, PreTrainedTokenizerBase],
         tokenizer: PreTrainedTokenizerBase,
         validation: Dataset | None,
         text: str,
         output_dir: str,
-        device: torch.device,
     ):
         self.arguments, self.tokenizer, self.folder = arguments, tokenizer, Path(output_dir)
         self.protocol = EvaluationProtocol(
-            *load_judge(arguments.judge, arguments.judge_dtype, device),
+            *judge,
             samples=arguments.evaluation_samples,
             seeds=arguments.evaluation_seeds,
             convention=arguments.convention,

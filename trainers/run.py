@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import functools
+import os
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -11,10 +13,9 @@ from pathlib import Path
 import transformers
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from trainers.checkpoints import claim_output_dir, last_whole_checkpoint, remove_later_checkpoints
+from trainers.checkpoints import check_checkpoint, claim_output_dir, last_whole_checkpoint, remove_later_checkpoints
 from trainers.text_blocks import TextArguments, load_blocks
 
 
@@ -43,19 +44,27 @@ def one_line_errors(main):
             return main(arguments)
         except (ValueError, FileNotFoundError, FloatingPointError) as error:
             line = str(error)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except Exception as error:
+            if not disk_is_full(error):
                 raise
-            line = f"no space left on the disk while writing {error.filename or 'a file'}: free some and start again"
+            # Of a copy, `filename` is what was read, and `filename2` what could not be written.
+            file = getattr(error, "filename2", None) or getattr(error, "filename", None) or "a file"
+            line = f"no space left on the disk while writing {file}: free some and start again"
         sys.exit(f"error: {' '.join(line.split())}")
 
     return wrapped
 
 
+def disk_is_full(error: Exception) -> bool:
+    """safetensors and torch have errors of their own for a failed write; only those of safetensors name the reason."""
+    words = ("No space left on device", "PytorchStreamWriter failed writing", "iostream error")
+    return getattr(error, "errno", None) == errno.ENOSPC or any(part in str(error) for part in words)
+
+
 def load_tokenizer(arguments: TokenizerArguments) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"tokenizer {arguments.tokenizer!r} cannot be loaded: {str(error).splitlines()[0]}"
         ) from None
@@ -112,7 +121,10 @@ def prepare_output_dir(training: TrainingArguments, *arguments) -> str | None:
     output_dir = Path(training.output_dir)
     with training.main_process_first(local=False):
         if training.process_index == 0:
-            claim_output_dir(output_dir, run_settings(training, *arguments))
+            settings = run_settings(training, *arguments)
+            if training.resume_from_checkpoint is not None:
+                check_checkpoint(Path(training.resume_from_checkpoint), settings)
+            claim_output_dir(output_dir, settings)
             if training.resume_from_checkpoint is None:
                 remove_later_checkpoints(output_dir, last_whole_checkpoint(output_dir))
         checkpoint = training.resume_from_checkpoint or last_whole_checkpoint(output_dir)
@@ -124,19 +136,23 @@ def prepare_output_dir(training: TrainingArguments, *arguments) -> str | None:
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, training: TrainingArguments, name: str = ""
 ):
-    """Saves a model and its tokenizer into the output folder, or all at once into a folder in it."""
+    """Saves a model and its tokenizer into the output folder, or into a folder in it; no file is ever half there."""
     if not training.should_save:
         return
     output_dir = Path(training.output_dir)
-    folder = output_dir / f".{name}.tmp" if name else output_dir
-    if name and folder.is_dir():
-        shutil.rmtree(folder)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if name:
-        if (output_dir / name).is_dir():
-            shutil.rmtree(output_dir / name)
-        folder.rename(output_dir / name)
+    folder = output_dir / f".{name or 'student'}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if name:
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+            folder.rename(output_dir / name)
+        else:
+            for file in folder.iterdir():
+                os.replace(file, output_dir / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def short_name(source: str | None) -> str | None:
@@ -144,24 +160,33 @@ def short_name(source: str | None) -> str | None:
     return source if source is None or not Path(source).exists() else "/".join(Path(source).parts[-3:])
 
 
-def push_to_hub(training: TrainingArguments):
+def take_hub_api(training: TrainingArguments) -> HfApi | None:
+    """The Hub that the finished run is pushed to, if it is. Every checkpoint holds the arguments: they lose the token."""
+    api = HfApi(token=training.hub_token) if training.push_to_hub else None
+    training.push_to_hub, training.hub_token = False, None
+    return api
+
+
+def push_to_hub(training: TrainingArguments, api: HfApi):
     """Sends the output folder, without checkpoints, to the Hub. A failure is reported with the way to try again."""
     repository = training.hub_model_id or Path(training.output_dir).resolve().name
     ignored = ["checkpoint-*", "teacher/*", "round-*", "runs/*", "run.json", ".*"]
-    api = HfApi(token=training.hub_token)
     try:
         repository = api.create_repo(repository, private=training.hub_private_repo, exist_ok=True).repo_id
         url = api.upload_folder(
             repo_id=repository,
             folder_path=training.output_dir,
-            ignore_patterns=ignored,
+            ignore_patterns=list(ignored),
             commit_message="End of training",
         )
         print(f"pushed to {url}")
-    except (HTTPError, OSError, ValueError) as error:
-        retry = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
+    except Exception as error:  # whatever it is, the run itself has succeeded
+        retry = ["hf", "upload", repository, training.output_dir, "."]
+        retry += [word for pattern in ignored for word in ("--exclude", pattern)]
+        retry += ["--private"] if training.hub_private_repo else []
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
         print(
-            f"The push to {repository!r} failed ({type(error).__name__}: {str(error).splitlines()[0]}). Nothing is lost: "
-            f"everything is in {training.output_dir}. Try again with\n  hf upload {repository} {training.output_dir} . {retry}",
+            f"The push to {repository!r} failed ({type(error).__name__}: {reason}). Nothing is lost: "
+            f"everything is in {training.output_dir}. Try again with\n  {shlex.join(retry)}",
             file=sys.stderr,
         )

@@ -11,8 +11,9 @@ from pathlib import Path
 from transformers import set_seed
 
 from evaluation import load_report, save_results, write_report
+from evaluation.run_eval import load_judge
 from modeling_mcd.convert_checkpoints import load_model
-from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
+from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments, check_same_tokens
 from trainers.recipe import parse_recipe
 from trainers.rounds import JudgeArguments, RoundCallback, RunReport
 from trainers.run import (
@@ -26,6 +27,7 @@ from trainers.run import (
     recipe_text,
     save_model,
     short_name,
+    take_hub_api,
 )
 from trainers.text_blocks import TextArguments
 
@@ -41,16 +43,20 @@ def main(arguments: list[str] | None = None):
     networks, tokenizer_arguments, text, judging, training = parse_recipe(
         (NetworkArguments, TokenizerArguments, TextArguments, JudgeArguments, MCDTrainingArguments), arguments
     )
-    push, training.push_to_hub = training.push_to_hub, False  # we push once, when everything is saved
+    hub = take_hub_api(training)  # we push once, when everything is saved
     set_seed(training.seed)
     tokenizer = load_tokenizer(tokenizer_arguments)
     teacher = load_model(networks.teacher)
     student = teacher if networks.student is None else load_model(networks.student)
+    check_same_tokens(teacher.config, student.config)
     check_tokenizer(tokenizer, teacher.config)
     if text.block_length > teacher.config.max_position_embeddings:
         raise ValueError(
             f"block_length is {text.block_length}, but the teacher's context is {teacher.config.max_position_embeddings}"
         )
+    judge = None
+    if judging.judge is not None and training.process_index == 0:
+        judge = load_judge(judging.judge, judging.judge_dtype, training.device)
     train, validation = load_data(text, tokenizer, training)
     checkpoint = prepare_output_dir(training, networks, tokenizer_arguments, text)
 
@@ -71,8 +77,8 @@ def main(arguments: list[str] | None = None):
             data=f"Distilled on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
             method=f"Distilled from {short_name(networks.teacher)} by Masked Consistency Distillation.",
         )
-        if judging.judge is not None:
-            report = RunReport(judging, tokenizer, validation, text.train_text, training.output_dir, training.device)
+        if judge is not None:
+            report = RunReport(judging, judge, tokenizer, validation, text.train_text, training.output_dir)
             print(f"\n{report.judge('teacher', trainer.teacher)}\n", flush=True)
     trainer.add_callback(RoundCallback(trainer, tokenizer, report))
     trainer.train(checkpoint)
@@ -80,20 +86,20 @@ def main(arguments: list[str] | None = None):
     student = trainer.whole_student()
     save_model(student, tokenizer, training)
     if training.process_index == 0:
-        finish(trainer, student, report)
-        if push:
-            push_to_hub(training)
+        finish(trainer, student, report, training.hub_model_id if hub is not None else None)
+        if hub is not None:
+            push_to_hub(training, hub)
     trainer.end()
 
 
-def finish(trainer: MCDTrainer, student, report: RunReport | None):
+def finish(trainer: MCDTrainer, student, report: RunReport | None, repository: str | None):
     """The table once more, the card beside the model, a sample of teacher and student, and where everything is."""
     folder = Path(trainer.args.output_dir)
     last = f"round-{trainer.args.round_of(trainer.state.global_step - 1) + 1}"
     if report is not None:
         report.judge(last, student)
     results = load_report(folder)
-    print(f"\n{write_report(folder, results)}")
+    print(f"\n{write_report(folder, results, repository=repository)}")
     for name in ("teacher", last):
         rows = [row for row in results["results"] if row["model"] == name]
         if rows:

@@ -6,10 +6,11 @@ accelerate launch trainers/run_mdlm.py recipes/tiny_teacher.yaml
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModel, set_seed
+from transformers import set_seed
 
 from evaluation import save_results, validation_nelbo, write_report
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
+from modeling_mcd.convert_checkpoints import load_model
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.recipe import parse_recipe
 from trainers.run import (
@@ -23,6 +24,7 @@ from trainers.run import (
     recipe_text,
     save_model,
     short_name,
+    take_hub_api,
 )
 from trainers.text_blocks import TextArguments
 
@@ -44,7 +46,7 @@ class ModelArguments:
 
 def build_model(arguments: ModelArguments, tokenizer, context: int) -> MDLMForMaskedDiffusion:
     if arguments.model is not None:
-        return AutoModel.from_pretrained(arguments.model, dtype=torch.float32)
+        return load_model(arguments.model)
     return MDLMForMaskedDiffusion(
         MDLMConfig(
             vocab_size=len(tokenizer),
@@ -67,7 +69,7 @@ def main(arguments: list[str] | None = None):
     model_arguments, tokenizer_arguments, text, training = parse_recipe(
         (ModelArguments, TokenizerArguments, TextArguments, MDLMTrainingArguments), arguments
     )
-    push, training.push_to_hub = training.push_to_hub, False  # we push once, when everything is saved
+    hub = take_hub_api(training)  # we push once, when everything is saved
     tokenizer = load_tokenizer(tokenizer_arguments)
     set_seed(training.seed)
     model = build_model(model_arguments, tokenizer, text.block_length)
@@ -90,9 +92,9 @@ def main(arguments: list[str] | None = None):
             nelbo = validation_nelbo(model, torch.tensor(validation["input_ids"]))
             trainer.save_metrics("eval", {"nelbo": nelbo})
             print(f"NELBO on the validation text: {nelbo:.4f} nats per token")
-        write_report(training.output_dir, report)
-        if push:
-            push_to_hub(training)
+        write_report(training.output_dir, report, repository=training.hub_model_id if hub is not None else None)
+        if hub is not None:
+            push_to_hub(training, hub)
     trainer.end()
 
 

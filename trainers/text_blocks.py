@@ -126,9 +126,14 @@ def _documents(source: str, text: TextArguments, split: str, streaming: bool):
             _read_files, features=Features({"text": Value("large_string")}), gen_kwargs={"files": identity}
         )
         return documents, repr(identity)
-    documents = load_dataset(
-        source, text.dataset_config, split=split, revision=text.dataset_revision, streaming=streaming
-    )
+    try:
+        documents = load_dataset(
+            source, text.dataset_config, split=split, revision=text.dataset_revision, streaming=streaming
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"text {source!r} is no file or folder here, and cannot be had from the Hub: {str(error).splitlines()[0]}"
+        ) from None
     column, columns = text.text_column, documents.column_names
     if columns is not None and column not in columns:
         raise ValueError(f"dataset {source!r} has no column {column!r} for text_column; it has {sorted(columns)}")

@@ -1,0 +1,76 @@
+"""Configuration of the masked diffusion language model (MDLM, arXiv 2406.07524)."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class MDLMConfig(PreTrainedConfig):
+    r"""
+    Shapes and diffusion process of an [`MDLMForMaskedDiffusion`]. The defaults are the published 169M model
+    (`kuleshov-group/mdlm-owt`). Sampling options live in [`MDLMGenerationConfig`].
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 50258): Tokens, `[MASK]` included.
+        hidden_size (`int`, *optional*, defaults to 768): Width of the residual stream.
+        intermediate_size (`int`, *optional*): Width inside an MLP; `4 * hidden_size` when not given.
+        num_hidden_layers (`int`, *optional*, defaults to 12): Blocks.
+        num_attention_heads (`int`, *optional*, defaults to 12): Attention heads; must divide `hidden_size`.
+        conditioning_size (`int`, *optional*, defaults to 128): Width of the noise embedding that drives the modulation.
+        max_position_embeddings (`int`, *optional*, defaults to 1024): Context, and the default length of a canvas.
+        hidden_dropout (`float`, *optional*, defaults to 0.1): Dropout on each branch before it joins the residual stream.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of the layer norms.
+        rope_theta (`float`, *optional*, defaults to 10000.0): Base of the rotary position embedding.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the normal initialisation.
+        time_conditioning (`bool`, *optional*, defaults to `False`): Whether the network sees the noise level. Off, it
+            is given sigma = 0 and the modulation is a constant of the network.
+        noise_schedule (`str`, *optional*, defaults to `"log_linear"`): Name of gamma(t), see `noise_schedule_mdlm.py`.
+        noise_epsilon (`float`, *optional*, defaults to 1e-3): gamma(1), the visible fraction at full noise.
+        mask_token_id (`int`, *optional*): Id of `[MASK]`; the last token when not given.
+
+    Raises:
+        ValueError: when heads do not divide the width, or the mask is outside the vocabulary.
+    """
+
+    model_type = "mdlm_mcd"
+
+    vocab_size: int = 50258
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    conditioning_size: int = 128
+    max_position_embeddings: int = 1024
+    hidden_dropout: float = 0.1
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+    time_conditioning: bool = False
+    noise_schedule: Literal["log_linear", "cosine"] = "log_linear"
+    noise_epsilon: float = 1e-3
+    mask_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.mask_token_id is None:
+            self.mask_token_id = self.vocab_size - 1
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "
+                f"({self.num_attention_heads}): every head has an even width, for the rotary embedding"
+            )
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"mask_token_id ({self.mask_token_id}) must lie in [0, vocab_size = {self.vocab_size})")
+        # `AutoModelForMaskedLM` finds the remote code too; `save_pretrained` itself writes only the `AutoModel` entry.
+        kwargs.setdefault("auto_map", {"AutoModelForMaskedLM": "modeling_mdlm.MDLMForMaskedDiffusion"})
+        super().__post_init__(**kwargs)
+
+
+__all__ = ["MDLMConfig"]

@@ -1,0 +1,317 @@
+"""The masked diffusion language model: a bidirectional diffusion transformer (DiT) over a canvas of tokens and masks.
+
+The architecture is that of the published MDLM, SDTT and Duo checkpoints (arXiv 2406.07524, 2410.21035, 2506.10892).
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_mdlm import MDLMConfig
+from .generation_mdlm import MDLMGenerationMixin
+
+
+class MDLMLayerNorm(nn.Module):
+    """Layer norm with a weight and no bias, in float32 whatever the autocast."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.layer_norm(
+            hidden_states.float(), hidden_states.shape[-1:], self.weight.float(), None, self.eps
+        )
+
+
+class MDLMNoiseEmbedding(nn.Module):
+    """sigma [B] -> silu(MLP(sinusoids of sigma)) [B, conditioning_size], in float32 whatever the autocast."""
+
+    frequencies = 128
+
+    def __init__(self, conditioning_size: int):
+        super().__init__()
+        self.in_proj = nn.Linear(2 * self.frequencies, conditioning_size)
+        self.out_proj = nn.Linear(conditioning_size, conditioning_size)
+
+    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
+        exponents = torch.arange(self.frequencies, dtype=torch.float32, device=sigma.device) / self.frequencies
+        angles = sigma.float()[:, None] * torch.exp(-math.log(10000) * exponents)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        with torch.autocast(sigma.device.type, enabled=False):
+            hidden = nn.functional.silu(self.in_proj(sinusoids.to(self.in_proj.weight.dtype)))
+            return nn.functional.silu(self.out_proj(hidden))
+
+
+class MDLMModulation(nn.Linear):
+    """Conditioning [B, c] -> `parts` tensors [B, 1, hidden_size]. A class of its own because it starts at zero (adaLN-Zero)."""
+
+    def __init__(self, conditioning_size: int, hidden_size: int, parts: int):
+        super().__init__(conditioning_size, parts * hidden_size)
+        self.parts = parts
+
+    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return super().forward(conditioning)[:, None].chunk(self.parts, dim=-1)
+
+
+def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """normed * (1 + scale) + shift in float32, handed on in the dtype that the matrix products run in."""
+    return (normed * (1 + scale) + shift).to(shift.dtype)
+
+
+class MDLMRotaryEmbedding(nn.Module):
+    """cos and sin [B, L, head_dim] of the rotary embedding, half-split (GPT-NeoX) convention, float32."""
+
+    def __init__(self, config: MDLMConfig):
+        super().__init__()
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.theta = config.rope_theta
+
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # No buffer: `.to(bfloat16)` (DeepSpeed's bf16) would round it, and the meta device would lose it.
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=position_ids.device) / self.head_dim
+        angles = position_ids[:, :, None].float() * (1.0 / self.theta**exponents)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Applies the rotary embedding to [B, heads, L, head_dim]: multiplied in float32, rounded once to the input's dtype."""
+    first, second = states.float().chunk(2, dim=-1)
+    rotated = torch.cat([-second, first], dim=-1)
+    return (states.float() * cos[:, None] + rotated * sin[:, None]).to(states.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class MDLMAttention(nn.Module):
+    def __init__(self, config: MDLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, length, _ = hidden_states.shape
+        query, key, value = (
+            self.qkv_proj(hidden_states).view(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        )
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        return self.o_proj(output.reshape(batch, length, -1)), weights
+
+
+class MDLMMLP(nn.Module):
+    def __init__(self, config: MDLMConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states), approximate="tanh"))
+
+
+class MDLMLayer(GradientCheckpointingLayer):
+    """One DiT block: attention and MLP, each modulated, gated, and added to the float32 residual stream."""
+
+    def __init__(self, config: MDLMConfig, layer_idx: int):
+        super().__init__()
+        self.modulation = MDLMModulation(config.conditioning_size, config.hidden_size, 6)
+        self.attention_norm = MDLMLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = MDLMAttention(config, layer_idx)
+        self.mlp_norm = MDLMLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MDLMMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = self.modulation(
+            conditioning
+        )
+        branch = modulate(self.attention_norm(hidden_states), shift_attention, scale_attention)
+        branch, _ = self.attention(branch, position_embeddings, attention_mask, **kwargs)
+        hidden_states = hidden_states + gate_attention * self.dropout(branch)
+        branch = self.mlp(modulate(self.mlp_norm(hidden_states), shift_mlp, scale_mlp))
+        return hidden_states + gate_mlp * self.dropout(branch)
+
+
+@auto_docstring
+class MDLMPreTrainedModel(PreTrainedModel):
+    config: MDLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MDLMLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MDLMLayer, "attentions": MDLMAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, MDLMLayerNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, MDLMModulation) or module is getattr(self, "lm_head", None):
+            # Every block is the identity and every logit zero at the start (DiT, arXiv 2212.09748, "adaLN-Zero").
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+
+
+@auto_docstring(custom_intro="The DiT trunk: tokens to normalised and modulated hidden states, without the head.")
+class MDLMModel(MDLMPreTrainedModel):
+    def __init__(self, config: MDLMConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.noise_embedding = MDLMNoiseEmbedding(config.conditioning_size)
+        self.rotary_emb = MDLMRotaryEmbedding(config)
+        self.layers = nn.ModuleList(MDLMLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm_modulation = MDLMModulation(config.conditioning_size, config.hidden_size, 2)
+        self.norm = MDLMLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        r"""
+        timesteps (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
+            Total noise sigma = -log gamma(t) of each row. Needed with `config.time_conditioning`, ignored without it.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if not self.config.time_conditioning:
+            timesteps = torch.zeros(1, device=inputs_embeds.device)  # one row: the modulation is the same for all
+        elif timesteps is None:
+            raise ValueError("this model has time_conditioning: give timesteps, the total noise sigma of each row [B]")
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
+        conditioning = self.noise_embedding(timesteps)
+        position_embeddings = self.rotary_emb(position_ids)
+        hidden_states = inputs_embeds.float()
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, conditioning, position_embeddings, attention_mask, **kwargs)
+        shift, scale = self.norm_modulation(conditioning)
+        return BaseModelOutput(last_hidden_state=modulate(self.norm(hidden_states), shift, scale))
+
+
+@auto_docstring(custom_intro="The trunk with a head over the vocabulary, and `generate`.")
+class MDLMForMaskedDiffusion(MDLMGenerationMixin, MDLMPreTrainedModel):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MDLMConfig):
+        super().__init__(config)
+        self.model = MDLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_rows: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        r"""
+        timesteps (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
+            Total noise sigma = -log gamma(t) of each row. Needed with `config.time_conditioning`, ignored without it.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Token to predict at each position, -100 for none. The loss is the mean cross-entropy of the others, float32.
+        logits_rows (`torch.Tensor`, *optional*):
+            The positions to run the head on: a boolean mask of shape `(batch_size, sequence_length)`, or indices
+            into the flattened canvas, shape `(rows,)`. Logits then have shape `(rows, vocab_size)`, and the full
+            `(batch_size, sequence_length, vocab_size)` tensor is never built.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            timesteps=timesteps,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if logits_rows is not None:
+            logits_rows = logits_rows.flatten()
+            hidden_states = hidden_states.flatten(0, 1)[logits_rows]
+            labels = None if labels is None else labels.flatten()[logits_rows]
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = ["MDLMForMaskedDiffusion", "MDLMModel", "MDLMPreTrainedModel"]

@@ -1,0 +1,52 @@
+"""Noise schedules gamma(t): the probability that a token is still visible at time t (t = 0 clean, t = 1 noise)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LogLinearSchedule:
+    """gamma(t) = 1 - (1 - epsilon) t, MDLM's schedule: sigma(t) = -log gamma(t), and the NELBO weight is exactly 1/t."""
+
+    epsilon: float = 1e-3
+
+    def gamma(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 - (1 - self.epsilon) * t
+
+    def inverse(self, gamma: torch.Tensor) -> torch.Tensor:
+        return (1 - gamma) / (1 - self.epsilon)
+
+    def derivative(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(t, -(1 - self.epsilon))
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """gamma(t) = 1 - cos(pi/2 (1 - t')), t' = (1 - epsilon) t (Duo, arXiv 2506.10892)."""
+
+    epsilon: float = 1e-3
+
+    def gamma(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 - torch.cos(math.pi / 2 * (1 - (1 - self.epsilon) * t))
+
+    def inverse(self, gamma: torch.Tensor) -> torch.Tensor:
+        return (1 - 2 / math.pi * torch.acos(1 - gamma)) / (1 - self.epsilon)
+
+    def derivative(self, t: torch.Tensor) -> torch.Tensor:
+        return -math.pi / 2 * (1 - self.epsilon) * torch.sin(math.pi / 2 * (1 - (1 - self.epsilon) * t))
+
+
+NoiseSchedule = LogLinearSchedule | CosineSchedule
+NOISE_SCHEDULES = {"log_linear": LogLinearSchedule, "cosine": CosineSchedule}
+
+
+def noise_schedule_of(config) -> NoiseSchedule:
+    """The schedule that a model's configuration names."""
+    return NOISE_SCHEDULES[config.noise_schedule](config.noise_epsilon)
+
+
+def nelbo_weight(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
+    """-gamma'(t) / (1 - gamma(t)): weight of the cross-entropy in the continuous-time NELBO (MDLM, Eq. 10)."""
+    return -schedule.derivative(t) / (1 - schedule.gamma(t))
