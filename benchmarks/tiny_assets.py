@@ -25,8 +25,9 @@ def main(teacher_run: str, judge_run: str, out: str, validation: str):
         tokenizer.save_pretrained(out / name)
         models[name] = auto_class.from_pretrained(out / name, dtype=torch.float32).eval()
     nelbo, loss = validation_nelbo(models["teacher"], blocks), causal_loss(models["judge"], blocks)
+    print(f"NELBO {nelbo:.4f}, judge's loss {loss:.4f} nats per character", flush=True)
     protocol = EvaluationProtocol(
-        models["judge"], tokenizer, samples=128, seeds=1, entropy_unit="words", batch_size=64
+        models["judge"], tokenizer, samples=48, seeds=1, entropy_unit="words", batch_size=48
     )
     by_steps = {
         row["steps"]: {name: row[name] for name in ("judge_nll", "entropy", "distinct_3", "nfe")}
@@ -40,6 +41,7 @@ def main(teacher_run: str, judge_run: str, out: str, validation: str):
         "teacher_parameters": models["teacher"].num_parameters(),
         "judge_parameters": models["judge"].num_parameters(),
         "validation_blocks": len(blocks),
+        "samples_for_each_number_of_steps": protocol.samples,
         "teacher_by_steps": by_steps,
         "judge_nll_8_steps_above_128_steps": by_steps[8]["judge_nll"] - by_steps[128]["judge_nll"],
     }
