@@ -14,8 +14,9 @@ $(VENV)/installed: setup.py constraints.txt
 	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
+# accelerate gives a process on a CPU one thread unless it is told otherwise.
 distill: setup
-	$(BIN)/accelerate launch trainers/run_mcd.py recipes/tiny.yaml
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(PYTHON) -c 'import os; print(os.cpu_count())')} $(BIN)/accelerate launch trainers/run_mcd.py recipes/tiny.yaml
 
 # The full table of the last `make distill`: 512 samples, 3 seeds, a sweep of temperatures for the matched column. Hours
 # on two cores; killed and started again, it goes on where it was.
