@@ -26,9 +26,7 @@ def main(teacher_run: str, judge_run: str, out: str, validation: str):
         models[name] = auto_class.from_pretrained(out / name, dtype=torch.float32).eval()
     nelbo, loss = validation_nelbo(models["teacher"], blocks), causal_loss(models["judge"], blocks)
     print(f"NELBO {nelbo:.4f}, judge's loss {loss:.4f} nats per character", flush=True)
-    protocol = EvaluationProtocol(
-        models["judge"], tokenizer, samples=48, seeds=1, entropy_unit="words", batch_size=48
-    )
+    protocol = EvaluationProtocol(models["judge"], tokenizer, samples=48, seeds=1, entropy_unit="words", batch_size=48)
     by_steps = {
         row["steps"]: {name: row[name] for name in ("judge_nll", "entropy", "distinct_3", "nfe")}
         for row in evaluate_model("teacher", models["teacher"], tokenizer, protocol, [8, 32, 128])
