@@ -39,7 +39,7 @@ def pick_uniformly(uniforms: torch.Tensor, vocab_size: int) -> torch.LongTensor:
 def posterior_weights(
     x_hat_at_z: torch.Tensor, alpha_t: float, alpha_s: float, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights `stay` and `predict` of q(z_s | z_t, x_hat), which is a mixture of three distributions (Duo, Eq. 3):
+    """Weights `stay` and `predict` of q(z_s | z_t, x_hat), which is a mixture of three distributions:
 
         q(z_s) = stay [z_s = z_t] + predict x_hat[z_s] + (1 - stay - predict) / K
 
