@@ -41,6 +41,7 @@ style: setup
 
 bench: setup
 	$(BIN)/python benchmarks/reveal_first.py
+	$(BIN)/python benchmarks/load_checkpoint.py
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache runs

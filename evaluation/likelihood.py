@@ -6,16 +6,18 @@ from transformers import PreTrainedModel
 
 from evaluation.generative_perplexity import sequence_nll
 from modeling_mcd.noise_schedule_mdlm import nelbo_weight, noise_schedule_of
+from modeling_mcd.uniform_diffusion_mdlm import corrupt_uniformly, uniform_nelbo
 
 
 @torch.no_grad()
 def validation_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 32, seed: int = 0) -> float:
-    """Continuous-time NELBO of an MDLM (arXiv 2406.07524, Eq. 10), in nats per token, over all tokens of the blocks.
+    """Continuous-time NELBO of a model (MDLM, Eq. 10; Duo, Eq. 17), in nats per token, over all tokens of the blocks.
 
-    Each block is masked at `draws` times, one in each of as many equal parts of (0, 1]; over all blocks the times of a
+    Each block is noised at `draws` times, one in each of as many equal parts of (0, 1]; over all blocks the times of a
     part are stratified too, in random order, so that the estimate is unbiased. The noise depends on the seed and the
     shape of the blocks alone: not on the batch size, the model or the device. The cross-entropy is that of the SUBS
-    parameterisation ([MASK] has no probability, visible tokens cost nothing), in float32, summed in float64.
+    parameterisation ([MASK] has no probability, visible tokens cost nothing), in float32, summed in float64. Under
+    uniform diffusion every token costs something, see `uniform_nelbo`.
 
     Args:
         model: an `MDLMForMaskedDiffusion`.
@@ -36,17 +38,33 @@ def validation_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: in
             - torch.rand(count, dtype=torch.float64, generator=generator)
         )
         t = (draw + stratum / count) / draws
-        masked = torch.rand(count, length, dtype=torch.float64, generator=generator) > schedule.gamma(t)[:, None]
+        gamma, u = schedule.gamma(t), torch.rand(count, length, dtype=torch.float64, generator=generator)
+        if model.config.diffusion_kind == "uniform":
+            slope, z_t = schedule.derivative(t), corrupt_uniformly(blocks, gamma, u, model.config.vocab_size)
+            for rows in torch.arange(count).split(batch_size):
+                total += uniform_sum(model, blocks[rows], z_t[rows], gamma[rows], slope[rows])
+            continue
+        masked = u > gamma[:, None]
         weights = nelbo_weight(schedule, t)[:, None].expand(count, length)
         for rows in torch.arange(count).split(batch_size):
             noisy = blocks[rows].masked_fill(masked[rows], mask_token_id).to(model.device)
-            sigma = -schedule.gamma(t[rows]).log().float().to(model.device)
+            sigma = -gamma[rows].log().float().to(model.device)
             logits = model(input_ids=noisy, timesteps=sigma, logits_rows=masked[rows].to(model.device)).logits.float()
             logits[:, mask_token_id] = -torch.inf
             losses = cross_entropy(logits, blocks[rows][masked[rows]].to(model.device), reduction="none")
             total += (weights[rows][masked[rows]] * losses.cpu().double()).sum().item()
     model.train(was_training)
     return total / (draws * count * length)
+
+
+def uniform_sum(model, x_0: torch.Tensor, z_t: torch.Tensor, gamma: torch.Tensor, slope: torch.Tensor) -> float:
+    """Sum of `uniform_nelbo` over the tokens of some blocks [b, L], noised to z_t at gamma [b]."""
+    logits = model(input_ids=z_t.to(model.device), timesteps=-gamma.log().float().to(model.device)).logits.flatten(
+        0, 1
+    )
+    gamma, slope = (values[:, None].expand_as(x_0).flatten().float().to(model.device) for values in (gamma, slope))
+    x_0, z_t = x_0.flatten().to(model.device), z_t.flatten().to(model.device)
+    return uniform_nelbo(logits.float().log_softmax(dim=-1), z_t, x_0, gamma, slope).double().sum().item()
 
 
 def causal_loss(judge: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 8) -> float:

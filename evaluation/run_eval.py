@@ -9,14 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.diversity import ENTROPY_UNITS, vocabulary_of
 from evaluation.evaluate_model import EvaluationProtocol, evaluate_held_out_text, evaluate_model
@@ -24,7 +17,7 @@ from evaluation.generative_perplexity import CONVENTIONS
 from evaluation.reference_text import read_texts, text_blocks
 from evaluation.report import write_report
 from evaluation.results import load_report, save_results
-from modeling_mcd import MDLMConfig
+from modeling_mcd.convert_checkpoints import load_model, read_checkpoint
 from modeling_mcd.sampling_mdlm import SAMPLERS
 
 
@@ -42,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--steps", type=_at_least(int, 1), nargs="+", required=True, help="Numbers of sampling steps.")
     result.add_argument(
         "--temperatures", type=_at_least(float, 0), nargs="+", default=[1.0], help="Several make a sweep."
+    )
+    result.add_argument(
+        "--tokenizer", help="Folder or Hub name, for models that come without: gpt2 for published ones."
     )
     result.add_argument("--judge", required=True, help="Folder or Hub name of any causal language model.")
     result.add_argument("--judge_dtype", choices=("float32", "bfloat16"), default="float32", help="Of its weights.")
@@ -102,8 +98,8 @@ def run(options: argparse.Namespace):
     label = list(labelled_paths(options.models[:1], options.rounds))[-1] if own else None
     report = None
     for name, path in paths.items():
-        tokenizer = _load(AutoTokenizer, "model", path)
-        model = _load(AutoModel, "model", path, dtype=torch.float32).to(device)
+        tokenizer = _load(AutoTokenizer, "tokenizer" if options.tokenizer else "model", options.tokenizer or path)
+        model = load_model(path).to(device)
         if reference and report is None:
             blocks = text_blocks(reference, tokenizer, lengths[name], options.samples)
             report = save_results(folder, [evaluate_held_out_text(blocks, tokenizer, protocol)], label=label)
@@ -143,12 +139,8 @@ def split_label(model: str) -> tuple[str, str]:
 
 
 def _length(path: str, length: int | None) -> int:
-    """Tokens in a sample of a model, after a look at its configuration alone."""
-    config = _load(AutoConfig, "model", path)
-    if not isinstance(config, MDLMConfig):
-        raise ValueError(
-            f"model {path!r} is a {config.model_type!r}, not a masked diffusion model ({MDLMConfig.model_type!r})"
-        )
+    """Tokens in a sample of a model, after a look at its configuration and the shapes of its weights."""
+    config = read_checkpoint(path).config
     if length is not None and length > config.max_position_embeddings:
         raise ValueError(f"length is {length}, but the context of {path!r} is {config.max_position_embeddings} tokens")
     return length or config.max_position_embeddings

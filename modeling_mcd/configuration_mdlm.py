@@ -1,4 +1,4 @@
-"""Configuration of the masked diffusion language model (MDLM, arXiv 2406.07524)."""
+"""Configuration of the diffusion language model: absorbing (MDLM, arXiv 2406.07524) or uniform (Duo, arXiv 2506.10892)."""
 
 from typing import Literal
 
@@ -24,14 +24,18 @@ class MDLMConfig(PreTrainedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of the layer norms.
         rope_theta (`float`, *optional*, defaults to 10000.0): Base of the rotary position embedding.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the normal initialisation.
-        time_conditioning (`bool`, *optional*, defaults to `False`): Whether the network sees the noise level. Off, it
-            is given sigma = 0 and the modulation is a constant of the network.
+        rotary_precision (`str`, *optional*, defaults to `"float32"`): `"float32"` multiplies the rotary embedding in
+            float32 and rounds once, whatever the dtype; `"native"` works in the dtype of the queries, as Duo's code does.
+        diffusion_kind (`str`, *optional*, defaults to `"absorbing"`): What noise does to a token: `"absorbing"` turns
+            it into `[MASK]`, `"uniform"` into any token of the vocabulary.
+        time_conditioning (`bool`, *optional*): Whether the network sees the noise level; by default only under uniform
+            noise. Off, it is given sigma = 0 and the modulation is a constant of the network.
         noise_schedule (`str`, *optional*, defaults to `"log_linear"`): Name of gamma(t), see `noise_schedule_mdlm.py`.
         noise_epsilon (`float`, *optional*, defaults to 1e-3): gamma(1), the visible fraction at full noise.
-        mask_token_id (`int`, *optional*): Id of `[MASK]`; the last token when not given.
+        mask_token_id (`int`, *optional*): Id of `[MASK]`; the last token when not given. Uniform noise has none.
 
     Raises:
-        ValueError: when heads do not divide the width, or the mask is outside the vocabulary.
+        ValueError: when heads do not divide the width, the mask is outside the vocabulary, or uniform noise has one.
     """
 
     model_type = "mdlm_mcd"
@@ -47,7 +51,9 @@ class MDLMConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     initializer_range: float = 0.02
-    time_conditioning: bool = False
+    rotary_precision: Literal["float32", "native"] = "float32"
+    diffusion_kind: Literal["absorbing", "uniform"] = "absorbing"
+    time_conditioning: bool | None = None
     noise_schedule: Literal["log_linear", "cosine"] = "log_linear"
     noise_epsilon: float = 1e-3
     mask_token_id: int | None = None
@@ -59,14 +65,20 @@ class MDLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        if self.mask_token_id is None:
+        if self.time_conditioning is None:
+            self.time_conditioning = self.diffusion_kind == "uniform"
+        if self.mask_token_id is None and self.diffusion_kind == "absorbing":
             self.mask_token_id = self.vocab_size - 1
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "
                 f"({self.num_attention_heads}): every head has an even width, for the rotary embedding"
             )
-        if not 0 <= self.mask_token_id < self.vocab_size:
+        if self.mask_token_id is not None and self.diffusion_kind == "uniform":
+            raise ValueError(
+                f"mask_token_id ({self.mask_token_id}) must be null under uniform diffusion: nothing is masked"
+            )
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id ({self.mask_token_id}) must lie in [0, vocab_size = {self.vocab_size})")
         # `AutoModelForMaskedLM` finds the remote code too; `save_pretrained` itself writes only the `AutoModel` entry.
         kwargs.setdefault("auto_map", {"AutoModelForMaskedLM": "modeling_mdlm.MDLMForMaskedDiffusion"})

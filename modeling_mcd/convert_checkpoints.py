@@ -1,87 +1,326 @@
-"""Published MDLM checkpoints under our parameter names, and one loader for every entry point."""
+"""Every published checkpoint of the family (MDLM, SDTT, Duo and their kin) as our model, and our model in their layouts.
 
-import os
+    python -m modeling_mcd.convert_checkpoints SOURCE OUT [--revision R] [--ema] [--to ours|mdlm|sdtt|duo]
+
+`load_model` is the loader of every entry point.
+"""
+
+import argparse
+import contextlib
+import json
+import pickle
+import shutil
+import sys
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModel, PreTrainedConfig
 
+from .checkpoint_layouts import (
+    ROTARY_BUFFER,
+    WRAPPERS,
+    count_blocks,
+    parameter_names,
+    published_config,
+    save_published,
+)
 from .configuration_mdlm import MDLMConfig
+from .generation_mdlm import MDLMGenerationConfig
 from .modeling_mdlm import MDLMForMaskedDiffusion
 
 
-# Published name -> ours, in the order in which the replacements are made.
-RENAMING = {
-    "vocab_embed.embedding": "model.embed_tokens.weight",
-    "sigma_map.mlp.0": "model.noise_embedding.in_proj",
-    "sigma_map.mlp.2": "model.noise_embedding.out_proj",
-    "output_layer.norm_final": "model.norm",
-    "output_layer.adaLN_modulation": "model.norm_modulation",
-    "output_layer.linear": "lm_head",
-    "blocks.": "model.layers.",
-    ".attn_qkv": ".attention.qkv_proj",
-    ".attn_out": ".attention.o_proj",
-    ".norm1": ".attention_norm",
-    ".norm2": ".mlp_norm",
-    ".mlp.0": ".mlp.up_proj",
-    ".mlp.2": ".mlp.down_proj",
-    ".adaLN_modulation": ".modulation",
-}
+PICKLES = ("*.ckpt", "*.pt", "*.pth", "*.bin")
+# What Lightning puts beside tensors and plain containers (which torch always allows). None of it runs code.
+ALLOWED_GLOBALS = [argparse.Namespace, defaultdict]
 
 
-def rename_published(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A published `backbone.*` state dict under our names. The rotary buffer is left out: it is computed."""
-    renamed = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("backbone.")
-        if name == "rotary_emb.inv_freq":
-            continue
-        for published, ours in RENAMING.items():
-            name = name.replace(published, ours)
-        renamed[name] = tensor
-    return renamed
+@dataclass
+class Checkpoint:
+    """A checked checkpoint: its weights under our names, mapped from the file and not yet read, and what they mean."""
+
+    config: MDLMConfig
+    state: dict[str, torch.Tensor]
+    generation_config: MDLMGenerationConfig | None = None
 
 
-def load_model(source: str, dtype: torch.dtype = torch.float32) -> MDLMForMaskedDiffusion:
-    """Loads one of our models, or a published one in the layout of `kuleshov-group/mdlm-owt`, from a folder or the Hub.
+def load_model(source: str, dtype: torch.dtype = torch.float32, **options) -> MDLMForMaskedDiffusion:
+    """Loads one of our models or a published one: a Hub id (also `id@revision`), a folder, or a file.
+
+    Args:
+        source: where the checkpoint is.
+        dtype: of the weights; float32 whatever the file holds.
+        options: `revision`, `ema`, `trust_pickle`, `diffusion_kind`, see `read_checkpoint`.
 
     Raises:
-        FileNotFoundError: when there is nothing of that name.
-        ValueError: when it is neither, or its weights do not fit its configuration; names the first that does not.
+        ValueError: when it is not there or does not fit; names the first wrong file, key or shape.
+    """
+    checkpoint = read_checkpoint(source, **options)
+    model = MDLMForMaskedDiffusion.from_pretrained(
+        None, config=checkpoint.config, state_dict=checkpoint.state, dtype=dtype
+    )
+    if checkpoint.generation_config is not None:
+        model.generation_config = checkpoint.generation_config
+    return model
+
+
+def read_checkpoint(
+    source: str,
+    *,
+    revision: str | None = None,
+    ema: bool = False,
+    trust_pickle: bool = False,
+    diffusion_kind: str | None = None,
+) -> Checkpoint:
+    """Finds a checkpoint and checks every key and shape of it. The weights themselves are mapped, not read.
+
+    Args:
+        source: Hub id, `id@revision`, folder, or file (.safetensors, or a torch pickle such as Lightning's .ckpt).
+        revision: branch, tag or commit on the Hub.
+        ema: take the moving average out of a Lightning file, not its raw weights.
+        trust_pickle: unpickle whatever the file asks for, which can run any code.
+        diffusion_kind: "absorbing" or "uniform"; by default what the configuration says.
+
+    Raises:
+        ValueError: as in `load_model`.
     """
     try:
-        settings, _ = PreTrainedConfig.get_config_dict(source)
-    except OSError as error:
-        raise FileNotFoundError(f"model {str(source)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if settings.get("model_type") == MDLMConfig.model_type:
-        return AutoModel.from_pretrained(source, dtype=dtype)
-    if settings.get("model_type") != "mdlm":
-        raise ValueError(
-            f"model {source!r} has the model_type {settings.get('model_type')!r}; known are {MDLMConfig.model_type!r} and 'mdlm'"
-        )
-    config = MDLMConfig(
-        vocab_size=settings["vocab_size"],
-        hidden_size=settings["hidden_dim"],
-        num_hidden_layers=settings["n_blocks"],
-        num_attention_heads=settings["n_heads"],
-        conditioning_size=settings["cond_dim"],
-        max_position_embeddings=settings["model_length"],
-        hidden_dropout=settings["dropout"],
-        time_conditioning=settings["time_conditioning"],
-    )
-    folder = snapshot_download(source, allow_patterns=["*.safetensors"]) if not os.path.isdir(source) else source
+        files = find_weights(str(source), revision)
+        folder = files[0].parent
+        state, settings = read_files(files, ema, trust_pickle)
+        settings = settings or read_json(folder / "config.json")
+        if settings.get("model_type") == MDLMConfig.model_type:
+            config = MDLMConfig.from_dict(settings)
+            if diffusion_kind not in (None, config.diffusion_kind):
+                raise ValueError(f"its config.json says {config.diffusion_kind!r} diffusion, not {diffusion_kind!r}")
+            ours_of = {name: name for name in parameter_shapes(config)}
+            check_keys(state, ours_of, "")
+        else:
+            frequencies = state.pop(ROTARY_BUFFER, None)
+            ours_of = parameter_names(count_blocks(state))
+            kind = settings.get("model_type")
+            check_keys(state, ours_of, f"its model_type is {kind!r}, and " if kind else "")
+            config = published_config(settings, state, frequencies, diffusion_kind)
+        shapes = parameter_shapes(config)
+        for name, ours in ours_of.items():
+            if state[name].shape != shapes[ours]:
+                raise ValueError(f"{name} has the shape {tuple(state[name].shape)}, not {tuple(shapes[ours])}")
+        generation_config = None
+        if (folder / "generation_config.json").is_file():
+            generation_config = MDLMGenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        there = Path(source).exists()
+        place = "cannot be loaded" if there else "is no folder here, and cannot be had from the Hub"
+        raise ValueError(f"model {str(source)!r} {place}: {' '.join(str(error).split())}") from None
+    return Checkpoint(config, {ours: state[name] for name, ours in ours_of.items()}, generation_config)
+
+
+def parameter_shapes(config: MDLMConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         model = MDLMForMaskedDiffusion(config)
-    state = rename_published(load_file(f"{folder}/model.safetensors"))
-    expected = model.state_dict()
-    for name in sorted(expected.keys() ^ state.keys()):
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def check_keys(state: Mapping, expected: Mapping, which: str):
+    for name in expected:
+        if name not in state:
+            raise ValueError(f"{which}{name} is missing")
+    for name in state:
+        if name not in expected:
+            raise ValueError(f"{which}{name} is no parameter of this network")
+
+
+# --- Where the weights are
+
+
+def find_weights(source: str, revision: str | None) -> list[Path]:
+    """The files with the weights, several when they are sharded; downloaded when the source is a Hub id."""
+    path = Path(source)
+    if path.exists() and revision is not None:
+        raise ValueError(f"revision {revision!r} is for a Hub id, and this is a file or folder here")
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        path = download(source, revision)
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    if (path / "model.safetensors.index.json").is_file():
+        files = read_json(path / "model.safetensors.index.json")["weight_map"].values()
+        return [path / name for name in sorted(set(files))]
+    files = [file for pattern in ("*.safetensors", *PICKLES) for file in sorted(path.glob(pattern))]
+    if len(files) != 1:
+        found = f"one of {[file.name for file in files]} must be chosen" if files else "there are no weights in it"
+        raise ValueError(f"{found}: give a folder with a model.safetensors, or the path of one file")
+    return files
+
+
+def download(source: str, revision: str | None) -> Path:
+    """The folder of a repository's snapshot; pickles are downloaded only where there are no safetensors."""
+    name, _, at = source.partition("@")
+    if at and revision is not None:
+        raise ValueError(f"it names the revision {at!r} already: leave out revision {revision!r}")
+    revision = revision or at or None
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", *PICKLES]))
+        return folder
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"revision {revision!r}: {reason}" if revision else reason) from None
+
+
+# --- What is in them
+
+
+def read_json(path: Path) -> dict:
+    """The content of a JSON file; empty when there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} must hold an object, not a {type(content).__name__}")
+    return content
+
+
+def read_files(files: list[Path], ema: bool, trust_pickle: bool) -> tuple[dict[str, torch.Tensor], Mapping]:
+    """Tensors by name without the wrappers' prefixes, and the settings of the run where a Lightning file holds them."""
+    state, settings = {}, {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file.name} is missing, so the weights are not complete")
+        with file.open("rb") as opened:
+            if opened.read(30).startswith(b"version https://git-lfs"):
+                raise ValueError(
+                    f"{file.name} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"
+                )
+        content = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, trust_pickle)
+        if "state_dict" in content:
+            settings = hyper_parameters(content)
+        elif ema:
+            raise ValueError(f"{file.name} holds no EMA: only a Lightning checkpoint does")
+        for name, tensor in content.get("state_dict", content).items():
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{file.name} holds no state dict: {name!r} is a {type(tensor).__name__}")
+            while name.startswith(WRAPPERS):
+                name = name.partition(".")[2]
+            if name in state:
+                raise ValueError(f"{file.name} holds {name!r} twice, under different prefixes")
+            state[name] = tensor
+        if ema:
+            state |= ema_tensors(content, parameter_names(count_blocks(state)), file)
+    return state, settings
+
+
+def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file.name} is cut off, or no safetensors file ({error})") from None
+
+
+def read_pickle(file: Path, trust: bool) -> Mapping:
+    """The content of a torch checkpoint, unpickled with nothing but tensors, plain containers and `ALLOWED_GLOBALS`."""
+    cut_off = f"{file.name} is cut off, or no torch checkpoint (a zip archive since torch 1.6)"
+    if not zipfile.is_zipfile(file):
+        raise ValueError(cut_off)
+    try:
+        with torch.serialization.safe_globals(ALLOWED_GLOBALS):
+            found = [] if trust else torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+            if found:
+                raise pickle.UnpicklingError(", ".join(sorted(found)))
+            content = torch.load(str(file), map_location="cpu", mmap=True, weights_only=not trust)
+    except pickle.UnpicklingError as error:
         raise ValueError(
-            f"model {source!r} does not fit its configuration: {name} is {'missing' if name in expected else 'unknown'}"
+            f"to unpickle, {file.name} needs more than tensors and plain containers, and that can run any code "
+            f"(found: {str(error).splitlines()[0]}); if you trust its author, convert it with --trust-pickle"
+        ) from None
+    except ModuleNotFoundError as error:
+        raise ValueError(f"to unpickle, {file.name} needs the package {error.name!r}: install it first") from None
+    except RuntimeError as error:
+        raise ValueError(f"{cut_off}: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file.name} holds no state dict but a {type(content).__name__}")
+    return content
+
+
+def hyper_parameters(lightning: Mapping) -> Mapping:
+    """The settings of the run that wrote a Lightning file; empty where it holds none."""
+    found = lightning.get("hyper_parameters")
+    found = found.get("config") if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def ema_tensors(lightning: Mapping, names: Mapping, file: Path) -> dict[str, torch.Tensor]:
+    """The moving average by published name: Lightning files hold it as a list in the order of `parameters()`."""
+    if "ema" not in lightning:
+        raise ValueError(f"{file.name} holds no EMA: leave out --ema for its raw weights")
+    shadow = lightning["ema"]["shadow_params"]
+    if len(shadow) != len(names):
+        raise ValueError(f"the EMA of {file.name} has {len(shadow)} tensors, and the network {len(names)} parameters")
+    return dict(zip(names, shadow, strict=True))
+
+
+# --- From one folder to another
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when everything in it is written, and is removed when something fails."""
+    folder = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def convert(
+    source: str, out: str, to: str = "ours", dtype: torch.dtype = torch.float32, **options
+) -> MDLMForMaskedDiffusion:
+    """Loads `source` (see `load_model`) and writes it as the repository folder `out`, which must not be there yet."""
+    if Path(out).exists():
+        raise ValueError(f"{str(out)!r} is already there: remove it, or choose another folder to write")
+    model = load_model(source, dtype, **options)
+    with new_folder(Path(out)) as folder:
+        if to == "ours":
+            model.save_pretrained(folder)
+        else:
+            save_published(model, folder, to)
+    return model
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_mcd.convert_checkpoints", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("source", metavar="SOURCE", help="Hub id, id@revision, folder, or file.")
+    parser.add_argument("out", metavar="OUT", help="Folder to write; must not be there yet.")
+    parser.add_argument("--revision", help="Branch, tag or commit on the Hub.")
+    parser.add_argument("--ema", action="store_true", help="The moving average of a Lightning file, not its weights.")
+    parser.add_argument("--to", choices=("ours", "mdlm", "sdtt", "duo"), default="ours", help="Layout of OUT.")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--kind", choices=("absorbing", "uniform"), help="The noise, where no configuration says it.")
+    parser.add_argument("--trust-pickle", action="store_true", help="Unpickle anything: that can run any code.")
+    given = parser.parse_args(arguments)
+    options = {"revision": given.revision, "ema": given.ema, "trust_pickle": given.trust_pickle}
+    try:
+        model = convert(
+            given.source, given.out, given.to, getattr(torch, given.dtype), diffusion_kind=given.kind, **options
         )
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"model {source!r} does not fit its configuration: {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-            )
-    return MDLMForMaskedDiffusion.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    print(f"{given.out}: {model.num_parameters():,} parameters, {model.config.diffusion_kind} diffusion")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """`generate` for masked diffusion language models: the canvas, the prompt, the noise, and what comes back."""
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from transformers.utils import ModelOutput, logging
 
 from .noise_schedule_mdlm import noise_schedule_of
 from .sampling_mdlm import SAMPLERS
+from .uniform_diffusion_mdlm import LAST_STEPS, uniform_ancestral, uniforms_per_token
 
 
 logger = logging.get_logger(__name__)
@@ -23,6 +25,8 @@ class MDLMGenerationConfig(GenerationConfig):
         length (`int`, *optional*): Tokens in a canvas; see `generate` for the default.
         temperature (`float`, *optional*): Divides the logits, at least 0; 0 takes the likeliest token. Default 1.
         sampler (`str`, *optional*): One of `SAMPLERS`; `"ancestral"` by default.
+        last_step (`str`, *optional*): Uniform diffusion only: what follows the `steps`, see `uniform_ancestral`. One of
+            `LAST_STEPS`; `"ancestral"` by default.
         num_return_sequences (`int`, *optional*): Samples for each canvas; 1 by default.
         return_dict_in_generate (`bool`, *optional*): Return an [`MDLMGenerationOutput`] instead of the ids alone.
 
@@ -52,6 +56,8 @@ class MDLMGenerationConfig(GenerationConfig):
             raise ValueError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, not {self.sampler!r}")
+        if self.last_step is not None and self.last_step not in LAST_STEPS:
+            raise ValueError(f"last_step must be one of {LAST_STEPS}, not {self.last_step!r}")
 
     @staticmethod
     def _get_default_generation_params() -> dict:
@@ -60,6 +66,7 @@ class MDLMGenerationConfig(GenerationConfig):
             "length": None,
             "temperature": 1.0,
             "sampler": "ancestral",
+            "last_step": None,
             "num_return_sequences": 1,
             "return_dict_in_generate": False,
         }
@@ -100,7 +107,8 @@ class MDLMGenerationMixin:
 
         Without `input_ids` the canvas is `length` masks. With `input_ids` it is those, followed by masks up to `length`
         if that is longer; so a prompt goes on the left, and an infill has masks anywhere. `length` defaults to the width
-        of `input_ids` when they hold a mask, and to the model's context otherwise.
+        of `input_ids` when they hold a mask, and to the model's context otherwise. A model of uniform diffusion has no
+        mask: its canvas starts as noise, and `input_ids` are a prompt, held fixed.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, width)`, *optional*): Prompt or canvas.
@@ -125,14 +133,20 @@ class MDLMGenerationMixin:
             raise ValueError("give a seed or a generator, not both")
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
+        if self.config.diffusion_kind == "uniform":
+            own = {"vocab_size": self.config.vocab_size, "last_step": options.last_step or "ancestral"}
+            sampler, draws = functools.partial(uniform_ancestral, **own), uniforms_per_token(options.steps)
+        else:
+            sampler, draws = functools.partial(SAMPLERS[options.sampler], mask_token_id=self.config.mask_token_id), 2
         # Row by row on the CPU, so that neither the device nor the number of rows behind it changes a row's noise.
-        noise = torch.rand(len(canvas), 2, canvas.shape[1], dtype=torch.float64, generator=generator)
+        noise = torch.rand(len(canvas), draws, canvas.shape[1], dtype=torch.float64, generator=generator)
 
         schedule = noise_schedule_of(self.config)
 
         def predict(tokens: torch.Tensor, reveal: torch.Tensor, rows: torch.Tensor, t: float) -> torch.Tensor:
             mask = None if attention_mask is None else attention_mask[rows]
-            sigma = -schedule.gamma(torch.full((len(rows),), t, device=tokens.device)).log()
+            sigma = -schedule.gamma(torch.tensor(t, dtype=torch.float64)).log().float().to(tokens.device)
+            sigma = sigma.expand(len(rows))
             return self(input_ids=tokens, attention_mask=mask, timesteps=sigma, logits_rows=reveal).logits
 
         def on_step(tokens: torch.Tensor):
@@ -142,14 +156,13 @@ class MDLMGenerationMixin:
         was_training = self.training
         self.eval()
         try:
-            nfe = SAMPLERS[options.sampler](
+            nfe = sampler(
                 predict,
                 canvas,
                 maskable,
                 noise.to(canvas.device).transpose(0, 1),
                 steps=options.steps,
                 schedule=schedule,
-                mask_token_id=self.config.mask_token_id,
                 temperature=options.temperature,
                 on_step=on_step,
             )
@@ -176,13 +189,20 @@ class MDLMGenerationMixin:
             elif getattr(options, name, None) is None:
                 setattr(options, name, default)
         options.validate()
+        if self.config.diffusion_kind == "uniform" and options.sampler != "ancestral":
+            raise ValueError(
+                f"sampler {options.sampler!r} is for absorbing diffusion; this model is uniform: 'ancestral'"
+            )
+        if self.config.diffusion_kind == "absorbing" and options.last_step is not None:
+            raise ValueError(f"last_step ({options.last_step!r}) is for uniform diffusion; this model is absorbing")
         return options
 
     def _canvas(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, options: MDLMGenerationConfig
     ):
         """Canvas [B * n, length], the positions to fill, and the attention mask of the same shape or None."""
-        mask_token_id, context = self.config.mask_token_id, self.config.max_position_embeddings
+        uniform, context = self.config.diffusion_kind == "uniform", self.config.max_position_embeddings
+        mask_token_id = -1 if uniform else self.config.mask_token_id  # -1, no token at all, stands for noise to come
         if input_ids is None:
             input_ids = torch.empty(1, 0, dtype=torch.long, device=self.device)
         if input_ids.ndim != 2:
@@ -208,6 +228,8 @@ class MDLMGenerationMixin:
             attention_mask = torch.nn.functional.pad(attention_mask, (0, length - width), value=1)
             maskable &= attention_mask.bool()
             attention_mask = attention_mask.repeat_interleave(options.num_return_sequences, dim=0)
+        if uniform and not maskable.any(dim=1).all():
+            raise ValueError(f"input_ids fill the whole length ({length}), and leave nothing to generate")
         if not maskable.any(dim=1).all():
             raise ValueError(
                 f"a row of input_ids holds no mask (id {mask_token_id}) to fill, and length ({length}) adds none"

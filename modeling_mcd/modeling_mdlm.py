@@ -88,10 +88,10 @@ class MDLMRotaryEmbedding(nn.Module):
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Applies the rotary embedding to [B, heads, L, head_dim]: multiplied in float32, rounded once to the input's dtype."""
-    first, second = states.float().chunk(2, dim=-1)
+    """Applies the rotary embedding to [B, heads, L, head_dim] in the dtype of cos and sin; the result has the input's."""
+    first, second = states.to(cos.dtype).chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)
-    return (states.float() * cos[:, None] + rotated * sin[:, None]).to(states.dtype)
+    return (states.to(cos.dtype) * cos[:, None] + rotated * sin[:, None]).to(states.dtype)
 
 
 def eager_attention_forward(
@@ -132,6 +132,8 @@ class MDLMAttention(nn.Module):
         query, key, value = (
             self.qkv_proj(hidden_states).view(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         )
+        if self.config.rotary_precision == "native":
+            position_embeddings = tuple(angles.to(query.dtype) for angles in position_embeddings)
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)

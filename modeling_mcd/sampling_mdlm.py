@@ -28,7 +28,7 @@ def ancestral_reveal_steps(uniforms: torch.Tensor, steps: int, schedule: NoiseSc
 
 
 def draw_tokens(
-    logits: torch.Tensor, uniforms: torch.Tensor, mask_token_id: int, temperature: float = 1.0
+    logits: torch.Tensor, uniforms: torch.Tensor, mask_token_id: int | None, temperature: float = 1.0
 ) -> torch.LongTensor:
     """Draws one token a row from the SUBS distribution softmax(logits / temperature), [MASK] excluded, in float64.
 
@@ -38,11 +38,12 @@ def draw_tokens(
     Args:
         logits: [rows, V], any floating dtype.
         uniforms: [rows], float64, in [0, 1).
-        mask_token_id: never drawn.
+        mask_token_id: never drawn; None where the vocabulary has no [MASK] (uniform diffusion).
         temperature: at least 0.
     """
     scores = logits.to(torch.float64, copy=True)
-    scores[:, mask_token_id] = -torch.inf
+    if mask_token_id is not None:
+        scores[:, mask_token_id] = -torch.inf
     if temperature == 0:
         return scores.argmax(dim=-1)
     scores -= scores.amax(dim=-1, keepdim=True)  # before the division: no temperature is too small

@@ -364,7 +364,7 @@ def test_run_eval_refuses_bad_input_in_one_line_and_writes_nothing(folders, caps
     [
         (["no/such/model", "--output_dir", "out"], "model 'no/such/model' is no folder here"),
         (["no/such/model"], "'no/such/model' is not a folder: say with --output_dir where the report goes"),
-        (["judge"], "model 'judge' is a 'gpt2', not a masked diffusion model ('mdlm_mcd')"),
+        (["judge"], "model 'judge' cannot be loaded: its model_type is 'gpt2', and vocab_embed.embedding is missing"),
         (["judge", "--rounds"], "'judge' holds no round-* folder"),
         (["a=run", "a=run/teacher"], "two models would have the row label 'a'"),
         (["broken"], "model 'broken' cannot be loaded"),

@@ -82,7 +82,13 @@ class MCDTrainingArguments(DiffusionTrainingArguments):
 
 
 def check_same_tokens(teacher, student):
-    """Raises ValueError when the configurations of teacher and student have different vocabularies or masks."""
+    """Raises ValueError unless both configurations are of absorbing diffusion, with one vocabulary and one mask."""
+    for name, config in (("teacher", teacher), ("student", student)):
+        if config.diffusion_kind != "absorbing":
+            raise ValueError(
+                f"the {name}'s diffusion_kind is {config.diffusion_kind!r}, but MCD reveals masked tokens: give one of "
+                "absorbing diffusion"
+            )
     for name in ("vocab_size", "mask_token_id"):
         theirs, ours = getattr(teacher, name), getattr(student, name)
         if theirs != ours:

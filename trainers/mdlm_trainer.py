@@ -1,8 +1,11 @@
-"""Pre-training of a masked diffusion language model by its continuous-time NELBO (MDLM, arXiv 2406.07524)."""
+"""Pre-training of a diffusion language model by its continuous-time NELBO: MDLM (arXiv 2406.07524), Duo (2506.10892)."""
 
 from dataclasses import dataclass, field
 
+import torch
+
 from modeling_mcd.noise_schedule_mdlm import nelbo_weight
+from modeling_mcd.uniform_diffusion_mdlm import corrupt_uniformly, uniform_nelbo
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
 from trainers.divergences import cross_entropy, subs_log_probabilities
 from trainers.trajectories import mask_tokens, masked_at
@@ -18,15 +21,21 @@ class MDLMTrainingArguments(DiffusionTrainingArguments):
 
 
 class MDLMTrainer(DiffusionTrainer):
-    """Minimises E_t [ -gamma'(t) / (1 - gamma(t)) sum_masked -log p(x_0 | z_t) ] / L, nats per token (MDLM, Eq. 10).
+    """Minimises the bound of the model's kind of diffusion, in nats per token, the mean over all tokens.
 
-    The mean is over all tokens. Under the log-linear schedule the weight is exactly 1/t.
+    Absorbing: E_t [ -gamma'(t) / (1 - gamma(t)) sum_masked -log p(x_0 | z_t) ] / L (MDLM, Eq. 10). Under the log-linear
+    schedule the weight is exactly 1/t. Uniform: E_t [ sum_i `uniform_nelbo` ] / L (Duo, Eq. 17, on discrete tokens).
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         input_ids = inputs["input_ids"]
         times, u = self.noise_of_batch(input_ids)
         times = self.args.sampling_epsilon + (1 - self.args.sampling_epsilon) * times
+        loss_of = self.uniform_loss if self.model.config.diffusion_kind == "uniform" else self.absorbing_loss
+        loss, outputs = loss_of(model, input_ids, times, u)
+        return (loss, outputs) if return_outputs else loss
+
+    def absorbing_loss(self, model, input_ids, times, u):
         masked = masked_at(self.schedule.gamma(times), u)
         z_t = mask_tokens(input_ids, masked, self.mask_token_id)
 
@@ -36,4 +45,20 @@ class MDLMTrainer(DiffusionTrainer):
         loss = (weights * cross_entropy(log_p, input_ids[masked])).sum() / input_ids.numel()
 
         self.record(masked_fraction=masked.double().mean())
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
+
+    def uniform_loss(self, model, input_ids, times, u):
+        gamma = self.schedule.gamma(times)
+        z_t = corrupt_uniformly(input_ids, gamma, u, self.model.config.vocab_size)
+
+        outputs = model(input_ids=z_t, timesteps=-gamma.log().float())
+        logits = outputs.logits.flatten(0, 1)
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+        alpha, slope = (
+            values[:, None].expand_as(u).flatten().to(log_p.dtype)
+            for values in (gamma, self.schedule.derivative(times))
+        )
+        loss = uniform_nelbo(log_p, z_t.flatten(), input_ids.flatten(), alpha, slope).mean()
+
+        self.record(noised_fraction=(z_t != input_ids).double().mean())
+        return loss, outputs

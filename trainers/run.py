@@ -76,14 +76,15 @@ def load_tokenizer(arguments: TokenizerArguments) -> PreTrainedTokenizerBase:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config):
-    """Raises ValueError unless the tokenizer's [MASK] is the model's and all its tokens are inside the vocabulary."""
-    if tokenizer.mask_token_id is None:
+    """Raises ValueError unless the tokenizer's [MASK] is the model's, if it has one, and all tokens are in the vocabulary."""
+    absorbing = config.diffusion_kind == "absorbing"
+    if absorbing and tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token: set add_mask_token to true, or give one that has")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {config.vocab_size}"
         )
-    if tokenizer.mask_token_id != config.mask_token_id:
+    if absorbing and tokenizer.mask_token_id != config.mask_token_id:
         raise ValueError(
             f"the tokenizer's mask token has the id {tokenizer.mask_token_id}, the model's mask_token_id is {config.mask_token_id}"
         )

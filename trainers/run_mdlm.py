@@ -4,6 +4,7 @@ accelerate launch trainers/run_mdlm.py recipes/tiny_teacher.yaml
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from transformers import set_seed
@@ -42,6 +43,9 @@ class ModelArguments:
     conditioning_size: int = field(default=128, metadata={"help": "Width of the noise embedding."})
     hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout."})
     noise_schedule: str = field(default="log_linear", metadata={"help": "log_linear or cosine."})
+    diffusion_kind: Literal["absorbing", "uniform"] = field(
+        default="absorbing", metadata={"help": "Noise turns a token into [MASK] (MDLM), or into any token (Duo)."}
+    )
 
 
 def build_model(arguments: ModelArguments, tokenizer, context: int) -> MDLMForMaskedDiffusion:
@@ -51,7 +55,7 @@ def build_model(arguments: ModelArguments, tokenizer, context: int) -> MDLMForMa
         MDLMConfig(
             vocab_size=len(tokenizer),
             max_position_embeddings=context,
-            mask_token_id=tokenizer.mask_token_id,
+            mask_token_id=tokenizer.mask_token_id if arguments.diffusion_kind == "absorbing" else None,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             hidden_size=arguments.hidden_size,
@@ -60,6 +64,7 @@ def build_model(arguments: ModelArguments, tokenizer, context: int) -> MDLMForMa
             conditioning_size=arguments.conditioning_size,
             hidden_dropout=arguments.hidden_dropout,
             noise_schedule=arguments.noise_schedule,
+            diffusion_kind=arguments.diffusion_kind,
         )
     )
 

@@ -1,0 +1,428 @@
+"""Published checkpoints: golden logits of every layout, round trips, refusals, the Hub, the converter, the entry points."""
+
+import argparse
+import json
+import os
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_modeling import assert_same_weights
+from tiny_run import BLOCK, run_python, save_teacher, write_inputs
+from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
+
+from evaluation.run_eval import main as run_eval
+from modeling_mcd import MDLMForMaskedDiffusion
+from modeling_mcd.checkpoint_layouts import parameter_names
+from modeling_mcd.convert_checkpoints import convert, load_model, main, read_checkpoint
+from trainers import run_mcd, run_mdlm
+
+
+DATA = Path(__file__).parent / "data"
+CONFIGS = {"mdlm": "config.json", "sdtt": "sdtt_config.json", "duo": "duo_config.json"}
+# Computed by the authors' own code, in float32 on a CPU; MDLM and SDTT give their network sigma = 0.
+REFERENCES = {"mdlm": "reference.safetensors", "sdtt": "reference.safetensors", "duo": "duo_reference.safetensors"}
+WEIGHTS = load_file(DATA / "model.safetensors")  # the published layouts differ in the names before the names
+
+
+def bare(state: dict) -> dict:
+    return {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+
+
+def save(folder: Path, state: dict, config: str | dict | None = "mdlm") -> Path:
+    """A folder in a published layout."""
+    folder.mkdir(parents=True)
+    save_file(state, folder / "model.safetensors")
+    if isinstance(config, dict):
+        (folder / "config.json").write_text(json.dumps(config))
+    elif config is not None:
+        shutil.copy(DATA / CONFIGS[config], folder / "config.json")
+    return folder
+
+
+def published(folder: Path, layout: str) -> Path:
+    return save(folder, WEIGHTS, layout)
+
+
+def save_lightning(file: Path, **changes) -> Path:
+    content = torch.load(DATA / "lightning.ckpt", weights_only=True)
+    torch.save(content | changes, file)
+    return file
+
+
+# --- Golden logits
+
+
+@pytest.mark.parametrize("layout", CONFIGS)
+def test_golden_logits_of_every_published_layout(tmp_path, layout):
+    model = load_model(str(published(tmp_path / layout, layout)))
+    reference = load_file(DATA / REFERENCES[layout])
+    with torch.no_grad():
+        logits = model(reference["input_ids"], timesteps=reference["sigma"]).logits
+    assert reference["logits"].std() > 0.1 and model.dtype == torch.float32 and not model.training
+    torch.testing.assert_close(logits, reference["logits"], atol=1e-5, rtol=0)
+    config = model.config
+    assert (config.diffusion_kind == "uniform") == config.time_conditioning == (layout == "duo")
+    assert (config.vocab_size, config.max_position_embeddings, config.hidden_dropout) == (101, 24, 0.1)
+    assert config.mask_token_id == (None if layout == "duo" else 100)
+
+
+def test_golden_duo_logits_depend_on_sigma(tmp_path):
+    model, reference = load_model(published(tmp_path / "duo", "duo")), load_file(DATA / REFERENCES["duo"])
+    with torch.no_grad():
+        logits = model(reference["input_ids"], timesteps=torch.zeros(3)).logits
+    assert (logits - reference["logits"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.backbone.", "module._orig_mod.", "_orig_mod.backbone.module."])
+def test_golden_logits_whatever_wraps_the_network(tmp_path, prefix):
+    state = {prefix + name: tensor for name, tensor in bare(WEIGHTS).items()}
+    model, reference = load_model(save(tmp_path / "wrapped", state)), load_file(DATA / REFERENCES["sdtt"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(reference["input_ids"]).logits, reference["logits"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
+def test_golden_lightning_checkpoint_raw_and_ema(tmp_path, suffix):
+    file = shutil.copy(DATA / "lightning.ckpt", tmp_path / f"last{suffix}")  # no config.json beside it
+    raw, ema = load_model(file), load_model(file, ema=True)
+    names = parameter_names(3)
+    by_name, ours = load_file(DATA / "ema_by_name.safetensors"), ema.state_dict()
+    assert by_name.keys() == names.keys()
+    for name, tensor in by_name.items():
+        assert torch.equal(ours[names[name]], tensor), name
+        assert torch.equal(raw.state_dict()[names[name]], WEIGHTS[f"backbone.{name}"]), name
+    assert not torch.equal(raw.lm_head.weight, ema.lm_head.weight)
+    config = raw.config
+    assert (config.num_attention_heads, config.diffusion_kind, config.time_conditioning) == (4, "absorbing", False)
+
+
+def test_golden_names_are_as_many_as_published():
+    assert [len(parameter_names(blocks)) for blocks in (12, 24)] == [130, 250]
+
+
+def test_a_checkpoint_of_a_run_tells_its_own_settings(tmp_path):
+    network = json.loads((DATA / "sdtt_config.json").read_text())["model"]
+    run = {"model": network, "algo": {"name": "duo_base", "time_conditioning": True}}
+    file = save_lightning(tmp_path / "run.ckpt", hyper_parameters={"config": run})
+    config = read_checkpoint(file).config
+    assert (config.diffusion_kind, config.time_conditioning, config.max_position_embeddings) == ("uniform", True, 24)
+    assert read_checkpoint(save_lightning(tmp_path / "x.ckpt"), diffusion_kind="uniform").config.mask_token_id is None
+
+
+@pytest.mark.parametrize("vocab_size, mask", [(30522, 103), (35, 4), (60, 59)])
+def test_the_mask_of_a_checkpoint_is_that_of_its_vocabulary(tmp_path, vocab_size, mask):
+    state = dict(WEIGHTS)
+    for name in ("vocab_embed.embedding", "output_layer.linear.weight"):
+        state[f"backbone.{name}"] = torch.zeros(vocab_size, 64)
+    state["backbone.output_layer.linear.bias"] = torch.zeros(vocab_size)
+    assert read_checkpoint(save(tmp_path / "x", state, "sdtt")).config.mask_token_id == mask
+
+
+# --- Round trips
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", CONFIGS)
+@pytest.mark.parametrize("kind", ["absorbing", "uniform"])
+def test_round_trip_of_a_checkpoint_through_a_published_layout(build, tmp_path, layout, dtype, kind):
+    model = build(vocab_size=40, eos_token_id=3, noise_schedule="cosine", noise_epsilon=0.01, diffusion_kind=kind)
+    model.to(dtype).save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "theirs", layout, dtype)
+    names = {f"backbone.{name}" for name in [*parameter_names(2), "rotary_emb.inv_freq"]}
+    assert load_file(tmp_path / "theirs" / "model.safetensors").keys() == names
+    convert(tmp_path / "theirs", tmp_path / "again", "ours", dtype)
+    loaded = AutoModel.from_pretrained(tmp_path / "again")
+    assert_same_weights(model, loaded)
+    assert loaded.config.to_dict() | {"_name_or_path": ""} == model.config.to_dict() | {"_name_or_path": ""}
+
+
+@pytest.mark.parametrize("layout", CONFIGS)
+def test_a_published_checkpoint_comes_back_as_it_was(tmp_path, layout):
+    source = published(tmp_path / "theirs", layout)
+    convert(source, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "again", layout)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == WEIGHTS.keys()
+    for name, tensor in WEIGHTS.items():
+        assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
+    theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "again"))
+    differing = {key for key in theirs if ours.get(key) != theirs[key]}
+    assert differing <= {"auto_map", "torch_dtype", "parameterization"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shards", [None, "20KB"])
+def test_our_own_checkpoints_load_bitwise(model, tmp_path, dtype, shards):
+    model.generation_config.steps = 5
+    model.to(dtype).save_pretrained(tmp_path, **({"max_shard_size": shards} if shards else {}))
+    loaded = load_model(tmp_path, dtype)
+    assert_same_weights(model, loaded)
+    assert loaded.generation_config.steps == 5
+    assert_same_weights(load_model(tmp_path), model.float())
+
+
+def test_a_tied_checkpoint_is_untied_on_the_way_out(build, tmp_path):
+    model = build(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "ours")
+    loaded = load_model(tmp_path / "ours")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    convert(tmp_path / "ours", tmp_path / "theirs", "mdlm")
+    assert torch.equal(load_model(tmp_path / "theirs").lm_head.weight, model.model.embed_tokens.weight)
+
+
+# --- Refusals
+
+
+def broken(kind: str, folder: Path) -> tuple[Path, dict]:
+    """A source that must be refused, and the options to read it with."""
+    state, config, options = dict(WEIGHTS), json.loads((DATA / "config.json").read_text()), {}
+    if kind == "missing key":
+        del state["backbone.blocks.1.norm2.weight"]
+    elif kind == "extra key":
+        state["backbone.blocks.1.norm3.weight"] = torch.ones(3)
+    elif kind == "missing block":
+        state = {name: tensor for name, tensor in state.items() if ".blocks.2." not in name}
+    elif kind == "wrong shape":
+        state["backbone.blocks.2.attn_qkv.weight"] = torch.ones(64, 192)
+    elif kind == "two prefixes":
+        state["vocab_embed.embedding"] = torch.ones(101, 64)
+    elif kind in config:
+        config[kind] = 7
+    elif kind == "no heads":
+        del state["backbone.rotary_emb.inv_freq"], config["n_heads"]
+    elif kind == "another model":
+        state, config = {"wte.weight": torch.ones(2)}, {"model_type": "gpt2"}
+    source = save(folder / "source", state, config)
+    weights = source / "model.safetensors"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "no safetensors":
+        weights.write_bytes(b"<html>not found</html>" * 9)
+    elif kind == "git-lfs":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 857692\n")
+    elif kind == "broken config":
+        (source / "config.json").write_text("{")
+    elif kind == "empty folder":
+        shutil.rmtree(source)
+        source.mkdir()
+    elif kind == "revision of a folder":
+        options = {"revision": "main"}
+    elif kind == "no ema":
+        options = {"ema": True}
+    elif kind == "ours, a shard gone":
+        shutil.rmtree(source)
+        save_teacher(source)
+        MDLMForMaskedDiffusion.from_pretrained(source).save_pretrained(source, max_shard_size="20KB")
+        (source / "model.safetensors").unlink(missing_ok=True)
+        sorted(source.glob("model-*"))[1].unlink()
+    elif kind.startswith("ckpt"):
+        source, options = source / "last.ckpt", {"ema": kind.startswith("ckpt ema")}
+        content = torch.load(DATA / "lightning.ckpt", weights_only=True)
+        if kind == "ckpt ema short":
+            content["ema"]["shadow_params"].pop()
+        elif kind == "ckpt ema shape":
+            content["ema"]["shadow_params"][5] = torch.ones(65)
+        elif kind == "ckpt ema none":
+            del content["ema"]
+        elif kind == "ckpt list":
+            content = [1, 2]
+        elif kind == "ckpt no state":
+            content = {"epoch": 3}
+        torch.save(content, source)
+        if kind == "ckpt cut off":
+            source.write_bytes(source.read_bytes()[:5000])
+    return source, options
+
+
+REFUSALS = {
+    "missing key": "blocks.1.norm2.weight is missing",
+    "extra key": "blocks.1.norm3.weight is no parameter of this network",
+    "missing block": "n_blocks = 3, but in the weights it is 2",
+    "wrong shape": r"blocks.2.attn_qkv.weight has the shape (64, 192), not (192, 64)",
+    "two prefixes": "holds 'vocab_embed.embedding' twice",
+    "hidden_dim": "hidden_dim = 7, but in the weights it is 64",
+    "n_heads": "n_heads = 7, but in the weights it is 4",
+    "vocab_size": "vocab_size = 7, but in the weights it is 101",
+    "no heads": "how many heads",
+    "another model": "its model_type is 'gpt2', and vocab_embed.embedding is missing",
+    "truncated": "model.safetensors is cut off, or no safetensors file",
+    "no safetensors": "model.safetensors is cut off, or no safetensors file",
+    "git-lfs": "model.safetensors is a git-lfs pointer, not the weights: run `git lfs pull`",
+    "broken config": "config.json is not valid JSON",
+    "empty folder": "there are no weights in it",
+    "revision of a folder": "revision 'main' is for a Hub id",
+    "no ema": "model.safetensors holds no EMA: only a Lightning checkpoint does",
+    "ours, a shard gone": "is missing, so the weights are not complete",
+    "ckpt ema short": "the EMA of last.ckpt has 39 tensors, and the network 40 parameters",
+    "ckpt ema shape": "blocks.0.norm1.weight has the shape (65,), not (64,)",
+    "ckpt ema none": "last.ckpt holds no EMA: leave out --ema",
+    "ckpt list": "last.ckpt holds no state dict but a list",
+    "ckpt no state": "last.ckpt holds no state dict: 'epoch' is a int",
+    "ckpt cut off": "last.ckpt is cut off, or no torch checkpoint",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line_and_nothing_is_written(tmp_path, kind):
+    source, options = broken(kind, tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_model(source, **options)
+    assert REFUSALS[kind] in str(error.value) and str(error.value).startswith(f"model {str(source)!r} ")
+    assert "\n" not in str(error.value)
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value]
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        main([str(source), str(tmp_path / "out"), *words])
+    assert REFUSALS[kind] in stop.value.code and "\n" not in stop.value.code
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_converted_checkpoint_never_replaces_a_folder_and_a_failed_one_leaves_none(build, tmp_path):
+    source = published(tmp_path / "source", "mdlm")
+    with pytest.raises(ValueError, match="source' is already there"):
+        convert(source, source)
+    build(rope_theta=500.0, vocab_size=40).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="rope_theta is 500.0, but the code of the duo layout has 10000.0 built in"):
+        convert(tmp_path / "other", tmp_path / "out", "duo")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "source"]
+
+
+# --- Pickles
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_a_pickled_checkpoint_that_needs_more_is_refused_until_it_is_trusted(tmp_path):
+    file = save_lightning(tmp_path / "last.ckpt", hyper_parameters={"tokenizer": Trap(tmp_path / "sprung")})
+    with pytest.raises(SystemExit) as stop:
+        main([str(file), str(tmp_path / "out")])
+    assert "can run any code (found: posix.mkdir); if you trust its author, convert it with --trust-pickle" in (
+        stop.value.code
+    )
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "out").exists()
+    main([str(file), str(tmp_path / "out"), "--trust-pickle"])
+    assert (tmp_path / "sprung").is_dir() and (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_what_lightning_puts_beside_the_weights_of_a_checkpoint_is_allowed(tmp_path):
+    beside = argparse.Namespace(lr=3e-4, sizes=OrderedDict(a=torch.Size([2])))
+    assert load_model(save_lightning(tmp_path / "last.ckpt", hyper_parameters=beside)).config.num_hidden_layers == 3
+
+
+# --- The Hub: a cache as the client leaves it, and no network
+
+
+def cached(name: str, revisions: dict[str, str]):
+    """Puts published folders into the client's cache: revision -> layout."""
+    repository = Path(os.environ["HF_HOME"]) / "hub" / f"models--{name.replace('/', '--')}"
+    for number, (revision, layout) in enumerate(revisions.items()):
+        commit = f"{number:040x}"
+        published(repository / "snapshots" / commit, layout)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    return repository
+
+
+def test_a_checkpoint_of_the_hub_is_found_by_name_and_revision():
+    repository = cached("acme/dit", {"main": "mdlm", "teacher": "duo"})
+    try:
+        kinds = [
+            read_checkpoint(source, revision=revision).config.diffusion_kind
+            for source, revision in (("acme/dit", None), ("acme/dit@teacher", None), ("acme/dit", "teacher"))
+        ]
+        assert kinds == ["absorbing", "uniform", "uniform"]
+        for source, revision, message in (
+            (
+                "acme/dit@none",
+                None,
+                "'acme/dit@none' is no folder here, and cannot be had from the Hub: revision 'none'",
+            ),
+            ("acme/dit@main", "main", "names the revision 'main' already"),
+            ("acme/nothing", None, "model 'acme/nothing' is no folder here, and cannot be had from the Hub"),
+        ):
+            with pytest.raises(ValueError, match=message) as error:
+                load_model(source, revision=revision)
+            assert "\n" not in str(error.value)
+    finally:
+        shutil.rmtree(repository)
+
+
+# --- The converter and the entry points
+
+
+FRESH = """
+import sys, torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(model.generate(steps=4, seed=0).shape, model.config.diffusion_kind, "modeling_mcd" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("layout, kind", [("sdtt", "absorbing"), ("duo", "uniform")])
+def test_a_converted_checkpoint_generates_in_a_process_of_its_own(tmp_path, layout, kind):
+    source = published(tmp_path / "theirs", layout)
+    arguments = [str(source), str(tmp_path / "ours")]
+    result = run_python("modeling_mcd.convert_checkpoints", *arguments, launcher=("-m",), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"{sum(t.numel() for n, t in WEIGHTS.items() if 'inv_freq' not in n):,} parameters, {kind}" in result.stdout
+    result = run_python(FRESH, str(tmp_path / "ours"), cwd=tmp_path)
+    assert result.stdout.split("\n")[0] == f"torch.Size([1, 24]) {kind} False", result.stderr
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Inputs of a run whose teacher is in the layout of MDLM, and a judge."""
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"))
+    convert(folder / "teacher", folder / "published", "mdlm")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=16, n_layer=1, n_head=2)).save_pretrained(folder / "judge")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "tokenizer" / name, folder / "judge")
+    return folder
+
+
+def test_every_entry_point_takes_a_published_checkpoint(inputs, tmp_path, capsys):
+    shared = {"tokenizer": inputs / "tokenizer", "train_text": inputs / "text.txt", "block_length": BLOCK}
+    shared |= {"disable_tqdm": True, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 1}
+    for entry, settings in (
+        (run_mdlm, {"model": inputs / "published", "max_steps": 1}),
+        (run_mcd, {"teacher": inputs / "published", "num_rounds": 1, "steps_per_round": 1}),
+    ):
+        out = tmp_path / entry.__name__
+        entry.main([f"--{key}={value}" for key, value in {**shared, **settings, "output_dir": out}.items()])
+        assert AutoModel.from_pretrained(out).num_parameters() == load_model(inputs / "published").num_parameters()
+    words = [f"theirs={inputs / 'published'}", "--steps", "2", "--judge", str(inputs / "judge"), "--samples", "2"]
+    words += ["--seeds", "1", "--tokenizer", str(inputs / "tokenizer"), "--output_dir", str(tmp_path / "report")]
+    run_eval(words)
+    (row,) = json.loads((tmp_path / "report" / "eval.json").read_text())["results"]
+    assert (row["model"], row["steps"], row["samples"]) == ("theirs", 2, 2)
+
+
+# --- Both roundings of the rotary embedding
+
+
+def test_golden_logits_under_both_rotary_roundings_in_bfloat16(tmp_path):
+    reference, roundings = load_file(DATA / REFERENCES["duo"]), {}
+    for precision in ("float32", "native"):
+        model = load_model(published(tmp_path / precision, "duo"))
+        model.config.rotary_precision = precision
+        with torch.no_grad():
+            exact = model(reference["input_ids"], timesteps=reference["sigma"]).logits
+            rounded = model.to(torch.bfloat16)(reference["input_ids"], timesteps=reference["sigma"]).logits
+        torch.testing.assert_close(exact, reference["logits"], atol=1e-5, rtol=0)
+        roundings[precision] = rounded
+    assert not torch.equal(*roundings.values())
+    for rounded in roundings.values():
+        assert (rounded - reference["logits"]).abs().max() < 0.1 * reference["logits"].abs().max()
