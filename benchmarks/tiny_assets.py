@@ -23,6 +23,8 @@ def main(teacher_run: str, judge_run: str, out: str, validation: str):
     for name, auto_class, run in (("teacher", AutoModel, teacher_run), ("judge", AutoModelForCausalLM, judge_run)):
         auto_class.from_pretrained(run, dtype=torch.bfloat16).save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
+        for code in (out / name).glob("*.py"):  # the package beside it is what the shipped weights are loaded with
+            code.unlink()
         models[name] = auto_class.from_pretrained(out / name, dtype=torch.float32).eval()
     nelbo, loss = validation_nelbo(models["teacher"], blocks), causal_loss(models["judge"], blocks)
     print(f"NELBO {nelbo:.4f}, judge's loss {loss:.4f} nats per character", flush=True)
