@@ -4,6 +4,7 @@ The architecture is that of the published MDLM, SDTT and Duo checkpoints (arXiv 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -255,6 +256,24 @@ class MDLMModel(MDLMPreTrainedModel):
         return BaseModelOutput(last_hidden_state=modulate(self.norm(hidden_states), shift, scale))
 
 
+@dataclass
+class MDLMHiddenRowsOutput(ModelOutput):
+    """What a loss needs to run the head itself, chunk by chunk.
+
+    The head's parameters are views, made inside the forward: the wrappers that train the model (DDP, ZeRO-3) then see
+    them used, and have them whole and ready for their gradient when the backward comes.
+
+    Args:
+        hidden_rows: [rows, hidden_size], the trunk's output at the positions asked for.
+        head_weight: [vocab_size, hidden_size].
+        head_bias: [vocab_size].
+    """
+
+    hidden_rows: torch.FloatTensor | None = None
+    head_weight: torch.FloatTensor | None = None
+    head_bias: torch.FloatTensor | None = None
+
+
 @auto_docstring(custom_intro="The trunk with a head over the vocabulary, and `generate`.")
 class MDLMForMaskedDiffusion(MDLMGenerationMixin, MDLMPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -282,8 +301,9 @@ class MDLMForMaskedDiffusion(MDLMGenerationMixin, MDLMPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_rows: torch.Tensor | None = None,
+        hidden_rows: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
+    ) -> MaskedLMOutput | MDLMHiddenRowsOutput:
         r"""
         timesteps (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
             Total noise sigma = -log gamma(t) of each row. Needed with `config.time_conditioning`, ignored without it.
@@ -293,6 +313,9 @@ class MDLMForMaskedDiffusion(MDLMGenerationMixin, MDLMPreTrainedModel):
             The positions to run the head on: a boolean mask of shape `(batch_size, sequence_length)`, or indices
             into the flattened canvas, shape `(rows,)`. Logits then have shape `(rows, vocab_size)`, and the full
             `(batch_size, sequence_length, vocab_size)` tensor is never built.
+        hidden_rows (`torch.Tensor`, *optional*):
+            Positions as in `logits_rows`, at which to return the hidden states and the head's parameters
+            (`MDLMHiddenRowsOutput`) without running the head.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -303,6 +326,10 @@ class MDLMForMaskedDiffusion(MDLMGenerationMixin, MDLMPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        if hidden_rows is not None:
+            weight, bias = self.lm_head.weight, self.lm_head.bias
+            rows = hidden_states.flatten(0, 1)[hidden_rows.flatten()]
+            return MDLMHiddenRowsOutput(rows, weight.view_as(weight), bias.view_as(bias))
         if logits_rows is not None:
             logits_rows = logits_rows.flatten()
             hidden_states = hidden_states.flatten(0, 1)[logits_rows]

@@ -135,6 +135,9 @@ class DiffusionTrainer(Trainer):
             logs["train_loss"] = sum(losses) / len(losses) if losses else logs["train_loss"]
         super().log(logs, start_time)
 
+    def compute_loss_context_manager(self):
+        return self.accelerator.autocast()  # for the teacher, and for the head, which runs outside the student's forward
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._stop_unless_finite(loss, "loss")
@@ -159,7 +162,7 @@ class DiffusionTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         recorded, self._recorded = self._recorded, {}  # the training's own, for its next log line
-        with torch.no_grad():
+        with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         self._recorded = recorded
         return loss.detach(), None, None

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
-from trainers.divergences import cross_entropy, kl_divergence, subs_log_probabilities
+from trainers.divergences import cross_entropy, divergence, head_rows
 from trainers.teacher import Follower, TeacherCallback
 from trainers.trajectories import mask_tokens, masked_at
 
@@ -127,16 +127,13 @@ class MCDTrainer(DiffusionTrainer):
         m_t, m_s = masked_at(gamma_t, u), masked_at(gamma_s, u)
         z_t, z_s = mask_tokens(x_0, m_t, self.mask_token_id), mask_tokens(x_0, m_s, self.mask_token_id)
 
-        outputs = model(input_ids=z_t, timesteps=-gamma_t.log().float(), logits_rows=m_t)
-        log_student = subs_log_probabilities(outputs.logits, self.mask_token_id)
-        with torch.no_grad(), self.accelerator.autocast():
-            teacher_logits = self.teacher(input_ids=z_s, timesteps=-gamma_s.log().float(), logits_rows=m_s).logits
-        log_teacher = subs_log_probabilities(teacher_logits, self.mask_token_id, tau)
+        student = head_rows(model, m_t, input_ids=z_t, timesteps=-gamma_t.log().float())
+        with torch.no_grad():
+            teacher = head_rows(self.teacher, m_s, input_ids=z_s, timesteps=-gamma_s.log().float())
 
         still_masked = m_s[m_t]  # of the student's rows, those that the teacher sees masked too
-        pair = (log_student[still_masked], log_teacher)
-        kl = kl_divergence(*(pair if self.args.divergence == "student_teacher" else reversed(pair))).sum()
-        reveal = cross_entropy(log_student[~still_masked], x_0[m_t & ~m_s]).sum()
+        kl = divergence(self.args.divergence, student[still_masked], teacher, temperature=tau).sum()
+        reveal = cross_entropy(student[~still_masked], x_0[m_t & ~m_s]).sum()
         tokens = x_0.numel() if self.args.reduction == "all_tokens" else m_t.sum().clamp(min=1)
         loss = (kl + reveal) / tokens
 
@@ -149,7 +146,7 @@ class MCDTrainer(DiffusionTrainer):
             masked_fraction_t=m_t.double().mean(),
             masked_fraction_s=m_s.double().mean(),
         )
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
     def place(self) -> str:
         return f" (round {self.args.round_of(self.state.global_step) + 1} of {self.args.num_rounds})"

@@ -7,7 +7,7 @@ import torch
 from modeling_mcd.noise_schedule_mdlm import nelbo_weight
 from modeling_mcd.uniform_diffusion_mdlm import corrupt_uniformly, uniform_nelbo
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
-from trainers.divergences import cross_entropy, subs_log_probabilities
+from trainers.divergences import cross_entropy, head_rows
 from trainers.trajectories import mask_tokens, masked_at
 
 
@@ -32,20 +32,19 @@ class MDLMTrainer(DiffusionTrainer):
         times, u = self.noise_of_batch(input_ids)
         times = self.args.sampling_epsilon + (1 - self.args.sampling_epsilon) * times
         loss_of = self.uniform_loss if self.model.config.diffusion_kind == "uniform" else self.absorbing_loss
-        loss, outputs = loss_of(model, input_ids, times, u)
-        return (loss, outputs) if return_outputs else loss
+        loss = loss_of(model, input_ids, times, u)
+        return (loss, {}) if return_outputs else loss
 
     def absorbing_loss(self, model, input_ids, times, u):
         masked = masked_at(self.schedule.gamma(times), u)
         z_t = mask_tokens(input_ids, masked, self.mask_token_id)
 
-        outputs = model(input_ids=z_t, timesteps=-self.schedule.gamma(times).log().float(), logits_rows=masked)
-        log_p = subs_log_probabilities(outputs.logits, self.mask_token_id)
-        weights = nelbo_weight(self.schedule, times)[:, None].expand_as(u)[masked].to(log_p.dtype)
-        loss = (weights * cross_entropy(log_p, input_ids[masked])).sum() / input_ids.numel()
+        student = head_rows(model, masked, input_ids=z_t, timesteps=-self.schedule.gamma(times).log().float())
+        weights = nelbo_weight(self.schedule, times)[:, None].expand_as(u)[masked]
+        loss = cross_entropy(student, input_ids[masked], weights).sum() / input_ids.numel()
 
         self.record(masked_fraction=masked.double().mean())
-        return loss, outputs
+        return loss
 
     def uniform_loss(self, model, input_ids, times, u):
         gamma = self.schedule.gamma(times)
@@ -61,4 +60,4 @@ class MDLMTrainer(DiffusionTrainer):
         loss = uniform_nelbo(log_p, z_t.flatten(), input_ids.flatten(), alpha, slope).mean()
 
         self.record(noised_fraction=(z_t != input_ids).double().mean())
-        return loss, outputs
+        return loss
