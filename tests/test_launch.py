@@ -47,7 +47,7 @@ def reference(inputs, tmp_path_factory):
 
 def losses(output):
     history = json.loads((output / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
-    return [entry[key] for entry in history if "loss" in entry for key in ("loss", "kl", "reveal_cross_entropy")]
+    return [entry[key] for entry in history if "loss" in entry for key in ("loss", "divergence", "reveal")]
 
 
 @pytest.mark.parametrize(

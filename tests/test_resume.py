@@ -74,7 +74,7 @@ def outcome(output):
     last = output / "checkpoint-12"
     weights = {name: load_file(last / name / "model.safetensors") for name in (".", "teacher", "ema")}
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    measured = ("loss", "kl", "reveal_cross_entropy", "grad_norm", "delta", "tau", "round", "masked_fraction_t")
+    measured = ("loss", "divergence", "reveal", "grad_norm", "delta", "tau", "round", "masked_fraction_t")
     return weights, [{key: entry[key] for key in measured} for entry in history if "loss" in entry]
 
 
@@ -114,8 +114,8 @@ def test_everything_that_the_method_varies_is_logged(whole_run):
     events = EventAccumulator(str(next(whole_run.glob("runs/*")))).Reload()
     names = (
         "loss",
-        "kl",
-        "reveal_cross_entropy",
+        "divergence",
+        "reveal",
         "delta",
         "tau",
         "round",

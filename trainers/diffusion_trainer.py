@@ -61,7 +61,33 @@ def pick_cpu_backend(arguments: TrainingArguments):
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)}
+    """`input_ids` [B, L] of rows that have them, with `labels` and `attention_mask` where the rows have these too.
+
+    Rows shorter than the longest are padded on the right, and the padding is neither seen nor noised.
+    """
+    lengths = [len(row["input_ids"]) for row in rows]
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        return torch.tensor([[*row[name], *[value] * (max(lengths) - len(row[name]))] for row in rows]).long()
+
+    batch = {"input_ids": padded("input_ids", 0)}
+    if "labels" in rows[0]:
+        batch["labels"] = padded("labels", -100)
+    if "attention_mask" in rows[0]:
+        batch["attention_mask"] = padded("attention_mask", 0)
+    elif min(lengths) < max(lengths):
+        batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return batch
+
+
+def may_be_noised(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The tokens [B, L] that noise and loss are for: not the prompt, whose `labels` are -100, and not the padding."""
+    maskable = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    if "labels" in inputs:
+        maskable &= inputs["labels"] != -100
+    if "attention_mask" in inputs:
+        maskable &= inputs["attention_mask"].bool()
+    return maskable
 
 
 class DiffusionTrainer(Trainer):
@@ -103,8 +129,8 @@ class DiffusionTrainer(Trainer):
             return self.followers["ema"].model
         return Follower(self.accelerator.unwrap_model(self.model)).model
 
-    def noise_of_batch(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stratified times [B] and locking scalars u [B, L], float64, on the device of `input_ids` (see `step_noise`)."""
+    def noise_of_batch(self, input_ids: torch.Tensor, draws: int = 1) -> tuple[torch.Tensor, ...]:
+        """Stratified times [B], locking scalars u [B, L] and `draws` - 1 further uniforms [B, L], see `step_noise`."""
         rows, length = input_ids.shape
         seed, world_size = self.args.seed, self.args.world_size
         step = self.state.global_step if self.model.training else EVALUATION_STEP
@@ -112,11 +138,11 @@ class DiffusionTrainer(Trainer):
         self._noise_step = step
         first = (self._micro_step * world_size + self.args.process_index) * rows
         if step == EVALUATION_STEP:  # each batch is stratified by itself
-            times, u = step_noise(seed, step + first, range(rows), rows, length)
+            noise = step_noise(seed, step + first, range(rows), rows, length, draws)
         else:
             global_rows = rows * world_size * self.args.gradient_accumulation_steps
-            times, u = step_noise(seed, step, range(first, first + rows), global_rows, length)
-        return times.to(input_ids.device), u.to(input_ids.device)
+            noise = step_noise(seed, step, range(first, first + rows), global_rows, length, draws)
+        return tuple(values.to(input_ids.device) for values in noise)
 
     def record(self, **values: torch.Tensor | float):
         """Notes scalars of this micro-batch; their mean over micro-batches and ranks joins the next log line."""
@@ -136,7 +162,9 @@ class DiffusionTrainer(Trainer):
         super().log(logs, start_time)
 
     def compute_loss_context_manager(self):
-        return self.accelerator.autocast()  # for the teacher, and for the head, which runs outside the student's forward
+        return (
+            self.accelerator.autocast()
+        )  # for the teacher, and for the head, which runs outside the student's forward
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)

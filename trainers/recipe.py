@@ -1,5 +1,6 @@
 """A recipe is one YAML file = one run. `parse_recipe` turns it, and the command line after it, into typed dataclasses."""
 
+import dataclasses
 import difflib
 import json
 import os
@@ -14,11 +15,15 @@ RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 
 
 class RecipeParser(HfArgumentParser):
+    elsewhere: dict[str, str] = {}  # keys that are not ours -> what they are
+
     def error(self, message: str):
         self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
-def parse_recipe(dataclass_types, arguments: list[str] | None = None) -> tuple:
+def parse_recipe(
+    dataclass_types, arguments: list[str] | None = None, elsewhere: dict[str, str] | None = None
+) -> tuple:
     """Reads `[RECIPE.yaml] [--key value ...]` into one instance of each dataclass; the command line wins over the file.
 
     The YAML is rewritten as command-line arguments in front of the real ones, so that both pass through the same type
@@ -26,10 +31,12 @@ def parse_recipe(dataclass_types, arguments: list[str] | None = None) -> tuple:
     recipe is a path relative to the recipe's own folder, so that a recipe works from any directory. A recipe that is
     not found under the given path is looked up by its name among the recipes that ship with the library.
 
-    Exits with status 2 and one line on standard error when a file, a key or a value is wrong.
+    Exits with status 2 and one line on standard error when a file, a key or a value is wrong; `elsewhere` says of some
+    keys that are not among the fields where they belong.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = RecipeParser(dataclass_types, allow_abbrev=False, usage="%(prog)s [RECIPE.yaml] [--key value ...]")
+    parser.elsewhere = elsewhere or {}
     if arguments and not arguments[0].startswith("-"):
         arguments = _recipe_arguments(parser, arguments[0]) + arguments[1:]
     *instances, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
@@ -41,7 +48,30 @@ def parse_recipe(dataclass_types, arguments: list[str] | None = None) -> tuple:
     return tuple(instances)
 
 
-def _recipe_arguments(parser: HfArgumentParser, name: str) -> list[str]:
+def parse_recipe_of(key: str, choices: dict[str, type], dataclass_types, arguments: list[str] | None = None) -> tuple:
+    """`parse_recipe` with one dataclass more, the last: that of `choices` which the recipe's `key` names, or the first.
+
+    `key` is a field of one of `dataclass_types`. A key that belongs to another of the choices is refused as such.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser, chosen = RecipeParser(dataclass_types, allow_abbrev=False), next(iter(choices))
+    if arguments and not arguments[0].startswith("-"):
+        chosen = _read_recipe(parser, arguments[0])[0].get(key) or chosen
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word.split("=")[0] == f"--{key}":
+            chosen = word.split("=", 1)[1] if "=" in word else following
+    if chosen not in choices:
+        parser.error(f"{key} is {chosen!r}, but must be one of {', '.join(choices)}")
+    elsewhere = {}
+    for name in {f.name for choice in choices.values() for f in dataclasses.fields(choice)}:
+        owners = [other for other, choice in choices.items() if name in {f.name for f in dataclasses.fields(choice)}]
+        if chosen not in owners:
+            elsewhere[name] = f"is no option of {key} {chosen!r}, but of {' and '.join(owners)}"
+    return parse_recipe((*dataclass_types, choices[chosen]), arguments, elsewhere)
+
+
+def _read_recipe(parser: HfArgumentParser, name: str) -> tuple[dict, Path]:
+    """The mapping that a recipe is, and its file."""
     path = Path(name)
     if not path.is_file():
         path = RECIPE_FOLDER / path.name
@@ -55,6 +85,11 @@ def _recipe_arguments(parser: HfArgumentParser, name: str) -> list[str]:
         parser.error(f"recipe {name!r} is not valid YAML: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
         parser.error(f"recipe {name!r} must be a mapping of keys to values, not a {type(recipe).__name__}")
+    return recipe, path
+
+
+def _recipe_arguments(parser: HfArgumentParser, name: str) -> list[str]:
+    recipe, path = _read_recipe(parser, name)
     known = _keys(parser)
     arguments = []
     for key, value in recipe.items():
@@ -86,6 +121,8 @@ def _keys(parser: HfArgumentParser) -> dict:
     return {option[2:]: action for option, action in options.items() if option.startswith("--")}
 
 
-def _refuse_key(parser: HfArgumentParser, key: str, place: str):
+def _refuse_key(parser: RecipeParser, key: str, place: str):
+    if key in parser.elsewhere:
+        parser.error(f"{key!r} in {place} {parser.elsewhere[key]}")
     nearest = difflib.get_close_matches(key, _keys(parser), n=1, cutoff=0.0)
     parser.error(f"unknown key {key!r} in {place}; the nearest valid key is {nearest[0]!r}")

@@ -1,20 +1,25 @@
-"""Masked Consistency Distillation: from a masked diffusion teacher to a student that needs fewer steps.
+"""Distillation: from a diffusion teacher to a student that needs fewer steps, by the method that `trainer` names.
 
-    accelerate launch trainers/run_mcd.py recipes/tiny.yaml [--key value ...]
+    accelerate launch trainers/run_mcd.py recipes/tiny.yaml [--trainer sdtt] [--key value ...]
 
 Killed and started again with the same command, it goes on from the last whole checkpoint.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from transformers import set_seed
 
 from evaluation import load_report, save_results, write_report
 from evaluation.run_eval import load_judge
 from modeling_mcd.convert_checkpoints import load_model
-from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments, check_same_tokens
-from trainers.recipe import parse_recipe
+from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
+from trainers.distillation_trainer import DistillationTrainer, check_same_tokens
+from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
+from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
+from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
+from trainers.recipe import parse_recipe_of
 from trainers.rounds import JudgeArguments, RoundCallback, RunReport
 from trainers.run import (
     TokenizerArguments,
@@ -29,7 +34,22 @@ from trainers.run import (
     short_name,
     take_hub_api,
 )
+from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments
 from trainers.text_blocks import TextArguments
+
+
+METHODS = {
+    "mcd": (MCDTrainer, MCDTrainingArguments, "Masked Consistency Distillation"),
+    "sdtt": (SDTTTrainer, SDTTTrainingArguments, "Self-Distillation Through Time"),
+    "dcd": (DCDTrainer, DCDTrainingArguments, "Discrete Consistency Distillation"),
+    "dscd": (DSCDTrainer, DSCDTrainingArguments, "Discrete-Space Consistency Distillation"),
+    "mpdc": (MPDCTrainer, MPDCTrainingArguments, "Multi-Path Discrete Consistency"),
+}
+
+
+@dataclass
+class MethodArguments:
+    trainer: Literal[tuple(METHODS)] = field(default="mcd", metadata={"help": "The method."})
 
 
 @dataclass
@@ -40,15 +60,19 @@ class NetworkArguments:
 
 @one_line_errors
 def main(arguments: list[str] | None = None):
-    networks, tokenizer_arguments, text, judging, training = parse_recipe(
-        (NetworkArguments, TokenizerArguments, TextArguments, JudgeArguments, MCDTrainingArguments), arguments
+    method, networks, tokenizer_arguments, text, judging, training = parse_recipe_of(
+        "trainer",
+        {name: arguments_class for name, (_, arguments_class, _) in METHODS.items()},
+        (MethodArguments, NetworkArguments, TokenizerArguments, TextArguments, JudgeArguments),
+        arguments,
     )
+    trainer_class, _, title = METHODS[method.trainer]
     hub = take_hub_api(training)  # we push once, when everything is saved
     set_seed(training.seed)
     tokenizer = load_tokenizer(tokenizer_arguments)
     teacher = load_model(networks.teacher)
     student = teacher if networks.student is None else load_model(networks.student)
-    check_same_tokens(teacher.config, student.config)
+    check_same_tokens(teacher.config, student.config, trainer_class.diffusion_kind)
     check_tokenizer(tokenizer, teacher.config)
     if text.block_length > teacher.config.max_position_embeddings:
         raise ValueError(
@@ -58,28 +82,29 @@ def main(arguments: list[str] | None = None):
     if judging.judge is not None and training.process_index == 0:
         judge = load_judge(judging.judge, judging.judge_dtype, training.device)
     train, validation = load_data(text, tokenizer, training)
-    checkpoint = prepare_output_dir(training, networks, tokenizer_arguments, text)
+    checkpoint = prepare_output_dir(training, method, networks, tokenizer_arguments, text)
 
-    trainer = MCDTrainer(
+    trainer = trainer_class(
         student,
         training,
         teacher=None if student is teacher else teacher,
         train_dataset=train,
         eval_dataset=validation,
     )
+    first = trainer.teacher if trainer.has_teacher else trainer.whole_student()  # whole, even under ZeRO-3
     if checkpoint is None:
-        save_model(trainer.teacher, tokenizer, training, "teacher")
+        save_model(first, tokenizer, training, "teacher")
     report = None
     if training.process_index == 0:
         save_results(
             training.output_dir,
-            recipe=recipe_text(training, networks, tokenizer_arguments, text, judging),
+            recipe=recipe_text(training, method, networks, tokenizer_arguments, text, judging),
             data=f"Distilled on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
-            method=f"Distilled from {short_name(networks.teacher)} by Masked Consistency Distillation.",
+            method=f"Distilled from {short_name(networks.teacher)} by {title}.",
         )
         if judge is not None:
             report = RunReport(judging, judge, tokenizer, validation, text.train_text, training.output_dir)
-            print(f"\n{report.judge('teacher', trainer.teacher)}\n", flush=True)
+            print(f"\n{report.judge('teacher', first)}\n", flush=True)
     trainer.add_callback(RoundCallback(trainer, tokenizer, report))
     trainer.train(checkpoint)
 
@@ -92,7 +117,7 @@ def main(arguments: list[str] | None = None):
     trainer.end()
 
 
-def finish(trainer: MCDTrainer, student, report: RunReport | None, repository: str | None):
+def finish(trainer: DistillationTrainer, student, report: RunReport | None, repository: str | None):
     """The table once more, the card beside the model, a sample of teacher and student, and where everything is."""
     folder = Path(trainer.args.output_dir)
     last = f"round-{trainer.args.round_of(trainer.state.global_step - 1) + 1}"

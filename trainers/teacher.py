@@ -81,13 +81,13 @@ class EMACallback(TrainerCallback):
 
 
 class TeacherCallback(TrainerCallback):
-    """Keeps the teacher: a snapshot of the student at the start of each round, or its moving average at every step."""
+    """Keeps the teacher: a snapshot of the student at the start of each round, or with a decay its EMA at every step."""
 
-    def __init__(self, teacher: Follower):
-        self.teacher = teacher
+    def __init__(self, teacher: Follower, decay: float | None = None):
+        self.teacher, self.decay = teacher, decay
 
     def on_step_end(self, args, state, control, model, **kwargs):
-        if args.teacher_update == "ema":
-            self.teacher.follow(model, 1 - args.teacher_ema_decay)
+        if self.decay is not None:
+            self.teacher.follow(model, 1 - self.decay)
         elif state.global_step % args.steps_per_round == 0:
             self.teacher.follow(model)

@@ -1,11 +1,13 @@
-"""The noise of a training step: times, the locked scalar u of each token, and the coupled pair (z_t, z_s)."""
+"""The noise of a training step: times, the locked scalar u of each token, and the coupled canvases of every method."""
 
 import numpy as np
 import torch
 
 
-def step_noise(seed: int, step: int, rows: range, global_rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stratified times and locking scalars for some rows of one optimisation step's global batch.
+def step_noise(
+    seed: int, step: int, rows: range, global_rows: int, length: int, draws: int = 1
+) -> tuple[torch.Tensor, ...]:
+    """Stratified times and uniforms of each token for some rows of one optimisation step's global batch.
 
     A row's noise is a function of (seed, step, its place in the global batch) alone. The micro-step and the rank decide
     the place, so ranks differ, a resumed run sees the same noise, and so does the same global batch cut in another way.
@@ -15,17 +17,21 @@ def step_noise(seed: int, step: int, rows: range, global_rows: int, length: int)
         rows: places of these rows in the global batch, within `range(global_rows)`.
         global_rows: rows in the global batch; each falls in a time stratum of its own, 1 / global_rows wide.
         length: tokens in a row.
+        draws: uniforms for each token. The first is the locking scalar u; how many follow does not change it.
 
     Returns:
-        times float64 [rows] in [0, 1), and u float64 [rows, length] in [0, 1).
+        times float64 [rows] in [0, 1), and `draws` tensors float64 [rows, length] in [0, 1).
     """
     key = np.array([seed, step], dtype=np.uint64)
     strata = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, 1])).permutation(global_rows)
-    draws = np.stack(
-        [np.random.Generator(np.random.Philox(key=key, counter=[0, 0, row, 0])).random(length + 1) for row in rows]
+    uniforms = np.stack(
+        [
+            np.random.Generator(np.random.Philox(key=key, counter=[0, 0, row, 0])).random(1 + draws * length)
+            for row in rows
+        ]
     )
-    times = (strata[rows.start : rows.stop] + draws[:, 0]) / global_rows
-    return torch.from_numpy(times), torch.from_numpy(draws[:, 1:])
+    times = (strata[rows.start : rows.stop] + uniforms[:, 0]) / global_rows
+    return torch.from_numpy(times), *torch.from_numpy(uniforms[:, 1:]).split(length, dim=1)
 
 
 def masked_at(gamma: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -38,3 +44,24 @@ def masked_at(gamma: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 def mask_tokens(input_ids: torch.Tensor, masked: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     return input_ids.masked_fill(masked, mask_token_id)
+
+
+def most_masked(u: torch.Tensor, maskable: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The `counts` [B] maskable tokens of each row with the largest u, [B, L]: nested for falling counts."""
+    order = u.masked_fill(~maskable, -1.0).argsort(dim=1, descending=True)
+    return order.argsort(dim=1) < counts[:, None]
+
+
+def other_tokens(x_0: torch.Tensor, uniforms: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """A token drawn uniformly from all but x_0, [B, L]: the runner-up of the Gaussian path, see `duality.py`."""
+    other = (uniforms * (vocab_size - 1)).long().clamp(max=vocab_size - 2)
+    return other + (other >= x_0)
+
+
+def uniform_state(x_0: torch.Tensor, other: torch.Tensor, alpha: torch.Tensor, u: torch.Tensor, vocab_size: int):
+    """z_t [B, L] of uniform-state diffusion at alpha [B]: the argmax of Duo's Gaussian latent, without the Gaussian.
+
+    x_0 while u <= F_Y(a_t / s_t) = alpha + (1 - alpha) / K, and from then on always the same other token. One u and one
+    other token fix the whole path, as one u does for masks (`duality.py` and its tests).
+    """
+    return torch.where(u <= (alpha + (1 - alpha) / vocab_size)[:, None], x_0, other)

@@ -1,0 +1,83 @@
+"""Discrete Consistency Distillation of uniform-state models (Duo, arXiv 2506.10892, Algorithm 1).
+
+In rounds r = 0, 1, ... with delta doubling from round to round and a teacher that is a snapshot of the student at the
+start of the round, each step does, for every sequence x_0:
+
+    eps ~ N(0, I_K) for each token,  t ~ U[0, 1],  s = max(t - delta, 0)
+    z_t = argmax(a_t x_0 + s_t eps),  z_s = argmax(a_s x_0 + s_s eps)              one noise for both latents
+    loss = mean over all l of  KL( student_l(. | z_t) || teacher_l(. | z_s) )
+
+No Gaussian is drawn: the argmax is x_0 while u <= F_Y(a_t / s_t), and from then on always the same other token, so that
+one uniform u and one other token for each position give both canvases, exactly (`duality.py`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from trainers.diffusion_trainer import may_be_noised
+from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
+from trainers.divergences import divergence
+from trainers.duality import uniform_alpha
+from trainers.teacher import TeacherCallback
+from trainers.trajectories import other_tokens, uniform_state
+
+
+@dataclass
+class DCDTrainingArguments(WideningGapArguments):
+    """The paper's settings: 5 rounds of 10,000 steps, delta from 1/512, AdamW 6e-5, 500 warm-up steps, batch 128."""
+
+    divergence: Literal["student_teacher", "teacher_student"] = field(
+        default="student_teacher", metadata={"help": "KL(student || teacher), as the paper writes it, or the reverse."}
+    )
+    log_snr: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Log signal-to-noise ratio of the latent at t = 0 and t = 1, linear in between: 4 1 is Duo's for the "
+            "GPT-2 vocabulary. Null: the path whose alpha_t is the model's own schedule, for any vocabulary."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.log_snr is not None and (len(self.log_snr) != 2 or self.log_snr[0] <= self.log_snr[1]):
+            raise ValueError(f"log_snr must be two falling numbers, at t = 0 and at t = 1, not {self.log_snr}")
+
+
+class DCDTrainer(DistillationTrainer):
+    """Distils a uniform-state teacher along paths that share their Gaussian noise."""
+
+    diffusion_kind = "uniform"
+
+    def __init__(self, model, args: DCDTrainingArguments, *, teacher: nn.Module | None = None, **kwargs):
+        super().__init__(model, args, teacher=teacher, **kwargs)
+        self.add_callback(TeacherCallback(self.followers["teacher"]))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+        round, vocab_size = self.args.round_of(self.state.global_step), self.model.config.vocab_size
+        delta = self.args.delta_of(round)
+
+        t, u, which = self.noise_of_batch(x_0, draws=2)
+        other = other_tokens(x_0, which, vocab_size)
+        alpha_t, alpha_s = self.alpha(t), self.alpha((t - delta).clamp(min=0))
+        z_t = torch.where(maskable, uniform_state(x_0, other, alpha_t, u, vocab_size), x_0)
+        z_s = torch.where(maskable, uniform_state(x_0, other, alpha_s, u, vocab_size), x_0)
+
+        student = self.rows(model, maskable, z_t, alpha_t, inputs)
+        with torch.no_grad():
+            teacher = self.rows(self.teacher, maskable, z_s, alpha_s, inputs)
+        loss = divergence(self.args.divergence, student, teacher).sum() / maskable.sum().clamp(min=1)
+
+        noised = (z_t != x_0).double().mean(), (z_s != x_0).double().mean()
+        self.record(round=round, delta=delta, noised_fraction_t=noised[0], noised_fraction_s=noised[1])
+        return (loss, {}) if return_outputs else loss
+
+    def alpha(self, t: torch.Tensor) -> torch.Tensor:
+        """Signal alpha [B] of the uniform-state diffusion at times t [B]."""
+        if self.args.log_snr is None:
+            return self.schedule.gamma(t)
+        first, last = self.args.log_snr
+        return uniform_alpha(torch.exp((first + (last - first) * t) / 2), self.model.config.vocab_size)

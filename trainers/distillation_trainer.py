@@ -1,0 +1,140 @@
+"""What all distillers share: rounds, a gap that widens from round to round, the teacher, and a teacher that is a token."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
+from trainers.divergences import MASK_LOGIT, HeadRows, cross_entropy, head_rows
+from trainers.teacher import Follower
+
+
+@dataclass
+class DistillationArguments(DiffusionTrainingArguments):
+    """Rounds of equal length. At the end of each the student is exported and judged; the method says what else it means."""
+
+    num_rounds: int = field(default=5, metadata={"help": "Rounds N."})
+    steps_per_round: int = field(
+        default=10_000, metadata={"help": "Steps M of a round; max_steps is N * M unless given."}
+    )
+    learning_rate: float = field(default=6e-5, metadata={"help": "Peak learning rate."})
+    warmup_steps: float = field(default=500, metadata={"help": "Steps of linear warm-up."})
+
+    def __post_init__(self):
+        for name in ("num_rounds", "steps_per_round"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_steps <= 0:
+            self.max_steps = self.num_rounds * self.steps_per_round
+        super().__post_init__()
+
+    # Round, gap and all that follows from them are functions of the step alone: there is nothing to save or to restore.
+
+    def round_of(self, step: int) -> int:
+        return min(step // self.steps_per_round, self.num_rounds - 1)
+
+
+@dataclass
+class WideningGapArguments(DistillationArguments):
+    """A gap in time that grows by a factor from each round to the next."""
+
+    delta: float = field(default=1 / 512, metadata={"help": "Time gap t - s in the first round."})
+    delta_growth: float = field(default=2.0, metadata={"help": "Factor on delta from each round to the next."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.delta <= 0 or self.delta_growth <= 0:
+            raise ValueError(f"delta ({self.delta}) and delta_growth ({self.delta_growth}) must be positive")
+        widest = self.delta * max(1.0, self.delta_growth ** (self.num_rounds - 1))
+        if widest >= 1:
+            raise ValueError(
+                f"delta ({self.delta}) grows to {widest:g} in {self.num_rounds} rounds, but t - s must stay below 1: "
+                "take a smaller delta, delta_growth or num_rounds"
+            )
+
+    def delta_of(self, round: int) -> float:
+        return self.delta * self.delta_growth**round
+
+
+def check_same_tokens(teacher, student, diffusion_kind: str = "absorbing"):
+    """Raises ValueError unless both configurations are of that diffusion kind, with one vocabulary and one mask."""
+    for name, config in (("teacher", teacher), ("student", student)):
+        if config.diffusion_kind != diffusion_kind:
+            raise ValueError(
+                f"the {name}'s diffusion_kind is {config.diffusion_kind!r}, but this trainer is for {diffusion_kind} "
+                "diffusion: give a network of that kind, or a trainer of the other ('dcd' is the one for uniform)"
+            )
+    for name in ("vocab_size", "mask_token_id"):
+        theirs, ours = getattr(teacher, name), getattr(student, name)
+        if theirs != ours:
+            raise ValueError(
+                f"teacher and student differ in {name}: {theirs} and {ours}; their tokens must be the same"
+            )
+
+
+class DistillationTrainer(DiffusionTrainer):
+    """A student that learns from a teacher, which is at first `teacher` and afterwards what the method makes of it.
+
+    Args:
+        model: the student; usually a copy of the teacher.
+        teacher: of the same architecture and vocabulary; a copy of the student when not given.
+
+    Raises:
+        ValueError: when the networks are of another diffusion kind, or differ in their vocabularies or masks, or when the
+            method has no teacher beside the student and one is given.
+    """
+
+    diffusion_kind = "absorbing"
+    has_teacher = True
+
+    def __init__(self, model, args: DistillationArguments, *, teacher: nn.Module | None = None, **kwargs):
+        super().__init__(model, args, **kwargs)
+        check_same_tokens((self.model if teacher is None else teacher).config, self.model.config, self.diffusion_kind)
+        if self.has_teacher:
+            self.followers["teacher"] = Follower(self.model if teacher is None else teacher, self.model.dtype)
+            self.teacher = self.followers["teacher"].model.to(args.device)
+        elif teacher is not None:
+            raise ValueError(f"{type(self).__name__} has no teacher but the student itself: give only that one")
+
+    def rows(self, network, positions: torch.Tensor, z: torch.Tensor, gamma: torch.Tensor, inputs: dict) -> HeadRows:
+        """What a network makes of the canvas z [B, L] at noise level gamma [B], at some positions [B, L]."""
+        return head_rows(
+            network,
+            positions,
+            input_ids=z,
+            timesteps=-gamma.log().float(),
+            attention_mask=inputs.get("attention_mask"),
+        )
+
+    def place(self) -> str:
+        return f" (round {self.args.round_of(self.state.global_step) + 1} of {self.args.num_rounds})"
+
+
+def at_temperature(rows: HeadRows, temperature: float) -> HeadRows:
+    """The same rows with their logits divided by the temperature."""
+    return replace(rows, hidden=rows.hidden / temperature, bias=rows.bias / temperature)
+
+
+def divergence_from_token(kind: str, student: HeadRows, tokens: torch.Tensor) -> torch.Tensor:
+    """D(student, teacher) of rows whose token the teacher sees, [rows]: SUBS makes it a point mass, at any temperature.
+
+    With p the probability that the student gives to the token,
+
+        teacher_student   -log p, the cross-entropy
+        student_teacher   1e6 (1 - p) - H(student): SUBS's log 0 is -1e6, and this explodes
+        jensen_shannon    log 2 - ((1 + p) log(1 + p) - p log p) / 2, at most log 2 (beta 1/2)
+        total_variation   1 - p
+    """
+    nll = cross_entropy(student, tokens)
+    if kind == "teacher_student":
+        return nll
+    p = torch.exp(-nll)
+    if kind == "student_teacher":
+        log_p = student.log_probabilities()
+        return -MASK_LOGIT * (1 - p) + (log_p.exp() * log_p).sum(dim=-1)
+    if kind == "jensen_shannon":
+        return torch.log(torch.tensor(2.0)) - ((1 + p) * torch.log1p(p) + p * nll) / 2
+    if kind == "total_variation":
+        return 1 - p
+    raise ValueError(f"divergence {kind!r} is not defined where the teacher is a point mass")

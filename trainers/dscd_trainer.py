@@ -1,0 +1,113 @@
+"""Discrete-Space Consistency Distillation (CD4LM, github.com/yihao-liang/CDLM): nested masks and a teacher that never moves.
+
+One stage. Each step does, for every sequence x_0 of n tokens that may be masked:
+
+    r ~ U[0.4, 0.9],  r' = r U[0.3, 0.7] within [0.1, 0.6]
+    z  = x_0 with n r tokens masked, chosen at random;  z' = x_0 with n r' of these masked            nested
+    loss = lambda T^2 mean over l masked in z of  KL( teacher_l(. | z'; T) || student_l(. | z; T) )
+         + (1 - lambda)     mean over l masked in z of  -log student_l( x_0 | z )
+
+with T = 2 and lambda = 0.9 for a tenth of the run, from where it falls as a cosine to 0.5. Under SUBS the teacher is a
+point mass where it sees the token, and the first term there is the cross-entropy of the student at temperature T (the
+released code has LLaDA's untrained logits there). Its rules for answers of fewer than 20 tokens are not taken over.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from trainers.diffusion_trainer import may_be_noised
+from trainers.distillation_trainer import DistillationArguments, DistillationTrainer, at_temperature
+from trainers.divergences import cross_entropy, divergence
+from trainers.trajectories import mask_tokens, most_masked
+
+
+@dataclass
+class DSCDTrainingArguments(DistillationArguments):
+    """The released settings but for the length of the run: AdamW 5e-6, weight decay 0.01, 200 warm-up steps, batch 64."""
+
+    num_rounds: int = field(default=1, metadata={"help": "Parts of the run: the student is exported after each."})
+    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
+    warmup_steps: float = field(default=200, metadata={"help": "Steps of linear warm-up."})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW weight decay."})
+    temperature: float = field(default=2.0, metadata={"help": "T, of both networks."})
+    student_ratio: list[float] = field(
+        default_factory=lambda: [0.4, 0.9], metadata={"help": "Range of the student's masked fraction."}
+    )
+    teacher_share: list[float] = field(
+        default_factory=lambda: [0.3, 0.7], metadata={"help": "Range of the teacher's share in the student's masks."}
+    )
+    teacher_ratio: list[float] = field(
+        default_factory=lambda: [0.1, 0.6], metadata={"help": "Bounds of the teacher's masked fraction."}
+    )
+    lambda_start: float = field(default=0.9, metadata={"help": "Weight of the distillation at first."})
+    lambda_end: float = field(default=0.5, metadata={"help": "Weight of the distillation at the end."})
+    lambda_hold: float = field(default=0.1, metadata={"help": "Part of the run before lambda falls."})
+    clamp: float | None = field(
+        default=None,
+        metadata={"help": "Bound of each of the two terms, 5 in the released code: no gradient above it."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("student_ratio", "teacher_share", "teacher_ratio"):
+            if len(getattr(self, name)) != 2 or not 0 <= getattr(self, name)[0] <= getattr(self, name)[1] <= 1:
+                raise ValueError(f"{name} must be two rising numbers in [0, 1], not {getattr(self, name)}")
+        for name in ("lambda_start", "lambda_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
+        if not 0 <= self.lambda_hold < 1:
+            raise ValueError(f"lambda_hold must lie in [0, 1), not {self.lambda_hold}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, not {self.temperature}")
+
+    def lambda_of(self, step: int) -> float:
+        falling = max(0.0, step / self.max_steps - self.lambda_hold) / (1 - self.lambda_hold)
+        return self.lambda_end + (self.lambda_start - self.lambda_end) * (1 + math.cos(math.pi * falling)) / 2
+
+
+class DSCDTrainer(DistillationTrainer):
+    """Distils what a frozen teacher says of a lightly masked sequence into the student's view of a heavily masked one."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+        temperature, weight = self.args.temperature, self.args.lambda_of(self.state.global_step)
+
+        times, u, second = self.noise_of_batch(x_0, draws=2)
+        ratio = between(self.args.student_ratio, times)
+        share = between(self.args.teacher_share, second[:, 0])  # only the first of a row's draws is needed
+        teacher_ratio = torch.minimum((ratio * share).clamp(*self.args.teacher_ratio), ratio)
+        tokens = maskable.sum(dim=1)
+        m = most_masked(u, maskable, (ratio * tokens).round())
+        m_teacher = most_masked(u, maskable, (teacher_ratio * tokens).round())
+        z, z_teacher = (mask_tokens(x_0, masked, self.mask_token_id) for masked in (m, m_teacher))
+
+        student = self.rows(model, m, z, 1 - ratio, inputs)
+        with torch.no_grad():
+            teacher = self.rows(self.teacher, m_teacher, z_teacher, 1 - teacher_ratio, inputs)
+
+        count = m.sum().clamp(min=1)
+        still_masked, tempered = m_teacher[m], at_temperature(student, temperature)
+        agree = divergence("teacher_student", tempered[still_masked], teacher, temperature=temperature).sum()
+        agree = agree + cross_entropy(tempered[~still_masked], x_0[m & ~m_teacher]).sum()
+        consistency = self.bounded(temperature**2 * agree / count)
+        reconstruction = self.bounded(cross_entropy(student, x_0[m]).sum() / count)
+        loss = weight * consistency + (1 - weight) * reconstruction
+
+        self.record(
+            round=self.args.round_of(self.state.global_step),
+            distillation_weight=weight,
+            consistency=consistency,
+            reconstruction=reconstruction,
+            masked_fraction_student=m.double().mean(),
+            masked_fraction_teacher=m_teacher.double().mean(),
+        )
+        return (loss, {}) if return_outputs else loss
+
+    def bounded(self, term: torch.Tensor) -> torch.Tensor:
+        return term if self.args.clamp is None else term.clamp(max=self.args.clamp)
+
+
+def between(bounds: list[float], uniforms: torch.Tensor) -> torch.Tensor:
+    return bounds[0] + (bounds[1] - bounds[0]) * uniforms

@@ -1,0 +1,99 @@
+"""Multi-Path Discrete Consistency (Consistent Diffusion Language Models, arXiv 2605.00161): the student teaches itself.
+
+One stage, with a gap delta that falls linearly over the run. Each step does, for every sequence x_0:
+
+    u ~ U[0, 1]^L,  t ~ U(delta, 1],  s = t - delta                       shared u: exactly the bridge q(z_s | z_t, x_0)
+    z_t = Mask(x_0, u, gamma_t),  z_s = Mask(x_0, u, gamma_s)
+    loss = sum over l masked in z_t of  JSD( student_l(. | z_t), stop_gradient student_l(. | z_s) )
+        or, for `anchor_fraction` of the sequences, where t ~ U(0.001, 1], s = 0 and z_s = x_0:
+           -gamma'_t / (1 - gamma_t) sum over l masked in z_t of  -log student_l( x_0 | z_t )              the NELBO
+
+Without the anchor every prediction that is constant along paths is a solution. Where s reveals the token, the student is
+a point mass, and the divergence from it at most log 2. The paper's appendix and tables were not to be had: its equations
+are followed, while the values of delta and of the anchor are our own, and so is the mean over all tokens.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from modeling_mcd.noise_schedule_mdlm import nelbo_weight
+from trainers.diffusion_trainer import may_be_noised
+from trainers.distillation_trainer import DistillationArguments, DistillationTrainer, divergence_from_token
+from trainers.divergences import cross_entropy, divergence
+from trainers.trajectories import mask_tokens, masked_at
+
+
+ANCHOR_EPSILON = 1e-3  # times of the NELBO are drawn from (this, 1], as in pre-training
+
+
+@dataclass
+class MPDCTrainingArguments(DistillationArguments):
+    """One stage; the optimiser's settings are those of MCD, the rest is our own."""
+
+    num_rounds: int = field(default=1, metadata={"help": "Parts of the run: the student is exported after each."})
+    delta: float = field(default=0.25, metadata={"help": "Time gap t - s at the first step."})
+    delta_end: float = field(default=1 / 64, metadata={"help": "Time gap at the last step; linear in between."})
+    anchor_fraction: float = field(default=0.1, metadata={"help": "Part of the sequences with s = 0: their NELBO."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("delta", "delta_end"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in (0, 1), not {getattr(self, name)}")
+        if not 0 <= self.anchor_fraction <= 1:
+            raise ValueError(f"anchor_fraction must lie in [0, 1], not {self.anchor_fraction}")
+
+    def delta_of(self, step: int) -> float:
+        return self.delta + (self.delta_end - self.delta) * min(step / max(self.max_steps - 1, 1), 1.0)
+
+
+class MPDCTrainer(DistillationTrainer):
+    """Makes a masked diffusion model agree with itself along its paths."""
+
+    has_teacher = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+        delta = self.args.delta_of(self.state.global_step)
+
+        times, u, second = self.noise_of_batch(x_0, draws=2)
+        anchored = second[:, 0] < self.args.anchor_fraction  # only the first of a row's draws is needed
+        t = 1 - (1 - torch.where(anchored, ANCHOR_EPSILON, delta)) * times
+        s = torch.where(anchored, 0, t - delta)
+        gamma_t, gamma_s = self.schedule.gamma(t), self.schedule.gamma(s)
+        m_t, m_s = masked_at(gamma_t, u) & maskable, masked_at(gamma_s, u) & maskable
+        z_t, z_s = mask_tokens(x_0, m_t, self.mask_token_id), mask_tokens(x_0, m_s, self.mask_token_id)
+
+        with torch.no_grad():
+            target = self.own_rows(model, m_s, z_s, gamma_s, inputs)
+        student = self.rows(model, m_t, z_t, gamma_t, inputs)
+        target = replace(student, hidden=target.hidden)  # one network, one head
+
+        anchor, still_masked = anchored[:, None].expand_as(m_t)[m_t], m_s[m_t]
+        revealed = ~still_masked & ~anchor
+        agree = divergence("jensen_shannon", student[still_masked], target).sum()
+        agree = agree + divergence_from_token("jensen_shannon", student[revealed], x_0[m_t][revealed]).sum()
+        weights = nelbo_weight(self.schedule, t)[:, None].expand_as(u)[m_t][anchor]
+        nelbo = cross_entropy(student[anchor], x_0[m_t][anchor], weights).sum()
+        tokens = maskable.sum().clamp(min=1)
+        loss = (agree + nelbo) / tokens
+
+        self.record(
+            round=self.args.round_of(self.state.global_step),
+            delta=delta,
+            divergence=agree / tokens,
+            nelbo=nelbo / tokens,
+            masked_fraction_t=m_t.double().mean(),
+            masked_fraction_s=m_s.double().mean(),
+        )
+        return (loss, {}) if return_outputs else loss
+
+    def own_rows(self, model, *canvas):
+        """The student as its own target: without dropout."""
+        was_training = model.training
+        model.eval()
+        try:
+            return self.rows(model, *canvas)
+        finally:
+            model.train(was_training)

@@ -1,0 +1,131 @@
+"""Self-Distillation Through Time (arXiv 2410.21035): one student step for `teacher_steps` steps of the teacher.
+
+In rounds r = 0, 1, ..., each with a teacher that is a snapshot of the student at the start of the round and a teacher step
+delta that doubles from round to round (grows k-fold in the paper, where k = 2), each step does, for every sequence x_0:
+
+    t ~ U[epsilon, 1],  z = z_t ~ q(. | x_0)
+    for i = 0 .. k - 1:                                                              k ancestral steps of the teacher
+        target_l = teacher(. | z) at every l that is still masked
+        z        = one ancestral step of length delta from max(t - i delta, epsilon)
+    loss = mean over l masked in z_t of  KL( student_l(. | z_t) || target_l )
+
+So a token's target is the distribution that it was drawn from, and the last step's where it was never drawn.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from modeling_mcd.noise_schedule_mdlm import NoiseSchedule
+from modeling_mcd.sampling_mdlm import draw_tokens
+from trainers.diffusion_trainer import may_be_noised
+from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
+from trainers.divergences import HeadRows, divergence
+from trainers.teacher import TeacherCallback
+from trainers.trajectories import mask_tokens, masked_at
+
+
+@dataclass
+class SDTTTrainingArguments(WideningGapArguments):
+    """The paper's settings: 7 rounds of 10,000 steps from 1024 steps to 8, AdamW 6e-5, 500 warm-up steps, batch 128."""
+
+    num_rounds: int = field(default=7, metadata={"help": "Rounds N."})
+    delta: float = field(default=1 / 1024, metadata={"help": "Length of a teacher step in the first round."})
+    teacher_steps: int = field(default=2, metadata={"help": "Teacher steps k that one student step stands for."})
+    divergence: Literal["student_teacher", "teacher_student", "total_variation", "mse"] = field(
+        default="student_teacher", metadata={"help": "KL(student || teacher), or another of the paper's ablation."}
+    )
+    time_grid: Literal["paper", "released"] = field(
+        default="paper",
+        metadata={
+            "help": "Where the teacher's steps start: t - i delta, or as in the released code, see `step_starts`."
+        },
+    )
+    sampling_epsilon: float = field(default=1e-5, metadata={"help": "Times lie in [sampling_epsilon, 1)."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.teacher_steps < 1:
+            raise ValueError(f"teacher_steps must be at least 1, not {self.teacher_steps}")
+
+
+def step_starts(t: torch.Tensor, delta: float, steps: int, time_grid: str) -> list[torch.Tensor]:
+    """Times [B] from which each of the teacher's steps goes, not yet cut off below.
+
+    "paper": t - i delta (Algorithm 1). "released": the code's t a_i + (1 - t) (t - k delta) with a_i from 1 down to 0,
+    where (1 - a_i) was meant. For k = 2 it goes from 2t - t^2 and from t - t^2, so that far more, or far fewer, tokens are
+    revealed than in a step of that length from t.
+    """
+    if time_grid == "paper":
+        return [t - i * delta for i in range(steps)]
+    return [a * t + (1 - t) * (t - steps * delta) for a in torch.linspace(1, 0, steps, dtype=t.dtype).tolist()]
+
+
+def reveal_thresholds(starts: list[torch.Tensor], delta: float, epsilon: float, schedule: NoiseSchedule, gamma_t):
+    """After each step, the visible probability [B] that a token's locking scalar u is held against.
+
+    An ancestral step from t to s keeps a masked token masked with probability (1 - gamma_s) / (1 - gamma_t), whatever the
+    others are. On a grid without gaps the thresholds are gamma at its points.
+    """
+    masked, thresholds = 1 - gamma_t, []
+    for t in starts:
+        t, s = t.clamp(min=epsilon), (t - delta).clamp(min=epsilon)
+        masked = masked * (1 - schedule.gamma(s)) / (1 - schedule.gamma(t))
+        thresholds.append(1 - masked)
+    return thresholds
+
+
+def draw(rows: HeadRows, uniforms: torch.Tensor) -> torch.Tensor:
+    """A token of each row, [rows], drawn in float64; never all rows over the vocabulary at once."""
+    parts = [
+        draw_tokens(rows[chosen].log_probabilities(), uniforms[chosen], rows.mask_token_id)
+        for chosen in torch.arange(len(rows), device=uniforms.device).split(256)
+    ]
+    return torch.cat(parts) if parts else uniforms.new_empty(0, dtype=torch.long)
+
+
+class SDTTTrainer(DistillationTrainer):
+    """Distils several steps of a masked diffusion teacher into one of the student (Algorithm 1 of the paper)."""
+
+    def __init__(self, model, args: SDTTTrainingArguments, *, teacher: nn.Module | None = None, **kwargs):
+        super().__init__(model, args, teacher=teacher, **kwargs)
+        self.add_callback(TeacherCallback(self.followers["teacher"]))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+        round, epsilon = self.args.round_of(self.state.global_step), self.args.sampling_epsilon
+        delta = self.args.delta_of(round)
+
+        times, u, which = self.noise_of_batch(x_0, draws=2)
+        t = epsilon + (1 - epsilon) * times
+        gamma_t = self.schedule.gamma(t)
+        m_t = masked_at(gamma_t, u) & maskable
+        z_t = mask_tokens(x_0, m_t, self.mask_token_id)
+
+        with torch.no_grad():
+            teacher, revealed = self.teacher_targets(z_t, m_t, t, gamma_t, delta, u, which, inputs)
+        student = self.rows(model, m_t, z_t, gamma_t, inputs)
+        loss = divergence(self.args.divergence, student, teacher).sum() / m_t.sum().clamp(min=1)
+
+        self.record(round=round, delta=delta, masked_fraction=m_t.double().mean(), revealed_fraction=revealed)
+        return (loss, {}) if return_outputs else loss
+
+    def teacher_targets(self, z, m_t, t, gamma_t, delta, u, which, inputs) -> tuple[HeadRows, torch.Tensor]:
+        """The teacher's row for every token masked in z_t, and the fraction of them that it revealed on its way.
+
+        Every step overwrites the rows of what is still masked: what stands there last is what the method asks for.
+        """
+        starts = step_starts(t, delta, self.args.teacher_steps, self.args.time_grid)
+        thresholds = reveal_thresholds(starts, delta, self.args.sampling_epsilon, self.schedule, gamma_t)
+        masked, targets = m_t, None
+        for i, start in enumerate(starts):
+            gamma = self.schedule.gamma(start.clamp(min=self.args.sampling_epsilon))
+            rows = self.rows(self.teacher, masked, z, gamma, inputs)
+            targets = rows if targets is None else targets.put(masked[m_t], rows)
+            if i + 1 < len(starts):
+                reveal = masked & ~masked_at(thresholds[i], u)
+                z = z.masked_scatter(reveal, draw(rows[reveal[masked]], which[reveal]))
+                masked = masked & ~reveal
+        return targets, (m_t & ~masked).sum() / m_t.sum().clamp(min=1)
