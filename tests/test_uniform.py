@@ -378,5 +378,5 @@ def test_a_uniform_teacher_is_trained_by_its_recipe_and_mcd_refuses_it(tmp_path,
             [f"--{k}={v}" for k, v in {"teacher": tmp_path / "run", "tokenizer": inputs / "tokenizer"}.items()]
             + [f"--train_text={inputs / 'text.txt'}", f"--block_length={BLOCK}", f"--output_dir={tmp_path / 'mcd'}"]
         )
-    assert "the teacher's diffusion_kind is 'uniform', but MCD reveals masked tokens" in stop.value.code
+    assert "the teacher's diffusion_kind is 'uniform', but this trainer is for absorbing diffusion" in stop.value.code
     assert not (tmp_path / "mcd").exists()

@@ -1,12 +1,13 @@
 """What all distillers share: rounds, a gap that widens from round to round, the teacher, and a teacher that is a token."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
-from trainers.divergences import MASK_LOGIT, HeadRows, cross_entropy, head_rows
+from trainers.divergences import MASK_LOGIT, HeadRows, cross_entropy, divergence, head_rows
 from trainers.teacher import Follower
 
 
@@ -131,10 +132,12 @@ def divergence_from_token(kind: str, student: HeadRows, tokens: torch.Tensor) ->
         return nll
     p = torch.exp(-nll)
     if kind == "student_teacher":
-        log_p = student.log_probabilities()
-        return -MASK_LOGIT * (1 - p) + (log_p.exp() * log_p).sum(dim=-1)
+        uniform = replace(student, hidden=torch.zeros_like(student.hidden), bias=torch.zeros_like(student.bias))
+        tokens = len(student.bias) - (student.mask_token_id is not None)
+        negative_entropy = divergence("student_teacher", student, uniform) - math.log(tokens)
+        return -MASK_LOGIT * (1 - p) + negative_entropy
     if kind == "jensen_shannon":
-        return torch.log(torch.tensor(2.0)) - ((1 + p) * torch.log1p(p) + p * nll) / 2
+        return math.log(2) - ((1 + p) * torch.log1p(p) + p * nll) / 2
     if kind == "total_variation":
         return 1 - p
     raise ValueError(f"divergence {kind!r} is not defined where the teacher is a point mass")

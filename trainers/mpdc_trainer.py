@@ -59,7 +59,7 @@ class MPDCTrainer(DistillationTrainer):
 
         times, u, second = self.noise_of_batch(x_0, draws=2)
         anchored = second[:, 0] < self.args.anchor_fraction  # only the first of a row's draws is needed
-        t = 1 - (1 - torch.where(anchored, ANCHOR_EPSILON, delta)) * times
+        t = 1 - (1 - torch.full_like(times, delta).masked_fill(anchored, ANCHOR_EPSILON)) * times
         s = torch.where(anchored, 0, t - delta)
         gamma_t, gamma_s = self.schedule.gamma(t), self.schedule.gamma(s)
         m_t, m_s = masked_at(gamma_t, u) & maskable, masked_at(gamma_s, u) & maskable

@@ -1,0 +1,610 @@
+"""Every distiller's loss against its paper's formula written out token by token in float64, its coupling, and its options."""
+
+import copy
+import math
+
+import pytest
+import torch
+from scipy import stats
+from tiny_run import BLOCK, write_inputs
+from transformers import AutoModel
+
+from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
+from modeling_mcd.noise_schedule_mdlm import LogLinearSchedule
+from trainers import run_mcd
+from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
+from trainers.diffusion_trainer import collate_blocks, may_be_noised
+from trainers.distillation_trainer import divergence_from_token
+from trainers.divergences import HeadRows
+from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
+from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
+from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
+from trainers.recipe import RECIPE_FOLDER, parse_recipe_of
+from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments, reveal_thresholds, step_starts
+from trainers.trajectories import most_masked, other_tokens, step_noise, uniform_state
+
+
+K, MASK, ROWS, SEED = 48, 47, 4, 11
+METHODS = {
+    "mcd": (MCDTrainer, MCDTrainingArguments, {"delta": 0.125}),
+    "sdtt": (SDTTTrainer, SDTTTrainingArguments, {"delta": 0.125}),
+    "dcd": (DCDTrainer, DCDTrainingArguments, {"delta": 0.125}),
+    "dscd": (DSCDTrainer, DSCDTrainingArguments, {}),
+    "mpdc": (MPDCTrainer, MPDCTrainingArguments, {"anchor_fraction": 0.35}),
+}
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """Teacher and student of each diffusion kind, float64, with random weights."""
+    masked = AutoModel.from_pretrained(write_inputs(tmp_path_factory.mktemp("inputs")) / "teacher")
+    shapes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "conditioning_size": 8}
+    uniform = MDLMForMaskedDiffusion(
+        MDLMConfig(vocab_size=K, max_position_embeddings=BLOCK, diffusion_kind="uniform", hidden_dropout=0.0, **shapes)
+    )
+    generator, pairs = torch.Generator().manual_seed(1), {}
+    for kind, teacher in (("absorbing", masked), ("uniform", uniform)):
+        with torch.no_grad():
+            for parameter in teacher.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            student = type(teacher)(teacher.config)
+            for name, parameter in student.named_parameters():
+                noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(teacher.get_parameter(name) + noise)
+        pairs[kind] = teacher.double().eval(), student.double()
+    return pairs
+
+
+def make_trainer(method, networks, folder, **changes):
+    trainer_class, arguments_class, settings = METHODS[method]
+    teacher, student = networks[trainer_class.diffusion_kind]
+    settings = {"num_rounds": 2, "steps_per_round": 4, "ema_decay": None, "save_strategy": "no"} | settings | changes
+    arguments = arguments_class(output_dir=str(folder), seed=SEED, per_device_train_batch_size=ROWS, **settings)
+    teacher = {"teacher": teacher} if trainer_class.has_teacher else {}
+    trainer = trainer_class(student, arguments, **teacher)
+    trainer.model.train()
+    return trainer
+
+
+def blocks():
+    return torch.randint(0, 46, (ROWS, BLOCK), generator=torch.Generator().manual_seed(2))
+
+
+def prompted():
+    """Four rows of different lengths, the first tokens of each a prompt."""
+    rows = []
+    for i, row in enumerate(blocks().tolist()):
+        length, prompt = BLOCK - 3 * i, 5 + i
+        rows.append({"input_ids": row[:length], "labels": [-100] * prompt + row[prompt:length]})
+    return collate_blocks(rows)
+
+
+def noise(step, draws=2):
+    return step_noise(SEED, step, range(ROWS), ROWS, BLOCK, draws)
+
+
+def log_probabilities(model, z, gamma, inputs, temperature=1.0):
+    """Full log-probabilities [B, L, V], SUBS for a masked model: float64."""
+    mask_token_id = model.config.mask_token_id
+    with torch.no_grad():
+        logits = model(
+            input_ids=z, timesteps=-gamma.log().float(), attention_mask=inputs.get("attention_mask")
+        ).logits.double()
+    if mask_token_id is not None:
+        logits[..., mask_token_id] = -math.inf
+    return (logits / temperature).log_softmax(-1)
+
+
+def kl(log_p, log_q):
+    return sum(math.exp(a) * (a - b) for a, b in zip(log_p.tolist(), log_q.tolist(), strict=True) if a > -math.inf)
+
+
+def jsd(p, q):
+    total = 0.0
+    for a, b in zip(p.tolist(), q.tolist(), strict=True):
+        m = (a + b) / 2
+        total += (a * math.log(a / m) if a else 0) / 2 + (b * math.log(b / m) if b else 0) / 2
+    return total
+
+
+def mask(x_0, u, gamma, maskable):
+    return torch.where((u > gamma[:, None]) & maskable, MASK, x_0)
+
+
+def sites(z, maskable):
+    return [(b, i) for b in range(ROWS) for i in range(BLOCK) if maskable[b, i] and z[b, i] == MASK]
+
+
+# --- Losses by hand
+
+
+def mcd_by_hand(trainer, inputs, step):
+    x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+    delta, tau = 0.125 * 2 ** (step // 4), [0.96, 0.93][step // 4]
+    times, u = noise(step, 1)
+    t = 1 - (1 - delta) * times
+    gamma_t, gamma_s = 1 - 0.999 * t, 1 - 0.999 * (t - delta)
+    z_t, z_s = mask(x_0, u, gamma_t, maskable), mask(x_0, u, gamma_s, maskable)
+    p = log_probabilities(trainer.model, z_t, gamma_t, inputs)
+    q = log_probabilities(trainer.teacher, z_s, gamma_s, inputs, tau)
+    total = 0.0
+    for b, i in sites(z_t, maskable):
+        total += kl(p[b, i], q[b, i]) if z_s[b, i] == MASK else -p[b, i, x_0[b, i]].item()
+    return total / maskable.sum().item()
+
+
+def sdtt_by_hand(trainer, inputs, step):
+    """The teacher's canvas, token by token: who is revealed, what is drawn, and which distribution is remembered."""
+    x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+    delta = 0.125 * 2 ** (step // 4)
+    times, u, which = noise(step)
+    t = 1e-5 + (1 - 1e-5) * times
+    gamma = lambda time: 1 - 0.999 * time.clamp(min=1e-5)  # noqa: E731
+    z_t = mask(x_0, u, gamma(t), maskable)
+    z, targets = z_t.clone(), {}
+    for i in range(trainer.args.teacher_steps):
+        now, after = gamma(t - i * delta), gamma(t - (i + 1) * delta)
+        q = log_probabilities(trainer.teacher, z, now, inputs)
+        for place in sites(z, maskable):
+            targets[place] = q[place]
+            if u[place] <= after[place[0]]:
+                cumulative = q[place].exp().cumsum(0)
+                z[place] = int((cumulative <= which[place] * cumulative[-1]).sum())
+    p = log_probabilities(trainer.model, z_t, gamma(t), inputs)
+    return sum(kl(p[b, i], target) for (b, i), target in targets.items()) / len(targets)
+
+
+def dcd_by_hand(trainer, inputs, step):
+    x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+    t, u, which = noise(step)
+    alpha_t = 1 - 0.999 * t
+    alpha_s = 1 - 0.999 * (t - 0.125 * 2 ** (step // 4)).clamp(min=0)
+
+    def canvas(alpha):
+        z = x_0.clone()
+        for b, i in maskable.nonzero().tolist():
+            if u[b, i] > alpha[b] + (1 - alpha[b]) / K:
+                others = [token for token in range(K) if token != x_0[b, i]]
+                z[b, i] = others[int(which[b, i] * (K - 1))]
+        return z
+
+    p = log_probabilities(trainer.model, canvas(alpha_t), alpha_t, inputs)
+    q = log_probabilities(trainer.teacher, canvas(alpha_s), alpha_s, inputs)
+    return sum(kl(p[b, i], q[b, i]) for b, i in maskable.nonzero().tolist()) / maskable.sum().item()
+
+
+def dscd_by_hand(trainer, inputs, step):
+    x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+    times, u, second = noise(step)
+    z, z_teacher, gamma, gamma_teacher = x_0.clone(), x_0.clone(), [], []
+    for b in range(ROWS):
+        r = 0.4 + 0.5 * times[b].item()
+        r_teacher = min(max(r * (0.3 + 0.4 * second[b, 0].item()), 0.1), 0.6, r)
+        places = sorted((i for i in range(BLOCK) if maskable[b, i]), key=lambda i, b=b: -u[b, i].item())
+        z[b, places[: round(r * len(places))]] = MASK
+        z_teacher[b, places[: round(r_teacher * len(places))]] = MASK
+        gamma.append(1 - r), gamma_teacher.append(1 - r_teacher)
+    gamma, gamma_teacher = torch.tensor(gamma).double(), torch.tensor(gamma_teacher).double()
+    p, p_2 = (log_probabilities(trainer.model, z, gamma, inputs, temperature) for temperature in (1.0, 2.0))
+    q_2 = log_probabilities(trainer.teacher, z_teacher, gamma_teacher, inputs, 2.0)
+    agree = reconstruct = 0.0
+    for b, i in sites(z, maskable):
+        point = -p_2[b, i, x_0[b, i]].item()
+        agree += kl(q_2[b, i], p_2[b, i]) if z_teacher[b, i] == MASK else point
+        reconstruct -= p[b, i, x_0[b, i]].item()
+    falling = max(0.0, step / 8 - 0.1) / 0.9
+    weight = 0.5 + 0.4 * (1 + math.cos(math.pi * falling)) / 2
+    return (weight * 4 * agree + (1 - weight) * reconstruct) / len(sites(z, maskable))
+
+
+def mpdc_by_hand(trainer, inputs, step):
+    x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+    delta = 0.25 + (1 / 64 - 0.25) * step / 7
+    times, u, second = noise(step)
+    anchored = second[:, 0] < 0.35
+    t = torch.where(anchored, 1 - 0.999 * times, 1 - (1 - delta) * times)
+    s = torch.where(anchored, 0.0, t - delta)
+    gamma_t, gamma_s = 1 - 0.999 * t, 1 - 0.999 * s
+    z_t, z_s = mask(x_0, u, gamma_t, maskable), mask(x_0, u, gamma_s, maskable)
+    p, q = (log_probabilities(trainer.model, z, g, inputs) for z, g in ((z_t, gamma_t), (z_s, gamma_s)))
+    assert anchored.any() and not anchored.all()
+    total = 0.0
+    for b, i in sites(z_t, maskable):
+        if anchored[b]:
+            total -= p[b, i, x_0[b, i]].item() / t[b].item()
+        elif z_s[b, i] == MASK:
+            total += jsd(p[b, i].exp(), q[b, i].exp())
+        else:
+            total += jsd(p[b, i].exp(), torch.nn.functional.one_hot(x_0[b, i], K))
+    return total / maskable.sum().item()
+
+
+BY_HAND = {"mcd": mcd_by_hand, "sdtt": sdtt_by_hand, "dcd": dcd_by_hand, "dscd": dscd_by_hand, "mpdc": mpdc_by_hand}
+
+
+@pytest.mark.parametrize("data", ["blocks", "prompted and padded"])
+@pytest.mark.parametrize("step", [0, 6])
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_equals_the_formula_by_hand(method, step, data, networks, tmp_path):
+    trainer = make_trainer(method, networks, tmp_path)
+    trainer.state.global_step = step
+    inputs = {"input_ids": blocks()} if data == "blocks" else prompted()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    assert loss.item() == pytest.approx(BY_HAND[method](trainer, inputs, step), rel=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_prompt_and_padding_carry_no_gradient_and_padding_is_not_seen(method, networks, tmp_path):
+    trainer, inputs = make_trainer(method, networks, tmp_path), prompted()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    gradient = torch.autograd.grad(loss, trainer.model.lm_head.bias)[0]
+    assert gradient.abs().sum() > 0
+    changed = inputs | {"input_ids": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 3)}
+    trainer._noise_step = None
+    assert trainer.compute_loss(trainer.model, changed).item() == loss.item()
+    everything_given = inputs | {"labels": torch.full_like(inputs["labels"], -100)}
+    trainer._noise_step = None
+    nothing = trainer.compute_loss(trainer.model, everything_given)
+    nothing.backward()
+    assert nothing.item() == 0
+    assert all((p.grad == 0).all() for p in trainer.model.parameters() if p.grad is not None)
+    trainer.model.zero_grad()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_teacher_gets_no_gradient_and_every_student_parameter_one(method, networks, tmp_path):
+    trainer = make_trainer(method, networks, tmp_path)
+    trainer.compute_loss(trainer.model, {"input_ids": blocks()}).backward()
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+    if trainer.has_teacher:
+        assert all(parameter.grad is None for parameter in trainer.teacher.parameters())
+    trainer.model.zero_grad()
+
+
+# --- SDTT
+
+
+def test_sdtt_teacher_reveals_as_often_as_its_steps_say_and_draws_from_its_own_law(networks, tmp_path):
+    """With a head whose weights are zero every target is softmax(bias): chi-squared of what is drawn, binomial of how often."""
+    trainer = make_trainer("sdtt", networks, tmp_path, delta=0.2, num_rounds=1)
+    teacher = trainer.teacher
+    with torch.no_grad():
+        teacher.lm_head.weight.zero_()
+        teacher.lm_head.bias.copy_(torch.linspace(0, 3, K))
+    seen, canvases = [], []
+    trainer.rows = lambda network, positions, z, gamma, inputs: (
+        canvases.append(z),
+        type(trainer).rows(trainer, network, positions, z, gamma, inputs),
+    )[1]
+    for step in range(150):
+        _, u, which = noise(step)
+        t = torch.full((ROWS,), 0.8, dtype=torch.float64)
+        gamma_t = trainer.schedule.gamma(t)
+        m_t = u > gamma_t[:, None]
+        z_t = torch.where(m_t, MASK, blocks())
+        trainer.teacher_targets(z_t, m_t, t, gamma_t, 0.2, u, which, {})
+        drawn = m_t & (canvases[-1] != MASK)
+        seen.append((int(m_t.sum()), canvases[-1][drawn]))
+    total, tokens = sum(count for count, _ in seen), torch.cat([drawn for _, drawn in seen])
+    assert stats.binomtest(len(tokens), total, 0.2 / 0.8).pvalue > 1e-5
+    law = torch.linspace(0, 3, K, dtype=torch.float64)[:-1].softmax(0)
+    counts = torch.bincount(tokens, minlength=K)[:-1].numpy()
+    assert stats.chisquare(counts, (law * len(tokens)).numpy()).pvalue > 1e-5
+
+
+def test_sdtt_grids():
+    """The paper's grid has no gaps, so that thresholds are gamma itself; the released one has the published values."""
+    t, schedule = torch.tensor([0.5, 0.9, 1e-4], dtype=torch.float64), LogLinearSchedule()
+    starts = step_starts(t, 0.001, 3, "paper")
+    thresholds = reveal_thresholds(starts, 0.001, 1e-5, schedule, schedule.gamma(t))
+    for i, threshold in enumerate(thresholds):
+        expected = schedule.gamma((t - (i + 1) * 0.001).clamp(min=1e-5))
+        torch.testing.assert_close(threshold, expected, rtol=1e-12, atol=0)
+    released = torch.stack(step_starts(t[:2], 1 / 1024, 2, "released"))
+    torch.testing.assert_close(released, torch.tensor([[0.749, 0.99], [0.249, 0.09]]).double(), atol=6e-4, rtol=0)
+    first, second = reveal_thresholds(list(released), 1 / 1024, 1e-5, schedule, schedule.gamma(t[:2]))
+    revealed = (first - schedule.gamma(t[:2])) / (1 - schedule.gamma(t[:2]))
+    torch.testing.assert_close(revealed, 1 / 1024 / released[0], rtol=1e-9, atol=0)
+    assert (second > first).all()
+
+
+def test_sdtt_with_one_teacher_step_is_plain_distillation(networks, tmp_path):
+    """k = 1: no draw at all, teacher and student see the same canvas; from equal networks the loss is zero."""
+    teacher, _ = networks["absorbing"]
+    arguments = SDTTTrainingArguments(output_dir=str(tmp_path), teacher_steps=1, ema_decay=None, save_strategy="no")
+    trainer = SDTTTrainer(type(teacher)(teacher.config).double(), arguments, teacher=teacher)
+    trainer.model.load_state_dict(teacher.state_dict())
+    trainer.model.train()
+    assert abs(trainer.compute_loss(trainer.model, {"input_ids": blocks()}).item()) < 1e-12
+
+
+# --- Couplings
+
+
+def test_dscd_masks_are_nested_and_of_the_right_size():
+    generator = torch.Generator().manual_seed(0)
+    u = torch.rand(200, 40, dtype=torch.float64, generator=generator)
+    maskable = torch.rand(200, 40, generator=generator) < 0.7
+    counts = (maskable.sum(1) * 0.6).round()
+    student, teacher = most_masked(u, maskable, counts), most_masked(u, maskable, (counts / 2).round())
+    assert torch.equal(student.sum(1), counts.long()) and torch.equal(teacher.sum(1), (counts / 2).round().long())
+    assert (teacher <= student).all() and (student <= maskable).all()
+    # Each place is as likely as every other: chi-squared over the 40 places, all of them maskable.
+    chosen = most_masked(u, torch.ones_like(maskable), torch.full((200,), 10)).sum(0)
+    assert stats.chisquare(chosen.numpy()).pvalue > 1e-5
+
+
+def test_dcd_pairs_are_locked_and_each_canvas_has_its_marginal():
+    """What shows x_0 at t shows it at s < t; both noised: the same other token; each law alpha [x_0] + (1 - alpha) / K."""
+    size = 5
+    generator = torch.Generator().manual_seed(0)
+    x_0 = torch.randint(0, size, (400, 100), generator=generator)
+    u, which = torch.rand(2, 400, 100, dtype=torch.float64, generator=generator)
+    other = other_tokens(x_0, which, size)
+    assert (other != x_0).all()
+    canvases = {}
+    for alpha in (0.2, 0.6):
+        z = uniform_state(x_0, other, torch.full((400,), alpha, dtype=torch.float64), u, size)
+        counts = torch.bincount(((z - x_0) % size).flatten(), minlength=size).numpy()
+        expected = [x_0.numel() * (alpha * (j == 0) + (1 - alpha) / size) for j in range(size)]
+        assert stats.chisquare(counts, expected).pvalue > 1e-5
+        canvases[alpha] = z
+    t_clean, s_clean = canvases[0.2] == x_0, canvases[0.6] == x_0
+    assert (t_clean <= s_clean).all()
+    assert torch.equal(canvases[0.2][~s_clean], canvases[0.6][~s_clean])
+
+
+def test_dcd_signal_follows_duos_log_snr_or_the_models_schedule(networks, tmp_path):
+    t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    trainer = make_trainer("dcd", networks, tmp_path)
+    torch.testing.assert_close(trainer.alpha(t), 1 - 0.999 * t)
+    trainer = make_trainer("dcd", networks, tmp_path, log_snr=[4.0, 1.0])
+    trainer.model.config.vocab_size = 50_258
+    assert [round(alpha, 4) for alpha in trainer.alpha(t)[::2].tolist()] == [0.9987, 0.0062]
+    trainer.model.config.vocab_size = K
+
+
+# --- The teacher that sees the token
+
+
+def point_mass_rows(generator):
+    hidden = torch.randn(6, 5, dtype=torch.float64, generator=generator)
+    weight, bias = torch.randn(9, 5, dtype=torch.float64, generator=generator), torch.zeros(9).double()
+    return HeadRows(hidden, weight, bias, 8), torch.tensor([0, 1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("kind", ["student_teacher", "teacher_student", "jensen_shannon", "total_variation"])
+def test_divergence_from_a_token_is_the_divergence_from_subs_point_mass(kind):
+    student, tokens = point_mass_rows(torch.Generator().manual_seed(5))
+    values = divergence_from_token(kind, student, tokens)
+    for row, token, value in zip(student.log_probabilities().exp().tolist(), tokens.tolist(), values, strict=True):
+        row = [p if p > 1e-300 else 0.0 for p in row]
+        expected = {
+            "teacher_student": -math.log(row[token]),
+            "student_teacher": sum(
+                p * (math.log(p) - (0 if j == token else -1e6)) for j, p in enumerate(row) if p > 0
+            ),
+            "jensen_shannon": jsd(torch.tensor(row, dtype=torch.float64), torch.eye(9).double()[token]),
+            "total_variation": 1 - row[token],
+        }[kind]
+        assert value.item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_teacher_first_hybrid_is_teacher_first_kl_over_everything_masked(networks, tmp_path):
+    losses = [
+        make_trainer("mcd", networks, tmp_path, divergence="teacher_student", reveal=reveal).compute_loss(
+            networks["absorbing"][1], {"input_ids": blocks()}
+        )
+        for reveal in ("cross_entropy", "divergence")
+    ]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-12)
+
+
+def test_student_first_kl_on_revealed_tokens_explodes_and_the_hybrid_does_not(networks, tmp_path):
+    """The paper's FAILED row, measured: about 1e6 for each revealed token."""
+    explodes, hybrid, silent = (
+        make_trainer("mcd", networks, tmp_path, reveal=reveal).compute_loss(
+            networks["absorbing"][1], {"input_ids": blocks()}
+        )
+        for reveal in ("divergence", "cross_entropy", "none")
+    )
+    assert explodes > 1e4 and silent < hybrid < 10
+    student, tokens = point_mass_rows(torch.Generator().manual_seed(5))
+    assert (divergence_from_token("student_teacher", student, tokens) > 1e5).all()
+
+
+# --- What consistency can change: an exact posterior as teacher
+
+
+def posterior_tables(generator):
+    """A joint law of 3 tokens over 2 values, and the exact posterior of each token for each canvas (2 is [MASK])."""
+    joint = torch.rand(2, 2, 2, dtype=torch.float64, generator=generator) ** 3
+    joint /= joint.sum()
+    sequences = torch.tensor([[a, b, c] for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+    weights = joint.flatten()
+
+    def posterior(z):
+        fits = ((z == 2) | (sequences == z)).all(1).double() * weights
+        return torch.stack([(fits[:, None] * (sequences == v)).sum(0) / fits.sum() for v in (0, 1)], -1)
+
+    return sequences, weights, posterior
+
+
+def test_teacher_first_consistency_leaves_an_exact_posterior_unchanged_and_student_first_does_not():
+    """E[f*(z_s) | z_t] = f*(z_t): enumerated over every canvas and every way to reveal; so the minimiser of teacher-first
+    KL is the posterior itself, while that of student-first KL is the normalised geometric mean, which is sharper."""
+    sequences, weights, posterior = posterior_tables(torch.Generator().manual_seed(0))
+    keep, sharper = 0.4, []  # probability that a masked token stays masked
+    for canvas in [torch.tensor(z) for z in ([2, 2, 2], [0, 2, 2], [2, 1, 2], [2, 2, 0])]:
+        hidden = (canvas == 2).nonzero()[:, 0].tolist()
+        fits = ((canvas == 2) | (sequences == canvas)).all(1).double() * weights
+        arithmetic, logs, mass = torch.zeros(3, 2).double(), torch.zeros(3, 2).double(), torch.zeros(3, 1).double()
+        for sequence, weight in zip(sequences, fits / fits.sum(), strict=True):
+            for choice in range(2 ** len(hidden)):
+                stays = [i for j, i in enumerate(hidden) if choice >> j & 1]
+                z_s = sequence.clone()
+                z_s[stays] = 2
+                probability = weight * keep ** len(stays) * (1 - keep) ** (len(hidden) - len(stays))
+                f = posterior(z_s)
+                arithmetic += probability * f
+                logs[stays] += probability * f[stays].log()
+                mass[stays] += probability
+        exact = posterior(canvas)
+        torch.testing.assert_close(arithmetic, exact, rtol=1e-12, atol=1e-12)
+        geometric = (logs[hidden] / mass[hidden]).softmax(-1)
+        entropy = [-(p * p.log()).sum(-1) for p in (geometric, exact[hidden])]
+        sharper.append((entropy[0] < entropy[1]).all())
+    assert all(sharper)
+
+
+# --- Options
+
+
+@pytest.mark.parametrize(
+    ("arguments_class", "changes", "message"),
+    [
+        (SDTTTrainingArguments, {"teacher_steps": 0}, "teacher_steps must be at least 1, not 0"),
+        (SDTTTrainingArguments, {"delta": 0.5}, r"delta \(0.5\) grows to 32 in 7 rounds"),
+        (DCDTrainingArguments, {"log_snr": [1.0, 4.0]}, r"log_snr must be two falling numbers.*not \[1.0, 4.0\]"),
+        (DSCDTrainingArguments, {"student_ratio": [0.9, 0.4]}, "student_ratio must be two rising numbers"),
+        (DSCDTrainingArguments, {"lambda_end": 1.5}, r"lambda_end must lie in \[0, 1\], not 1.5"),
+        (DSCDTrainingArguments, {"temperature": 0.0}, "temperature must be positive, not 0.0"),
+        (MPDCTrainingArguments, {"delta_end": 0.0}, r"delta_end must lie in \(0, 1\), not 0.0"),
+        (MPDCTrainingArguments, {"anchor_fraction": 2.0}, r"anchor_fraction must lie in \[0, 1\], not 2.0"),
+        (MPDCTrainingArguments, {"num_rounds": 0}, "num_rounds must be at least 1, not 0"),
+    ],
+)
+def test_wrong_settings_name_the_field_and_the_value(arguments_class, changes, message):
+    with pytest.raises(ValueError, match=message):
+        arguments_class(output_dir="unused", **changes)
+
+
+def test_networks_of_the_wrong_kind_are_refused(networks, tmp_path):
+    for method, kind in (("dcd", "absorbing"), ("sdtt", "uniform")):
+        trainer_class, arguments_class, _ = METHODS[method]
+        arguments = arguments_class(output_dir=str(tmp_path), ema_decay=None)
+        with pytest.raises(ValueError, match=f"diffusion_kind is '{kind}', but this trainer is for"):
+            trainer_class(networks[kind][1], arguments)
+
+
+def test_mpdc_refuses_another_teacher(networks, tmp_path):
+    teacher, student = networks["absorbing"]
+    with pytest.raises(ValueError, match="has no teacher but the student itself"):
+        MPDCTrainer(student, MPDCTrainingArguments(output_dir=str(tmp_path), ema_decay=None), teacher=teacher)
+
+
+def test_dscd_clamp_zeroes_the_gradient(networks, tmp_path):
+    """Why it is off by default."""
+    trainer = make_trainer("dscd", networks, tmp_path, clamp=0.01)
+    loss = trainer.compute_loss(trainer.model, {"input_ids": blocks()})
+    assert loss.item() == pytest.approx(0.01)
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, list(trainer.model.parameters())))
+
+
+def test_collating_pads_what_is_shorter_and_adds_nothing_to_equal_blocks():
+    assert list(collate_blocks([{"input_ids": [1, 2]}, {"input_ids": [3, 4]}])) == ["input_ids"]
+    batch = collate_blocks([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert may_be_noised(batch).tolist() == [[False, True, True], [True, False, False]]
+
+
+# --- Resume
+
+
+@pytest.mark.parametrize("stopped_at", [3, 6])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_bitwise_as_one_that_never_stopped(method, stopped_at, networks, tmp_path):
+    """From before and from after a round's edge, into networks that know nothing of the run: losses, student, followers."""
+
+    def run(folder, checkpoint=None):
+        trainer_class = METHODS[method][0]
+        kept = copy.deepcopy(networks)
+        changes = {
+            "ema_decay": 0.9,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "save_total_limit": 3,
+            "logging_steps": 1,
+        }
+        changes |= {"learning_rate": 1e-2, "warmup_steps": 2, "disable_tqdm": True, "report_to": "none"}
+        if checkpoint is not None:
+            for network in kept[trainer_class.diffusion_kind]:
+                for parameter in network.parameters():
+                    parameter.data.zero_()
+        trainer = make_trainer(method, kept, folder, **changes)
+        trainer.train_dataset = [{"input_ids": row.tolist()} for row in blocks()] * 8
+        trainer.train(checkpoint)
+        measured = [{k: v for k, v in entry.items() if "runtime" not in k} for entry in trainer.state.log_history]
+        followers = {name: follower.model.state_dict() for name, follower in trainer.followers.items()}
+        return measured[:8], {"student": trainer.model.state_dict()} | followers
+
+    logs, weights = run(tmp_path / "whole")
+    again, restored = run(tmp_path / "again", str(tmp_path / "whole" / f"checkpoint-{stopped_at}"))
+    assert len(logs) == 8 and logs == again
+    assert ("teacher" in weights) == METHODS[method][0].has_teacher
+    for name, state in weights.items():
+        for key in state:
+            assert torch.equal(state[key], restored[name][key]), (name, key)
+    start = networks[METHODS[method][0].diffusion_kind][1].state_dict()
+    assert not torch.equal(start["lm_head.weight"], weights["student"]["lm_head.weight"])
+
+
+# --- The entry point
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_recipe_of_each_method_runs(method, networks, tmp_path, capsys):
+    """`recipes/tiny_*.yaml` on toy networks for two steps: the student, its rounds, and a card that names the method."""
+    inputs = write_inputs(tmp_path)
+    networks[METHODS[method][0].diffusion_kind][0].float().save_pretrained(tmp_path / "teacher")
+    networks[METHODS[method][0].diffusion_kind][0].double()
+    settings = {"teacher": inputs / "teacher", "tokenizer": inputs / "tokenizer", "train_text": inputs / "text.txt"}
+    settings |= {"validation_text": inputs / "text.txt", "block_length": BLOCK, "steps_per_round": 1, "num_rounds": 2}
+    settings |= {"judge": "null", "output_dir": tmp_path / "run", "disable_tqdm": True, "save_steps": 1}
+    settings |= {"logging_steps": 1}
+    recipe = RECIPE_FOLDER / ("tiny.yaml" if method == "mcd" else f"tiny_{method}.yaml")
+    run_mcd.main([str(recipe), *(f"--{key}={value}" for key, value in settings.items())])
+    assert run_mcd.METHODS[method][2] in (tmp_path / "run" / "README.md").read_text()
+    for folder in ("run", "run/round-1", "run/round-2", "run/teacher"):
+        assert AutoModel.from_pretrained(tmp_path / folder).config.vocab_size == K
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["--trainer", "sdtt", "--tau", "0.9"],
+            "'tau' in the command line is no option of trainer 'sdtt', but of mcd",
+        ),
+        (["--trainer=mpdc", "--delta_growth=2"], "'delta_growth' in the command line is no option of trainer 'mpdc'"),
+        (["--trainer", "dscd", "--teacher_steps", "2"], "is no option of trainer 'dscd', but of sdtt"),
+        (["--trainer", "sdttt"], "trainer is 'sdttt', but must be one of mcd, sdtt, dcd, dscd, mpdc"),
+        (["--trainer", "dcd", "--reveals", "x"], "unknown key 'reveals' in the command line"),
+        (["{recipe}"], "'anchor_fraction' in recipe '{recipe}' is no option of trainer 'dcd', but of mpdc"),
+    ],
+)
+def test_an_option_of_another_method_is_refused_by_name(words, says, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("trainer: dcd\nanchor_fraction: 0.1\n")
+    required = [f"--{name}=x" for name in ("teacher", "tokenizer", "train_text", "output_dir")]
+    with pytest.raises(SystemExit) as stop:
+        run_mcd.main([*(word.format(recipe=recipe) for word in words), *required])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip()
+    assert says.format(recipe=recipe) in line and "\n" not in line
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPE_FOLDER.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_distillation_recipe_is_of_its_method(recipe):
+    words = recipe.read_text()
+    if not words.count("\nteacher:"):
+        pytest.skip("no distillation")
+    arguments = {name: method[1] for name, method in run_mcd.METHODS.items()}
+    shared = (run_mcd.MethodArguments, run_mcd.NetworkArguments, run_mcd.TokenizerArguments, run_mcd.TextArguments)
+    method, *_, training = parse_recipe_of(
+        "trainer", arguments, (*shared, run_mcd.JudgeArguments), [str(recipe), "--bf16=false"]
+    )
+    assert type(training) is run_mcd.METHODS[method.trainer][1]
+    assert method.trainer == (recipe.stem.split("_")[1] if "_" in recipe.stem else "mcd")
+    assert training.max_steps == training.num_rounds * training.steps_per_round
