@@ -1,22 +1,29 @@
-"""Divergences between token distributions, one value a row, from hidden rows and the head instead of from logits.
+"""Divergences between token distributions, one value a row, from hidden rows and the head: [rows, V] is never built.
 
 `head_rows` runs a network's trunk and hands out the hidden rows at the positions that carry loss, with the head that
-belongs to them. `divergence` and `cross_entropy` put these through the head themselves.
+belongs to them. `divergence` and `cross_entropy` run the head themselves, a chunk of rows at a time: a chunk's logits
+become its values and its part of the gradients, and are gone before the next chunk's are made.
 
 SUBS is inside: for absorbing diffusion every row is a masked position, [MASK] gets no probability, and the softmax goes
 over the other tokens. (On visible positions SUBS is a point mass on the token itself, and nothing here is ever asked
-about those.) The softmax and all that follows is in float32, or float64 for float64 rows, whatever the autocast.
+about those.) The head's matrix products run in the autocast's dtype, the softmax and all that follows in float32, or in
+float64 for float64 rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 MASK_LOGIT = -1e6  # Finite, as in the published code: 0 * log(0) is then 0 and not NaN in a divergence.
-KINDS = ("student_teacher", "teacher_student", "jensen_shannon", "total_variation", "mse")
+# Numbers in a chunk of logits. On a CPU 32 MB in float32, the largest block that malloc gives again without asking the
+# system for fresh pages, which would cost more than the arithmetic; an accelerator wants larger matrix products.
+CHUNK = {"cpu": 2**23}
+ACCELERATOR_CHUNK = 2**26
 
 
 @dataclass
@@ -26,7 +33,7 @@ class HeadRows:
     Args:
         hidden: [rows, d].
         weight, bias: of the head, [V, d] and [V].
-        mask_token_id: the token that gets no probability; None for uniform-state diffusion, where every token is one.
+        mask_token_id: the token that gets no probability; None for uniform-state diffusion, where every token may stand.
     """
 
     hidden: torch.Tensor
@@ -44,19 +51,36 @@ class HeadRows:
     def put(self, which: torch.Tensor, rows: "HeadRows") -> "HeadRows":
         """A copy in which `rows`, of the same head, stand at the places that a boolean mask [rows] or indices choose."""
         if rows.weight.data_ptr() != self.weight.data_ptr():
-            raise ValueError("put: the rows belong to another head, and would get another meaning under this one")
+            raise ValueError("put: the rows belong to another head, under which they would mean something else")
         hidden = self.hidden.clone()
         hidden[which] = rows.hidden
         return replace(self, hidden=hidden)
 
+    def to(self, dtype: torch.dtype) -> "HeadRows":
+        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=self.bias.to(dtype))
+
+    def matmul_dtype(self) -> torch.dtype:
+        """What the head's products run in here: the autocast's dtype if there is one, else that of the weights."""
+        device = self.hidden.device.type
+        if torch.is_autocast_enabled(device) and self.hidden.dtype != torch.float64:
+            return torch.get_autocast_dtype(device)
+        return self.weight.dtype
+
+    @torch.no_grad()
     def log_probabilities(self, temperature: float = 1.0) -> torch.Tensor:
-        """[rows, V] of softmax(logits / temperature) under SUBS; float32, or float64 for float64 rows."""
-        logits = nn.functional.linear(self.hidden, self.weight, self.bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        """[rows, V] of softmax(logits / temperature) under SUBS; float32, or float64 for float64 rows. No gradient.
+
+        All rows at once: for a few rows, where the log-probabilities themselves are wanted.
+        """
+        scale = 1 / temperature
+        logits = torch.addmm(self.bias, self.hidden, self.weight.T, beta=scale, alpha=scale)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.mask_token_id is not None:
-            is_mask = torch.arange(logits.shape[-1], device=logits.device) == self.mask_token_id
-            logits = logits.masked_fill(is_mask, MASK_LOGIT)
-        return logits.log_softmax(dim=-1)
+            logits[:, self.mask_token_id] = MASK_LOGIT
+        log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
+        if self.mask_token_id is not None:
+            log_probabilities[:, self.mask_token_id] = MASK_LOGIT  # under every network, so that they agree on it
+        return log_probabilities
 
 
 def head_rows(model: nn.Module, positions: torch.Tensor, **inputs) -> HeadRows:
@@ -72,45 +96,191 @@ def head_rows(model: nn.Module, positions: torch.Tensor, **inputs) -> HeadRows:
     return HeadRows(outputs.hidden_rows, outputs.head_weight, outputs.head_bias, mask_token_id)
 
 
+# Each formula takes log p and log q [chunk, V], which it may overwrite, and gives the value of each row with its gradient
+# with respect to the student's logits. Where p = softmax(logits), a function of p with derivative s has the gradient
+# p (s - sum p s).
+
+
+def through_softmax(p: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum p s, and p (s - sum p s)."""
+    mean = torch.linalg.vecdot(p, slope)
+    return mean, slope.sub_(mean[:, None]).mul_(p)
+
+
+def student_first(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p || q)."""
+    log_ratio = torch.sub(log_p, log_q, out=log_q)
+    return through_softmax(log_p.exp_(), log_ratio)
+
+
+def teacher_first(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(q || p)."""
+    q = log_q.exp()
+    values = torch.linalg.vecdot(q, log_q.sub_(log_p))
+    return values, log_p.exp_().sub_(q)
+
+
+def jensen_shannon(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p."""
+    weights = torch.tensor([1 - beta, beta], dtype=torch.float64).log().tolist()
+    log_m = torch.logaddexp(log_p + weights[0], log_q + weights[1])
+    from_teacher = torch.linalg.vecdot(log_q.exp(), log_q.sub_(log_m)) * beta
+    from_student, gradient = through_softmax(log_p.exp(), log_p.sub_(log_m).mul_(1 - beta))
+    return from_teacher + from_student, gradient
+
+
+def total_variation(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum |p - q| / 2."""
+    p = log_p.exp_()
+    difference = torch.sub(p, log_q.exp_(), out=log_q)
+    values = difference.abs().sum(dim=-1) / 2
+    return values, through_softmax(p, difference.sign_().div_(2))[1]
+
+
+def mean_squared(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum (log p - log q)^2 / V."""
+    difference = torch.sub(log_p, log_q, out=log_q)
+    values = torch.linalg.vecdot(difference, difference) / log_p.shape[-1]
+    slope = difference.mul_(2 / log_p.shape[-1])
+    return values, slope.sub_(log_p.exp_().mul_(slope.sum(dim=-1, keepdim=True)))
+
+
+DIVERGENCES = {
+    "student_teacher": student_first,
+    "teacher_student": teacher_first,
+    "jensen_shannon": jensen_shannon,
+    "total_variation": total_variation,
+    "mse": mean_squared,
+}
+
+
 def divergence(
     kind: str, student: HeadRows, teacher: HeadRows, temperature: float = 1.0, beta: float = 0.5
 ) -> torch.Tensor:
     """D(student, teacher at `temperature`) of each row, [rows]; the gradient is the student's alone.
 
-    With p the student's and q the teacher's distribution:
+    With p the student's and q the teacher's distribution, `kind` is one of
 
         student_teacher   KL(p || q)
         teacher_student   KL(q || p)
-        jensen_shannon    beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p; at beta 0 and 1, where this
-                          is zero, its limits after division by beta and 1 - beta: KL(q || p) and KL(p || q)
+        jensen_shannon    beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p (GKD, arXiv 2306.13649, Eq. 1);
+                          at beta 0 and 1, where this is zero whatever p and q, its limits after division by beta and by
+                          1 - beta: KL(q || p) and KL(p || q)
         total_variation   sum |p - q| / 2
-        mse               mean (log p - log q)^2 over the tokens other than [MASK]
+        mse               sum (log p - log q)^2 / V, without [MASK]
+
+    Raises:
+        ValueError: for another kind, beta outside [0, 1], a temperature that is not positive, or a teacher with another
+            number of rows.
     """
-    log_p = student.log_probabilities()
-    with torch.no_grad():
-        log_q = teacher.log_probabilities(temperature)
-    if kind == "jensen_shannon" and beta in (0, 1):
-        kind = "student_teacher" if beta == 1 else "teacher_student"
-    if kind == "student_teacher":
-        return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-    if kind == "teacher_student":
-        return (log_q.exp() * (log_q - log_p)).sum(dim=-1)
+    if kind not in DIVERGENCES:
+        raise ValueError(f"the divergence is {kind!r}, but must be one of {', '.join(DIVERGENCES)}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}, but must lie in [0, 1]")
+    if temperature <= 0:
+        raise ValueError(f"the teacher's temperature is {temperature}, but must be positive")
+    if len(student) != len(teacher):
+        raise ValueError(f"{len(student)} rows of the student's and {len(teacher)} of the teacher's: give pairs")
+    formula, options = DIVERGENCES[kind], ()
     if kind == "jensen_shannon":
-        log_m = torch.logsumexp(
-            torch.stack([log_p + torch.tensor(1 - beta).log(), log_q + torch.tensor(beta).log()]), 0
-        )
-        return (beta * log_q.exp() * (log_q - log_m) + (1 - beta) * log_p.exp() * (log_p - log_m)).sum(dim=-1)
-    if kind == "total_variation":
-        return (log_p.exp() - log_q.exp()).abs().sum(dim=-1) / 2
-    if kind == "mse":
-        squares = (log_p - log_q).square()
-        if student.mask_token_id is not None:
-            squares = squares.index_fill(1, torch.tensor(student.mask_token_id, device=squares.device), 0)
-        return squares.sum(dim=-1) / (squares.shape[-1] - (student.mask_token_id is not None))
-    raise ValueError(f"divergence is {kind!r}, but must be one of {', '.join(KINDS)}")
+        formula, options = {0: (teacher_first, ()), 1: (student_first, ())}.get(beta, (formula, (beta,)))
+    with torch.no_grad():
+        teacher = teacher.to(teacher.matmul_dtype())
+
+    def loss(log_p: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return formula(log_p, teacher[rows].log_probabilities(temperature), *options)
+
+    return row_losses(loss, student)
 
 
 def cross_entropy(student: HeadRows, tokens: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """-log p(token) of each row, [rows], times its weight if `weights` [rows] are given."""
-    values = -student.log_probabilities().gather(-1, tokens[:, None])[:, 0]
-    return values if weights is None else values * weights.to(values.dtype)
+    """-log p(token) of each row, [rows], times its weight.
+
+    Args:
+        tokens: [rows] int64.
+        weights: [rows]. The same as a product afterwards, but for its cost: see `RowLosses`.
+    """
+    if len(student) != len(tokens):
+        raise ValueError(f"{len(student)} rows, but {len(tokens)} tokens: give one for each row")
+
+    def loss(log_p: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = tokens[rows, None]
+        values = -log_p.gather(-1, wanted)
+        gradient = log_p.exp_().scatter_add_(-1, wanted, -torch.ones_like(values))
+        if weights is not None:
+            values, gradient = values * weights[rows, None], gradient.mul_(weights[rows, None])
+        return values[:, 0], gradient
+
+    return row_losses(loss, student)
+
+
+Loss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+
+
+def row_losses(loss: Loss, student: HeadRows) -> torch.Tensor:
+    tensors = (student.hidden, student.weight, student.bias)
+    if not torch.is_grad_enabled():
+        tensors = tuple(tensor.detach() for tensor in tensors)
+    return RowLosses.apply(loss, student.matmul_dtype(), student.mask_token_id, *tensors)
+
+
+class RowLosses(torch.autograd.Function):
+    """The values of a loss over all rows, [rows].
+
+    The forward already has each chunk's logits in hand, so it also takes the gradients of the plain sum, and the backward
+    has only to scale them: four products with a head's weights for two networks, as many as the plain formula makes. That
+    is right where every row's value gets the same gradient, as under a sum or a mean. Where they differ, the gradient of
+    the head's weights cannot be had from that of the sum, and the backward goes over the rows once more.
+    """
+
+    @staticmethod
+    def forward(ctx, loss: Loss, dtype: torch.dtype, mask_token_id: int | None, *tensors: torch.Tensor):
+        ctx.loss, ctx.dtype, ctx.mask_token_id = loss, dtype, mask_token_id
+        ctx.save_for_backward(*tensors)
+        values, ctx.gradients = sweep(loss, HeadRows(*tensors, mask_token_id).to(dtype), ctx.needs_input_grad[3:])
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: torch.Tensor):
+        # A sum hands one number on to all rows without copying it, and this is seen without waiting for the device.
+        alike = len(upstream) == 0 or upstream.stride(0) == 0 or bool((upstream == upstream[0]).all())
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, once; a second backward makes its own
+        if alike and gradients is not None:
+            for gradient in gradients:
+                if gradient is not None and len(upstream):
+                    gradient.mul_(upstream[0])
+        else:
+            student = HeadRows(*ctx.saved_tensors, ctx.mask_token_id).to(ctx.dtype)
+            _, gradients = sweep(ctx.loss, student, ctx.needs_input_grad[3:], upstream)
+        return None, None, None, *gradients
+
+
+def sweep(loss: Loss, student: HeadRows, needed: tuple[bool, ...], upstream: torch.Tensor | None = None):
+    """Values of all rows, and the gradients of (upstream * values).sum() that are needed, chunk by chunk.
+
+    Args:
+        needed: whether to take the gradients of hidden rows, weight and bias. The last two are summed in float32 at least.
+        upstream: [rows]; all ones when not given.
+    """
+    hidden, weight, dtype = student.hidden, student.weight, torch.promote_types(student.weight.dtype, torch.float32)
+    values = hidden.new_zeros(len(hidden), dtype=dtype)
+    of_hidden = torch.zeros_like(hidden) if needed[0] else None
+    of_weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
+    of_bias = torch.zeros_like(student.bias, dtype=dtype) if needed[2] else None
+    size = max(1, CHUNK.get(hidden.device.type, ACCELERATOR_CHUNK) // len(weight))
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        values[rows], gradient = loss(student[rows].log_probabilities(), rows)
+        if upstream is not None:
+            gradient.mul_(upstream[rows, None])
+        if needed[2]:
+            of_bias += gradient.sum(dim=0)
+        gradient = gradient.to(weight.dtype)
+        if needed[0]:
+            torch.mm(gradient, weight, out=of_hidden[rows])
+        if needed[1] and weight.dtype == dtype:
+            of_weight.addmm_(gradient.T, hidden[rows])
+        elif needed[1]:
+            of_weight += gradient.T @ hidden[rows]
+    return values, (of_hidden, of_weight, of_bias)
