@@ -276,7 +276,7 @@ def test_sdtt_teacher_reveals_as_often_as_its_steps_say_and_draws_from_its_own_l
         canvases.append(z),
         type(trainer).rows(trainer, network, positions, z, gamma, inputs),
     )[1]
-    for step in range(150):
+    for step in range(60):
         _, u, which = noise(step)
         t = torch.full((ROWS,), 0.8, dtype=torch.float64)
         gamma_t = trainer.schedule.gamma(t)

@@ -1,0 +1,414 @@
+"""The paper's Tables 1 and 2 and Figure 3 on equal terms: every method from one teacher, with one budget, under one judge.
+
+    python benchmarks/paper_tables.py [--recipes tiny] [--seeds 1 2 3] [--rounds 3] [--steps_per_round 100] [--minutes 18]
+
+`--recipes NAME` takes recipes/NAME.yaml, NAME_sdtt.yaml, NAME_dcd.yaml and so on; teacher or judge are trained first when
+their folder does not exist and NAME_teacher.yaml, NAME_uniform_teacher.yaml or NAME_judge.yaml do. What argparse does not
+know goes to every training, as in `--train_text NOVELS/train`.
+
+The budget is counted in trunk forwards: 3 for a step of the student (its backward is 2), 1 for each forward of a teacher.
+All methods get the same number, so SDTT makes fewer steps than MCD, and the control that goes on with the NELBO more.
+
+The command stops after `--minutes` and says so; started again it goes on where it was, as often as needed: a training is
+killed and resumes from its last checkpoint, an evaluation loses at most one cell. Then it writes
+`benchmarks/results/paper_tables_NAME.{md,json,png}`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from transformers import AutoTokenizer
+
+from evaluation import (
+    EvaluationProtocol,
+    evaluate_held_out_text,
+    evaluate_model,
+    load_report,
+    read_texts,
+    save_results,
+    text_blocks,
+    vocabulary_of,
+)
+from evaluation.matched_entropy import MATCHED, held_out_row, is_matched
+from evaluation.run_eval import load_judge
+from modeling_mcd.convert_checkpoints import load_model
+
+
+ROOT = Path(__file__).resolve().parent.parent
+MCD_COST = 4
+# Suffix of a row's label -> what `EvaluationProtocol` is told besides. Draws in "legacy_float32" are a line more here.
+PRECISIONS = {"": {}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method as the tables know it.
+
+    Args:
+        cost: trunk forwards of a step.
+        words: what it changes in its recipe.
+        teacher: label of the network that it starts from.
+        first_round_only: a row of Table 2.
+    """
+
+    label: str
+    recipe: str
+    cost: int
+    words: tuple[str, ...] = ()
+    teacher: str = "teacher"
+    first_round_only: bool = False
+
+
+RUNS = (
+    Run("MCD", "{}.yaml", MCD_COST),
+    Run("SDTT", "{}_sdtt.yaml", 5),
+    Run("DSCD", "{}_dscd.yaml", 4),
+    Run("MPDC", "{}_mpdc.yaml", 4),
+    Run("NELBO goes on", "{}_teacher.yaml", 3),
+    Run("DCD", "{}_dcd.yaml", 4, teacher="uniform teacher"),
+    Run("uniform NELBO goes on", "{}_uniform_teacher.yaml", 3, teacher="uniform teacher"),
+    Run("student-first only", "{}.yaml", MCD_COST, ("--reveal", "divergence"), first_round_only=True),
+    Run("teacher-first", "{}.yaml", MCD_COST, ("--divergence", "teacher_student"), first_round_only=True),
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network to judge: a teacher (no run), or the student of a run after a round, for one seed."""
+
+    folder: Path
+    teacher: str
+    run: Run | None = None
+    round: int = 0
+    seed: int = 0
+    sweep: bool = True
+
+    @property
+    def method(self) -> str:
+        if self.run is None:
+            return self.teacher
+        return self.run.label if self.run.recipe.endswith("teacher.yaml") else f"{self.run.label} R{self.round}"
+
+    @property
+    def label(self) -> str:
+        return self.method if self.run is None else f"{self.method}, seed {self.seed}"
+
+
+class Tables:
+    def __init__(self, options: argparse.Namespace, extra: list[str]):
+        self.options, self.extra = options, extra
+        self.deadline = time.monotonic() + 60 * options.minutes
+        self.folder = Path(options.output_dir or ROOT / "runs" / f"paper_tables_{options.recipes}").resolve()
+        self.runs = [run for run in RUNS if options.methods is None or run.label in options.methods]
+        self.recipe = self.read_recipe("{}.yaml")
+        self.teachers = {"teacher": self.path(self.recipe["teacher"])}
+        if any(run.teacher == "uniform teacher" for run in self.runs):
+            self.teachers["uniform teacher"] = self.path(self.read_recipe("{}_dcd.yaml")["teacher"])
+
+    def recipe_path(self, pattern: str) -> Path:
+        return ROOT / "recipes" / pattern.format(self.options.recipes)
+
+    def read_recipe(self, pattern: str) -> dict:
+        given = dict(zip((word.lstrip("-") for word in self.extra[::2]), self.extra[1::2], strict=True))
+        return yaml.safe_load(self.recipe_path(pattern).read_text(encoding="utf-8")) | given
+
+    def path(self, name: str) -> Path:
+        return (ROOT / "recipes" / name).resolve() if name.startswith((".", "..")) else (ROOT / name).resolve()
+
+    # Pieces: each is done when its result is there.
+
+    def stop_in_time(self):
+        if time.monotonic() > self.deadline:
+            sys.exit(f"{self.options.minutes:g} minutes are over; start the same command again to go on")
+
+    def train(self, script: str, output: Path, *words):
+        """Runs an entry point until it ends or time is over. A run whose loss is not finite leaves `failed.txt`."""
+        if (output / "model.safetensors").exists() or (output / "failed.txt").exists():
+            return
+        self.stop_in_time()
+        print(f"training {output.name}", flush=True)
+        command = [sys.executable, str(ROOT / "trainers" / script), *map(str, words), *self.extra]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        try:
+            subprocess.run(
+                [*command, "--output_dir", str(output)],
+                env=environment,
+                timeout=max(1.0, self.deadline - time.monotonic()),
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+                check=True,
+            )
+        except subprocess.TimeoutExpired:
+            self.stop_in_time()
+        except subprocess.CalledProcessError as error:
+            last_line = error.stderr.strip().splitlines()[-1]
+            if "is nan" not in last_line and "is inf" not in last_line:
+                raise SystemExit(f"{output.name}: {last_line}") from None
+            (output / "failed.txt").write_text(last_line + "\n", encoding="utf-8")
+
+    def make_assets(self):
+        for label, folder in self.teachers.items():
+            self.train("run_mdlm.py", folder, self.recipe_path(f"{{}}_{label.replace(' ', '_')}.yaml"))
+        self.train("run_judge.py", self.path(self.recipe["judge"]), self.recipe_path("{}_judge.yaml"))
+
+    def make_students(self):
+        options = self.options
+        for seed in options.seeds:
+            for run in self.runs:
+                rounds = 1 if run.first_round_only else options.rounds
+                steps = round(options.steps_per_round * MCD_COST / run.cost)
+                words = [self.recipe_path(run.recipe), "--seed", seed, "--report_to", "none", "--disable_tqdm", "true"]
+                words += ["--logging_steps", 1, "--save_steps", max(1, steps // 5), *run.words]
+                if run.recipe.endswith("teacher.yaml"):
+                    words += ["--model", self.teachers[run.teacher], "--max_steps", rounds * steps]
+                    words += ["--eval_strategy", "no", "--lr_scheduler_type", "constant_with_warmup"]
+                    words += ["--weight_decay", 0, "--adam_beta2", 0.999]
+                    same = ("learning_rate", "warmup_steps", "per_device_train_batch_size", "ema_decay")
+                    words += [word for name in same for word in (f"--{name}", self.recipe[name])]
+                    self.train("run_mdlm.py", self.student_folder(run, seed), *words)
+                else:
+                    words += ["--teacher", self.teachers[run.teacher], "--judge", "null"]
+                    words += ["--num_rounds", rounds, "--steps_per_round", steps]
+                    self.train("run_mcd.py", self.student_folder(run, seed), *words)
+
+    def student_folder(self, run: Run, seed: int) -> Path:
+        return self.folder / f"{run.label.replace(' ', '_')}-{seed}"
+
+    def networks(self) -> list[Network]:
+        networks = [Network(folder, label) for label, folder in self.teachers.items()]
+        for run in self.runs:
+            for seed in self.options.seeds:
+                folder = self.student_folder(run, seed)
+                if (folder / "failed.txt").exists():
+                    continue
+                if run.recipe.endswith("teacher.yaml"):
+                    networks.append(Network(folder, run.teacher, run, seed=seed))
+                    continue
+                last = 1 if run.first_round_only else self.options.rounds
+                for number in range(1, last + 1):
+                    place = folder / f"round-{number}"
+                    networks.append(Network(place, run.teacher, run, number, seed, sweep=number == last))
+        return networks
+
+    def judge(self):
+        options, recipe = self.options, self.recipe
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = AutoTokenizer.from_pretrained(self.path(recipe["tokenizer"]))
+        train, validation = self.path(recipe["train_text"]), self.path(recipe["validation_text"])
+        protocol = EvaluationProtocol(
+            *load_judge(str(self.path(recipe["judge"])), recipe.get("judge_dtype", "float32"), device),
+            samples=options.samples,
+            seeds=1,
+            entropy_unit=recipe.get("entropy_unit", "tokens"),
+            vocabulary=vocabulary_of(read_texts(train)) if train.exists() else None,
+            batch_size=options.batch_size,
+        )
+        rows = load_report(self.folder)["results"]
+        if not rows:
+            blocks = text_blocks(read_texts(validation), tokenizer, recipe["block_length"], 512)
+            save_results(self.folder, [evaluate_held_out_text(blocks, tokenizer, protocol)])
+        for network in self.networks():
+            model = load_model(str(network.folder)).to(device)
+            for suffix, settings in PRECISIONS.items():
+                # A teacher is one network: its spread is over as many seeds of sampling as students have of training.
+                seeds = len(options.seeds) if network.run is None else 1
+                how = replace(protocol, seeds=seeds, **settings)
+                temperatures = options.temperatures if network.sweep and not suffix else [1.0]
+                known = load_report(self.folder)["results"]
+                points = evaluate_model(
+                    network.label + suffix, model, tokenizer, how, options.steps, temperatures, known
+                )
+                for row in points:
+                    save_results(self.folder, [row])
+                    self.stop_in_time()
+
+    # The tables.
+
+    def cells(self) -> dict:
+        """(method, steps) -> mean and spread over seeds of every figure at temperature 1, in the order of the tables."""
+        results, collected = load_report(self.folder)["results"], {}
+        by_label = {(row["model"], row["steps"]): row for row in results if row["temperature"] == 1.0}
+        for network in self.networks():
+            for suffix in PRECISIONS:
+                for steps in self.options.steps:
+                    row = by_label[network.label + suffix, steps]
+                    collected.setdefault((network.method + suffix, steps), []).append(row)
+        return {key: self.cell(rows, results) for key, rows in collected.items()}
+
+    def cell(self, rows: list[dict], results: list[dict]) -> dict:
+        perplexities = [row["gen_ppl"] for row in rows]
+        spread = statistics.stdev(perplexities) if len(rows) > 1 else rows[0]["gen_ppl_std"]
+        names = ("gen_ppl", "judge_nll", "nfe", "entropy", "trigram_entropy", "distinct_3")
+        cell = {name: statistics.fmean(row[name] for row in rows) for name in names}
+        cell |= {"gen_ppl_std": spread, "seeds": len(rows), "example": rows[0]["example"]}
+        target = held_out_row(results, rows[0])
+        for by, (figure, reached) in MATCHED.items():
+            values = [row[figure] for row in rows]
+            known = all(value is not None for value in values)
+            cell[figure] = statistics.fmean(values) if known else None
+            cell[reached] = statistics.fmean(row[reached] for row in rows) if known else None
+            cell[f"{figure}_std"] = statistics.stdev(values) if known and len(values) > 1 else None
+            cell[f"{figure}_reached"] = known and all(is_matched(row, target, by) for row in rows)
+        return cell
+
+    def explosions(self) -> dict:
+        """What the training of each row of Table 2 (and of MCD) measured: the loss at its first step, the largest, the norm."""
+        measured = {}
+        for run in self.runs:
+            if not (run.first_round_only or run.label == "MCD"):
+                continue
+            histories = []
+            for seed in self.options.seeds:
+                states = self.student_folder(run, seed).glob("checkpoint-*/trainer_state.json")
+                for state in sorted(states, key=lambda path: int(path.parent.name.split("-")[1]))[-1:]:
+                    histories.append([x for x in json.loads(state.read_text())["log_history"] if "loss" in x])
+            if histories:
+                measured[run.label] = {
+                    "first_loss": statistics.fmean(history[0]["loss"] for history in histories),
+                    "largest_loss": max(entry["loss"] for history in histories for entry in history),
+                    "largest_gradient_norm": max(entry["grad_norm"] for history in histories for entry in history),
+                }
+        return measured
+
+    def write(self):
+        cells, measured = self.cells(), self.explosions()
+        methods = list(dict.fromkeys(method for method, _ in cells))
+        second = {f"{run.label} R1" for run in RUNS if run.first_round_only}
+        results = load_report(self.folder)["results"]
+        target = held_out_row(results, next(row for row in results if row["steps"] is not None))
+        caption = (
+            f"Generative perplexity ± standard deviation over {len(self.options.seeds)} seeds (of training; of sampling for a "
+            f"teacher), in brackets the entropy (nats, {target['entropy_unit']}); {self.options.samples} samples a seed of "
+            f"{target['length']} tokens, float64 draws. Equal compute: {self.options.rounds} rounds of "
+            f"{self.options.steps_per_round * MCD_COST} trunk forwards. Judge: {target['judge']}. Held-out text: "
+            f"{target['gen_ppl']:.2f} ({target['entropy']:.2f}; trigrams {target['trigram_entropy']:.2f}). Matched: over "
+            f"temperatures {self.options.temperatures}, to the entropy of held-out text; wholly in brackets where the sweep "
+            "does not reach it. The teacher's matched lines are the control of a teacher with a temperature."
+        )
+        first = [method for method in methods if method not in second]
+        ablation = [method for method in methods if method in second or method in ("MCD R1", "teacher")]
+        text = ["## Table 1", "", *self.lines(first, cells), "", caption, "", "## Table 2", ""]
+        text += [*self.lines(ablation, cells), "", "MCD R1 is the hybrid.", ""]
+        text += [
+            "| training | loss at step 1 | largest loss | largest gradient norm |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        text += [
+            f"| {label} | " + " | ".join(f"{x:.4g}" for x in row.values()) + " |" for label, row in measured.items()
+        ]
+        for run in self.runs:
+            for seed in self.options.seeds:
+                failed = self.student_folder(run, seed) / "failed.txt"
+                text += (
+                    [f"\n{run.label}, seed {seed}: FAILED, {failed.read_text().strip()}"] if failed.exists() else []
+                )
+        content = {
+            "options": vars(self.options),
+            "trainings": self.extra,
+            "cells": [{"method": method, "steps": steps, **cell} for (method, steps), cell in cells.items()],
+            "explosions": measured,
+            "held_out": target,
+            "machine": f"{platform.machine()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
+            **{name: version(name) for name in ("torch", "transformers")},
+        }
+        place = Path(self.options.results).resolve()
+        place.mkdir(parents=True, exist_ok=True)
+        name = f"paper_tables_{self.options.recipes}"
+        (place / f"{name}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+        (place / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        self.figure(first, cells, target).savefig(place / f"{name}.png", dpi=120)
+        print("\n".join(text) + f"\n\nSaved as {place / name}.md, .json and .png")
+
+    def lines(self, methods: list[str], cells: dict) -> list[str]:
+        steps = self.options.steps
+        lines = [
+            "| Gen-PPL (entropy) | " + " | ".join(f"N = {n}" for n in steps) + " |",
+            "| --- |" + " ---: |" * len(steps),
+        ]
+        for method in methods:
+            row = [cells[method, n] for n in steps]
+            lines.append(line(method, [number(c["gen_ppl"], c["gen_ppl_std"], c["entropy"], True) for c in row]))
+        for by, (figure, reached) in MATCHED.items():
+            for method in methods:
+                row = [cells[method, n] for n in steps]
+                if all(c[figure] is not None for c in row):
+                    values = [number(c[figure], c[f"{figure}_std"], c[reached], c[f"{figure}_reached"]) for c in row]
+                    lines.append(line(f"{method}, at matched {by.replace('_', ' ')}", values))
+        return lines
+
+    def figure(self, methods: list[str], cells: dict, target: dict) -> Figure:
+        """Figure 3: Gen-PPL against steps; at temperature 1, at the trigram entropy of held-out text, and against entropy."""
+        figure = Figure(figsize=(17, 5.5), layout="constrained")
+        plain, matched, frontier = figure.subplots(1, 3)
+        steps = self.options.steps
+        for method in methods:
+            row = [cells[method, n] for n in steps]
+            spread = [c["gen_ppl_std"] or 0.0 for c in row]
+            drawn = plain.errorbar(steps, [c["gen_ppl"] for c in row], yerr=spread, fmt="o-", capsize=2, label=method)
+            color = drawn.lines[0].get_color()
+            frontier.plot([c["trigram_entropy"] for c in row], [c["gen_ppl"] for c in row], "o-", color=color)
+            reached = [(n, c["trigram_matched_gen_ppl"]) for n, c in zip(steps, row, strict=True)]
+            reached = [point for point in reached if point[1] is not None]
+            if reached:
+                matched.plot(*zip(*reached, strict=True), "o-", color=color)
+        plain.legend(fontsize="x-small")
+        plain.set(title="temperature 1", xscale="log", xlabel="steps", ylabel="generative perplexity")
+        matched.set(title="at, or nearest to, the trigram entropy of held-out text", xscale="log", xlabel="steps")
+        frontier.set(title="frontier: one point for each number of steps", xlabel="trigram entropy (nats)")
+        frontier.axvline(target["trigram_entropy"], color="grey", linestyle=":", label="held-out text")
+        frontier.legend()
+        for panel in (plain, matched, frontier):
+            panel.set_yscale("log")
+            panel.grid(alpha=0.3, which="both")
+        for panel in (plain, matched):
+            panel.set_xticks(steps, [str(n) for n in steps])
+            panel.xaxis.minorticks_off()
+        return figure
+
+
+def number(value: float, spread: float | None, entropy: float, reached: bool) -> str:
+    text = f"{value:.2f}{'' if spread is None else f' ± {spread:.2f}'} ({entropy:.2f})"
+    return text if reached else f"({text})"
+
+
+def line(label: str, values: list[str]) -> str:
+    return f"| {label} | " + " | ".join(values) + " |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--recipes", default="tiny", help="Common beginning of the recipes' names.")
+    parser.add_argument("--methods", nargs="+", choices=[run.label for run in RUNS], help="All by default.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="Of training.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps_per_round", type=int, default=100, help="Of MCD; the others by their cost.")
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128], help="Of sampling, N.")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.9, 0.8, 0.7])
+    parser.add_argument("--samples", type=int, default=32, help="For each network, N and temperature.")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--minutes", type=float, default=18.0, help="Stop after so many; start again to go on.")
+    parser.add_argument("--output_dir", help="Where the runs go; runs/paper_tables_NAME by default.")
+    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="Where the tables go.")
+    options, extra = parser.parse_known_args()
+    tables = Tables(options, extra)
+    tables.make_assets()
+    tables.make_students()
+    tables.judge()
+    tables.write()
+
+
+if __name__ == "__main__":
+    main()
