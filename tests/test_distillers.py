@@ -18,6 +18,7 @@ from trainers.distillation_trainer import divergence_from_token
 from trainers.divergences import HeadRows
 from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
+from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
 from trainers.recipe import RECIPE_FOLDER, parse_recipe_of
 from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments, reveal_thresholds, step_starts
@@ -318,6 +319,39 @@ def test_sdtt_with_one_teacher_step_is_plain_distillation(networks, tmp_path):
     assert abs(trainer.compute_loss(trainer.model, {"input_ids": blocks()}).item()) < 1e-12
 
 
+def test_mpdc_is_its_own_target_without_dropout(networks, tmp_path):
+    trainer, x_0 = make_trainer("mpdc", networks, tmp_path), blocks()
+    with torch.no_grad():
+        for layer in trainer.model.model.layers:
+            layer.dropout.p = 0.5
+        canvas = torch.ones_like(x_0, dtype=torch.bool), x_0, torch.ones(ROWS), {}
+        first, second = (trainer.own_rows(trainer.model, *canvas).hidden for _ in range(2))
+        student = trainer.rows(trainer.model, *canvas).hidden
+        for layer in trainer.model.model.layers:
+            layer.dropout.p = 0.0
+    assert torch.equal(first, second) and not torch.equal(first, student) and trainer.model.training
+
+
+@pytest.mark.parametrize("kind", ["absorbing", "uniform"])
+def test_the_nelbo_knows_prompts_and_padding_too(kind, networks, tmp_path):
+    """A row beside a padded one costs what it costs alone, and a prompt nothing."""
+    arguments = MDLMTrainingArguments(output_dir=str(tmp_path), ema_decay=None, save_strategy="no")
+    trainer = MDLMTrainer(networks[kind][0], arguments)
+    loss_of = trainer.uniform_loss if kind == "uniform" else trainer.absorbing_loss
+    times, u = noise(0, 1)
+    together, total = prompted(), 0.0
+    maskable = may_be_noised(together)
+    for row in range(ROWS):
+        length = int(together["attention_mask"][row].sum())
+        alone = {"input_ids": together["input_ids"][row : row + 1, :length]}
+        here = maskable[row : row + 1, :length]
+        loss = loss_of(trainer.model, alone, here, times[row : row + 1], u[row : row + 1, :length])
+        total += loss.item() * here.sum().item()
+    everything = loss_of(trainer.model, together, maskable, times, u).item()
+    assert everything == pytest.approx(total / maskable.sum().item(), rel=1e-9)
+    assert loss_of(trainer.model, together, torch.zeros_like(maskable), times, u).item() == 0
+
+
 # --- Couplings
 
 
@@ -546,8 +580,14 @@ def test_a_resumed_run_ends_bitwise_as_one_that_never_stopped(method, stopped_at
     for name, state in weights.items():
         for key in state:
             assert torch.equal(state[key], restored[name][key]), (name, key)
-    start = networks[METHODS[method][0].diffusion_kind][1].state_dict()
-    assert not torch.equal(start["lm_head.weight"], weights["student"]["lm_head.weight"])
+    start_of_teacher, start = (
+        network.state_dict()["lm_head.weight"] for network in networks[METHODS[method][0].diffusion_kind]
+    )
+    assert not torch.equal(start, weights["student"]["lm_head.weight"])
+    if method == "dscd":  # frozen
+        assert torch.equal(weights["teacher"]["lm_head.weight"], start_of_teacher)
+    elif "teacher" in weights:  # the second round has ended
+        assert all(torch.equal(weights["teacher"][key], weights["student"][key]) for key in weights["student"])
 
 
 # --- The entry point

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
 from trainers.checkpoints import fault_of, last_whole_checkpoint, write_manifest
+from trainers.divergences import HeadRows, head_rows
 from trainers.teacher import EMACallback, Follower
 from trainers.trajectories import step_noise
 
@@ -143,6 +144,16 @@ class DiffusionTrainer(Trainer):
             global_rows = rows * world_size * self.args.gradient_accumulation_steps
             noise = step_noise(seed, step, range(first, first + rows), global_rows, length, draws)
         return tuple(values.to(input_ids.device) for values in noise)
+
+    def rows(self, network, positions: torch.Tensor, z: torch.Tensor, gamma: torch.Tensor, inputs: dict) -> HeadRows:
+        """What a network makes of the canvas z [B, L] at noise level gamma [B], at some positions [B, L]."""
+        return head_rows(
+            network,
+            positions,
+            input_ids=z,
+            timesteps=-gamma.log().float(),
+            attention_mask=inputs.get("attention_mask"),
+        )
 
     def record(self, **values: torch.Tensor | float):
         """Notes scalars of this micro-batch; their mean over micro-batches and ranks joins the next log line."""

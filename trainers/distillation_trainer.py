@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
-from trainers.divergences import MASK_LOGIT, HeadRows, cross_entropy, divergence, head_rows
+from trainers.divergences import MASK_LOGIT, HeadRows, cross_entropy, divergence
 from trainers.teacher import Follower
 
 
@@ -97,16 +97,6 @@ class DistillationTrainer(DiffusionTrainer):
             self.teacher = self.followers["teacher"].model.to(args.device)
         elif teacher is not None:
             raise ValueError(f"{type(self).__name__} has no teacher but the student itself: give only that one")
-
-    def rows(self, network, positions: torch.Tensor, z: torch.Tensor, gamma: torch.Tensor, inputs: dict) -> HeadRows:
-        """What a network makes of the canvas z [B, L] at noise level gamma [B], at some positions [B, L]."""
-        return head_rows(
-            network,
-            positions,
-            input_ids=z,
-            timesteps=-gamma.log().float(),
-            attention_mask=inputs.get("attention_mask"),
-        )
 
     def place(self) -> str:
         return f" (round {self.args.round_of(self.state.global_step) + 1} of {self.args.num_rounds})"

@@ -6,8 +6,8 @@ import torch
 
 from modeling_mcd.noise_schedule_mdlm import nelbo_weight
 from modeling_mcd.uniform_diffusion_mdlm import corrupt_uniformly, uniform_nelbo
-from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
-from trainers.divergences import cross_entropy, head_rows
+from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments, may_be_noised
+from trainers.divergences import cross_entropy
 from trainers.trajectories import mask_tokens, masked_at
 
 
@@ -21,43 +21,48 @@ class MDLMTrainingArguments(DiffusionTrainingArguments):
 
 
 class MDLMTrainer(DiffusionTrainer):
-    """Minimises the bound of the model's kind of diffusion, in nats per token, the mean over all tokens.
+    """Minimises the bound of the model's kind of diffusion, in nats per token, the mean over all tokens (not of prompt or padding).
 
     Absorbing: E_t [ -gamma'(t) / (1 - gamma(t)) sum_masked -log p(x_0 | z_t) ] / L (MDLM, Eq. 10). Under the log-linear
     schedule the weight is exactly 1/t. Uniform: E_t [ sum_i `uniform_nelbo` ] / L (Duo, Eq. 17, on discrete tokens).
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        input_ids = inputs["input_ids"]
-        times, u = self.noise_of_batch(input_ids)
+        times, u = self.noise_of_batch(inputs["input_ids"])
         times = self.args.sampling_epsilon + (1 - self.args.sampling_epsilon) * times
         loss_of = self.uniform_loss if self.model.config.diffusion_kind == "uniform" else self.absorbing_loss
-        loss = loss_of(model, input_ids, times, u)
+        loss = loss_of(model, inputs, may_be_noised(inputs), times, u)
         return (loss, {}) if return_outputs else loss
 
-    def absorbing_loss(self, model, input_ids, times, u):
-        masked = masked_at(self.schedule.gamma(times), u)
-        z_t = mask_tokens(input_ids, masked, self.mask_token_id)
+    def absorbing_loss(self, model, inputs, maskable, times, u):
+        x_0, gamma = inputs["input_ids"], self.schedule.gamma(times)
+        masked = masked_at(gamma, u) & maskable
+        z_t = mask_tokens(x_0, masked, self.mask_token_id)
 
-        student = head_rows(model, masked, input_ids=z_t, timesteps=-self.schedule.gamma(times).log().float())
+        student = self.rows(model, masked, z_t, gamma, inputs)
         weights = nelbo_weight(self.schedule, times)[:, None].expand_as(u)[masked]
-        loss = cross_entropy(student, input_ids[masked], weights).sum() / input_ids.numel()
+        loss = cross_entropy(student, x_0[masked], weights).sum() / maskable.sum().clamp(min=1)
 
         self.record(masked_fraction=masked.double().mean())
         return loss
 
-    def uniform_loss(self, model, input_ids, times, u):
-        gamma = self.schedule.gamma(times)
-        z_t = corrupt_uniformly(input_ids, gamma, u, self.model.config.vocab_size)
+    def uniform_loss(self, model, inputs, maskable, times, u):
+        x_0, gamma = inputs["input_ids"], self.schedule.gamma(times)
+        z_t = torch.where(maskable, corrupt_uniformly(x_0, gamma, u, self.model.config.vocab_size), x_0)
 
-        outputs = model(input_ids=z_t, timesteps=-gamma.log().float())
-        logits = outputs.logits.flatten(0, 1)
+        logits = model(
+            input_ids=z_t,
+            timesteps=-gamma.log().float(),
+            attention_mask=inputs.get("attention_mask"),
+            logits_rows=maskable,
+        ).logits
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
         alpha, slope = (
-            values[:, None].expand_as(u).flatten().to(log_p.dtype)
+            values[:, None].expand_as(u)[maskable].to(log_p.dtype)
             for values in (gamma, self.schedule.derivative(times))
         )
-        loss = uniform_nelbo(log_p, z_t.flatten(), input_ids.flatten(), alpha, slope).mean()
+        nelbo = uniform_nelbo(log_p, z_t[maskable], x_0[maskable], alpha, slope)
+        loss = nelbo.sum() / maskable.sum().clamp(min=1)
 
-        self.record(noised_fraction=(z_t != input_ids).double().mean())
+        self.record(noised_fraction=(z_t != x_0).double().mean())
         return loss
