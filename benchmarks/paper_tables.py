@@ -6,7 +6,7 @@
 their folder does not exist and NAME_teacher.yaml, NAME_uniform_teacher.yaml or NAME_judge.yaml do. What argparse does not
 know goes to every training, as in `--train_text NOVELS/train`.
 
-The budget is counted in trunk forwards: 3 for a step of the student (its backward is 2), 1 for each forward of a teacher.
+The budget is counted in trunk forwards of a batch: 3 for a step of the student (its backward is 2), 1 for each forward of a teacher.
 All methods get the same number, so SDTT makes fewer steps than MCD, and the control that goes on with the NELBO more.
 
 The command stops after `--minutes` and says so; started again it goes on where it was, as often as needed: a training is
@@ -17,18 +17,16 @@ killed and resumes from its last checkpoint, an evaluation loses at most one cel
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
-from matplotlib.figure import Figure
+from paper_report import write_tables
 from transformers import AutoTokenizer
 
 from evaluation import (
@@ -41,7 +39,6 @@ from evaluation import (
     text_blocks,
     vocabulary_of,
 )
-from evaluation.matched_entropy import MATCHED, held_out_row, is_matched
 from evaluation.run_eval import load_judge
 from modeling_mcd.convert_checkpoints import load_model
 
@@ -200,7 +197,9 @@ class Tables:
                 last = 1 if run.first_round_only else self.options.rounds
                 for number in range(1, last + 1):
                     place = folder / f"round-{number}"
-                    networks.append(Network(place, run.teacher, run, number, seed, sweep=number == last))
+                    networks.append(
+                        Network(place, run.teacher, run, number, seed, sweep=run.label == "MCD" or number == last)
+                    )
         return networks
 
     def judge(self):
@@ -235,37 +234,8 @@ class Tables:
                     save_results(self.folder, [row])
                     self.stop_in_time()
 
-    # The tables.
-
-    def cells(self) -> dict:
-        """(method, steps) -> mean and spread over seeds of every figure at temperature 1, in the order of the tables."""
-        results, collected = load_report(self.folder)["results"], {}
-        by_label = {(row["model"], row["steps"]): row for row in results if row["temperature"] == 1.0}
-        for network in self.networks():
-            for suffix in PRECISIONS:
-                for steps in self.options.steps:
-                    row = by_label[network.label + suffix, steps]
-                    collected.setdefault((network.method + suffix, steps), []).append(row)
-        return {key: self.cell(rows, results) for key, rows in collected.items()}
-
-    def cell(self, rows: list[dict], results: list[dict]) -> dict:
-        perplexities = [row["gen_ppl"] for row in rows]
-        spread = statistics.stdev(perplexities) if len(rows) > 1 else rows[0]["gen_ppl_std"]
-        names = ("gen_ppl", "judge_nll", "nfe", "entropy", "trigram_entropy", "distinct_3")
-        cell = {name: statistics.fmean(row[name] for row in rows) for name in names}
-        cell |= {"gen_ppl_std": spread, "seeds": len(rows), "example": rows[0]["example"]}
-        target = held_out_row(results, rows[0])
-        for by, (figure, reached) in MATCHED.items():
-            values = [row[figure] for row in rows]
-            known = all(value is not None for value in values)
-            cell[figure] = statistics.fmean(values) if known else None
-            cell[reached] = statistics.fmean(row[reached] for row in rows) if known else None
-            cell[f"{figure}_std"] = statistics.stdev(values) if known and len(values) > 1 else None
-            cell[f"{figure}_reached"] = known and all(is_matched(row, target, by) for row in rows)
-        return cell
-
     def explosions(self) -> dict:
-        """What the training of each row of Table 2 (and of MCD) measured: the loss at its first step, the largest, the norm."""
+        """What the trainings of Table 2 (and MCD) measured: the loss at the first step, the largest loss and gradient norm."""
         measured = {}
         for run in self.runs:
             if not (run.first_round_only or run.label == "MCD"):
@@ -277,115 +247,19 @@ class Tables:
                     histories.append([x for x in json.loads(state.read_text())["log_history"] if "loss" in x])
             if histories:
                 measured[run.label] = {
-                    "first_loss": statistics.fmean(history[0]["loss"] for history in histories),
-                    "largest_loss": max(entry["loss"] for history in histories for entry in history),
-                    "largest_gradient_norm": max(entry["grad_norm"] for history in histories for entry in history),
+                    "loss at step 1": statistics.fmean(history[0]["loss"] for history in histories),
+                    "largest loss": max(entry["loss"] for history in histories for entry in history),
+                    "largest gradient norm": max(entry["grad_norm"] for history in histories for entry in history),
                 }
         return measured
 
-    def write(self):
-        cells, measured = self.cells(), self.explosions()
-        methods = list(dict.fromkeys(method for method, _ in cells))
-        second = {f"{run.label} R1" for run in RUNS if run.first_round_only}
-        results = load_report(self.folder)["results"]
-        target = held_out_row(results, next(row for row in results if row["steps"] is not None))
-        caption = (
-            f"Generative perplexity ± standard deviation over {len(self.options.seeds)} seeds (of training; of sampling for a "
-            f"teacher), in brackets the entropy (nats, {target['entropy_unit']}); {self.options.samples} samples a seed of "
-            f"{target['length']} tokens, float64 draws. Equal compute: {self.options.rounds} rounds of "
-            f"{self.options.steps_per_round * MCD_COST} trunk forwards. Judge: {target['judge']}. Held-out text: "
-            f"{target['gen_ppl']:.2f} ({target['entropy']:.2f}; trigrams {target['trigram_entropy']:.2f}). Matched: over "
-            f"temperatures {self.options.temperatures}, to the entropy of held-out text; wholly in brackets where the sweep "
-            "does not reach it. The teacher's matched lines are the control of a teacher with a temperature."
-        )
-        first = [method for method in methods if method not in second]
-        ablation = [method for method in methods if method in second or method in ("MCD R1", "teacher")]
-        text = ["## Table 1", "", *self.lines(first, cells), "", caption, "", "## Table 2", ""]
-        text += [*self.lines(ablation, cells), "", "MCD R1 is the hybrid.", ""]
-        text += [
-            "| training | loss at step 1 | largest loss | largest gradient norm |",
-            "| --- | ---: | ---: | ---: |",
+    def failures(self) -> list[str]:
+        folders = [self.student_folder(run, seed) for run in self.runs for seed in self.options.seeds]
+        return [
+            f"{f.name}: FAILED, {(f / 'failed.txt').read_text().strip()}"
+            for f in folders
+            if (f / "failed.txt").exists()
         ]
-        text += [
-            f"| {label} | " + " | ".join(f"{x:.4g}" for x in row.values()) + " |" for label, row in measured.items()
-        ]
-        for run in self.runs:
-            for seed in self.options.seeds:
-                failed = self.student_folder(run, seed) / "failed.txt"
-                text += (
-                    [f"\n{run.label}, seed {seed}: FAILED, {failed.read_text().strip()}"] if failed.exists() else []
-                )
-        content = {
-            "options": vars(self.options),
-            "trainings": self.extra,
-            "cells": [{"method": method, "steps": steps, **cell} for (method, steps), cell in cells.items()],
-            "explosions": measured,
-            "held_out": target,
-            "machine": f"{platform.machine()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
-            **{name: version(name) for name in ("torch", "transformers")},
-        }
-        place = Path(self.options.results).resolve()
-        place.mkdir(parents=True, exist_ok=True)
-        name = f"paper_tables_{self.options.recipes}"
-        (place / f"{name}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-        (place / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        self.figure(first, cells, target).savefig(place / f"{name}.png", dpi=120)
-        print("\n".join(text) + f"\n\nSaved as {place / name}.md, .json and .png")
-
-    def lines(self, methods: list[str], cells: dict) -> list[str]:
-        steps = self.options.steps
-        lines = [
-            "| Gen-PPL (entropy) | " + " | ".join(f"N = {n}" for n in steps) + " |",
-            "| --- |" + " ---: |" * len(steps),
-        ]
-        for method in methods:
-            row = [cells[method, n] for n in steps]
-            lines.append(line(method, [number(c["gen_ppl"], c["gen_ppl_std"], c["entropy"], True) for c in row]))
-        for by, (figure, reached) in MATCHED.items():
-            for method in methods:
-                row = [cells[method, n] for n in steps]
-                if all(c[figure] is not None for c in row):
-                    values = [number(c[figure], c[f"{figure}_std"], c[reached], c[f"{figure}_reached"]) for c in row]
-                    lines.append(line(f"{method}, at matched {by.replace('_', ' ')}", values))
-        return lines
-
-    def figure(self, methods: list[str], cells: dict, target: dict) -> Figure:
-        """Figure 3: Gen-PPL against steps; at temperature 1, at the trigram entropy of held-out text, and against entropy."""
-        figure = Figure(figsize=(17, 5.5), layout="constrained")
-        plain, matched, frontier = figure.subplots(1, 3)
-        steps = self.options.steps
-        for method in methods:
-            row = [cells[method, n] for n in steps]
-            spread = [c["gen_ppl_std"] or 0.0 for c in row]
-            drawn = plain.errorbar(steps, [c["gen_ppl"] for c in row], yerr=spread, fmt="o-", capsize=2, label=method)
-            color = drawn.lines[0].get_color()
-            frontier.plot([c["trigram_entropy"] for c in row], [c["gen_ppl"] for c in row], "o-", color=color)
-            reached = [(n, c["trigram_matched_gen_ppl"]) for n, c in zip(steps, row, strict=True)]
-            reached = [point for point in reached if point[1] is not None]
-            if reached:
-                matched.plot(*zip(*reached, strict=True), "o-", color=color)
-        plain.legend(fontsize="x-small")
-        plain.set(title="temperature 1", xscale="log", xlabel="steps", ylabel="generative perplexity")
-        matched.set(title="at, or nearest to, the trigram entropy of held-out text", xscale="log", xlabel="steps")
-        frontier.set(title="frontier: one point for each number of steps", xlabel="trigram entropy (nats)")
-        frontier.axvline(target["trigram_entropy"], color="grey", linestyle=":", label="held-out text")
-        frontier.legend()
-        for panel in (plain, matched, frontier):
-            panel.set_yscale("log")
-            panel.grid(alpha=0.3, which="both")
-        for panel in (plain, matched):
-            panel.set_xticks(steps, [str(n) for n in steps])
-            panel.xaxis.minorticks_off()
-        return figure
-
-
-def number(value: float, spread: float | None, entropy: float, reached: bool) -> str:
-    text = f"{value:.2f}{'' if spread is None else f' ± {spread:.2f}'} ({entropy:.2f})"
-    return text if reached else f"({text})"
-
-
-def line(label: str, values: list[str]) -> str:
-    return f"| {label} | " + " | ".join(values) + " |"
 
 
 def main():
@@ -403,11 +277,20 @@ def main():
     parser.add_argument("--output_dir", help="Where the runs go; runs/paper_tables_NAME by default.")
     parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="Where the tables go.")
     options, extra = parser.parse_known_args()
+    options.temperatures = sorted({1.0, *options.temperatures}, reverse=True)
     tables = Tables(options, extra)
     tables.make_assets()
     tables.make_students()
     tables.judge()
-    tables.write()
+    labels = [(n.method + s, n.label + s, n.teacher + s) for n in tables.networks() for s in PRECISIONS]
+    about = {
+        "compute": options.rounds * options.steps_per_round * MCD_COST,
+        "second": {f"{run.label} R1" for run in RUNS if run.first_round_only},
+        "explosions": tables.explosions(),
+        "failures": tables.failures(),
+        "trainings": extra,
+    }
+    write_tables(options, labels, load_report(tables.folder)["results"], **about)
 
 
 if __name__ == "__main__":
