@@ -541,6 +541,10 @@ def test_collating_pads_what_is_shorter_and_adds_nothing_to_equal_blocks():
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert may_be_noised(batch).tolist() == [[False, True, True], [True, False, False]]
+    assert may_be_noised(collate_blocks([{"input_ids": [1, 2]}, {"input_ids": [3]}])).tolist() == [
+        [True] * 2,
+        [True, False],
+    ]
 
 
 # --- Resume

@@ -45,9 +45,9 @@ def reference(inputs, tmp_path_factory):
     return output
 
 
-def losses(output):
+def losses(output, names=("loss", "divergence", "reveal")):
     history = json.loads((output / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
-    return [entry[key] for entry in history if "loss" in entry for key in ("loss", "divergence", "reveal")]
+    return [entry[key] for entry in history if "loss" in entry for key in names]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,16 @@ def test_same_losses_and_same_networks(name, inputs, reference, tmp_path):
         assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-4
     final, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", reference))
     assert max((final[key] - expected[key]).abs().max().item() for key in expected) < 1e-4
+
+
+@pytest.mark.parametrize("config", ["ddp_cpu.yaml", pytest.param("zero3_cpu.yaml", marks=needs_compiler)])
+def test_a_student_that_is_its_own_teacher(config, inputs, tmp_path):
+    """MPDC runs the trained network twice in a step: its losses are those of one process all the same."""
+    for folder, launcher in (("one", None), ("two", config)):
+        result = launch(inputs, tmp_path / folder, launcher, trainer="mpdc")
+        assert result.returncode == 0, result.stderr
+    names = ("loss", "divergence", "nelbo")
+    assert losses(tmp_path / "two", names) == pytest.approx(losses(tmp_path / "one", names), abs=1e-5)
 
 
 @pytest.mark.parametrize("config", ["ddp_cpu.yaml", pytest.param("zero3_cpu.yaml", marks=needs_compiler)])
