@@ -205,7 +205,7 @@ class Tables:
     def judge(self):
         options, recipe = self.options, self.recipe
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = AutoTokenizer.from_pretrained(self.path(recipe["tokenizer"]))
+        tokenizer = AutoTokenizer.from_pretrained(self.teachers["teacher"])
         train, validation = self.path(recipe["train_text"]), self.path(recipe["validation_text"])
         protocol = EvaluationProtocol(
             *load_judge(str(self.path(recipe["judge"])), recipe.get("judge_dtype", "float32"), device),
