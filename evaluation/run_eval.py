@@ -17,7 +17,7 @@ from evaluation.generative_perplexity import CONVENTIONS
 from evaluation.reference_text import read_texts, text_blocks
 from evaluation.report import write_report
 from evaluation.results import load_report, save_results
-from modeling_mcd.convert_checkpoints import load_model, read_checkpoint
+from modeling_mcd.convert_checkpoints import load_model, read_checkpoint, split_revision
 from modeling_mcd.sampling_mdlm import SAMPLERS
 
 
@@ -28,7 +28,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     result = OneLineParser(prog="run_eval.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    result.add_argument("models", nargs="+", metavar="MODEL", help="Folder or Hub name; `label=MODEL` names its rows.")
+    result.add_argument(
+        "models", nargs="+", metavar="MODEL", help="Folder or Hub name (`@revision`); `label=MODEL` names its rows."
+    )
     result.add_argument(
         "--rounds", action="store_true", help="MODEL is a run's output folder: judge its teacher and every round."
     )
@@ -153,7 +155,8 @@ def load_judge(name: str, dtype: str, device: torch.device) -> tuple[PreTrainedM
 
 def _load(auto_class, what: str, name: str, **options):
     try:
-        return auto_class.from_pretrained(name, **options)
+        repository, revision = split_revision(name)
+        return auto_class.from_pretrained(repository, revision=revision or "main", **options)
     except Exception as error:  # a broken folder raises what its broken file happens to raise
         place = "cannot be loaded" if Path(name).is_dir() else "is no folder here, and cannot be had from the Hub"
         raise ValueError(f"{what} {name!r} {place}: {str(error).strip().splitlines()[0]}") from None

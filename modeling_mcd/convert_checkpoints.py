@@ -160,12 +160,18 @@ def find_weights(source: str, revision: str | None) -> list[Path]:
     return files
 
 
+def split_revision(source: str) -> tuple[str, str | None]:
+    """`name@revision` -> (name, revision), which is None where the Hub's default is meant, or a path on this machine."""
+    name, _, revision = source.partition("@")
+    return (name, revision or None) if not Path(source).exists() else (source, None)
+
+
 def download(source: str, revision: str | None) -> Path:
     """The folder of a repository's snapshot; pickles are downloaded only where there are no safetensors."""
-    name, _, at = source.partition("@")
+    name, at = split_revision(source)
     if at and revision is not None:
         raise ValueError(f"it names the revision {at!r} already: leave out revision {revision!r}")
-    revision = revision or at or None
+    revision = revision or at
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):

@@ -393,19 +393,24 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def test_every_entry_point_takes_a_published_checkpoint(inputs, tmp_path, capsys):
+def test_every_entry_point_takes_a_published_checkpoint_of_the_hub_at_a_revision(inputs, tmp_path, capsys):
+    repository = cached("acme/dit", {"main": "duo"})
+    shutil.copytree(inputs / "published", repository / "snapshots" / "v2")
+    (repository / "refs" / "v2").write_text("v2")
     shared = {"tokenizer": inputs / "tokenizer", "train_text": inputs / "text.txt", "block_length": BLOCK}
     shared |= {"disable_tqdm": True, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 1}
     for entry, settings in (
-        (run_mdlm, {"model": inputs / "published", "max_steps": 1}),
-        (run_mcd, {"teacher": inputs / "published", "num_rounds": 1, "steps_per_round": 1}),
+        (run_mdlm, {"model": "acme/dit@v2", "max_steps": 1}),
+        (run_mcd, {"teacher": "acme/dit@v2", "num_rounds": 1, "steps_per_round": 1}),
     ):
         out = tmp_path / entry.__name__
         entry.main([f"--{key}={value}" for key, value in {**shared, **settings, "output_dir": out}.items()])
         assert AutoModel.from_pretrained(out).num_parameters() == load_model(inputs / "published").num_parameters()
-    words = [f"theirs={inputs / 'published'}", "--steps", "2", "--judge", str(inputs / "judge"), "--samples", "2"]
-    words += ["--seeds", "1", "--tokenizer", str(inputs / "tokenizer"), "--output_dir", str(tmp_path / "report")]
-    run_eval(words)
+    for file in (inputs / "tokenizer").iterdir():  # ours have their tokenizer with them
+        shutil.copy(file, repository / "snapshots" / "v2")
+    words = ["theirs=acme/dit@v2", "--steps", "2", "--judge", str(inputs / "judge"), "--samples", "2"]
+    run_eval([*words, "--seeds", "1", "--output_dir", str(tmp_path / "report")])
+    shutil.rmtree(repository)
     (row,) = json.loads((tmp_path / "report" / "eval.json").read_text())["results"]
     assert (row["model"], row["steps"], row["samples"]) == ("theirs", 2, 2)
 

@@ -97,6 +97,24 @@ def check_same_tokens(teacher, student):
             )
 
 
+# What of a configuration decides which function given weights are. Dropout, context and noise schedule do not.
+ARCHITECTURE = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "conditioning_size"),
+    *("layer_norm_eps", "rope_theta", "time_conditioning", "tie_word_embeddings"),
+)
+
+
+def check_same_network(teacher, student):
+    """Raises ValueError, which names every field that differs, unless the student can become the next round's teacher."""
+    pairs = {name: (getattr(teacher, name), getattr(student, name)) for name in ARCHITECTURE}
+    differing = [f"{name} ({theirs} and {ours})" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    if differing:
+        raise ValueError(
+            f"teacher and student differ in {', '.join(differing)}: they must be the same network, since each round's "
+            "student becomes the next one's teacher"
+        )
+
+
 class MCDTrainer(DiffusionTrainer):
     """Distils a student that needs fewer steps from a masked diffusion teacher (Algorithm 1 of the paper).
 
@@ -105,13 +123,14 @@ class MCDTrainer(DiffusionTrainer):
         teacher: the first round's teacher, of the same architecture and vocabulary; the student itself when not given.
 
     Raises:
-        ValueError: when teacher and student have different vocabularies or masks.
+        ValueError: when teacher and student have different vocabularies, masks or architectures.
     """
 
     def __init__(self, model, args: MCDTrainingArguments, *, teacher: nn.Module | None = None, **kwargs):
         super().__init__(model, args, **kwargs)
         if teacher is not None:
             check_same_tokens(teacher.config, self.model.config)
+            check_same_network(teacher.config, self.model.config)
         self.followers["teacher"] = Follower(self.model if teacher is None else teacher, self.model.dtype)
         self.teacher = self.followers["teacher"].model.to(args.device)
         self.add_callback(TeacherCallback(self.followers["teacher"]))
