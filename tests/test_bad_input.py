@@ -15,7 +15,7 @@ from test_text_blocks import hub_dataset  # noqa: F401
 from tiny_run import BLOCK, ROOT, mcd_arguments, save_teacher, write_inputs
 
 from modeling_mcd import MDLMForMaskedDiffusion
-from trainers import run_mcd, run_mdlm, text_blocks
+from trainers import run_judge, run_mcd, run_mdlm, text_blocks
 from trainers.character_tokenizer import character_tokenizer
 from trainers.checkpoints import last_whole_checkpoint
 
@@ -156,6 +156,17 @@ def test_a_block_longer_than_the_teachers_context(refusal):
 def test_a_block_longer_than_the_context_of_a_model_to_go_on_from(refusal, inputs):
     line = refusal("run_mdlm", model=inputs / "teacher", block_length=2 * BLOCK)
     assert f"block_length is {2 * BLOCK}, but the model's context is {BLOCK} tokens" in line
+
+
+def test_the_training_of_a_judge_refuses_as_the_others_do(inputs, output):
+    words = [f"--output_dir={output}", f"--train_text={inputs / 'nowhere.txt'}", "--block_length=32"]
+    for tokenizer, says in (
+        ("nowhere", "tokenizer 'nowhere' cannot be loaded"),
+        (inputs / "tokenizer", "nowhere.txt"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run_judge.main([*words, f"--tokenizer={tokenizer}"])
+        assert says in stop.value.code and "\n" not in stop.value.code and not output.exists()
 
 
 # --- Tokenizer and networks
