@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 
-ENTROPY_UNITS = ("tokens", "words")
+ENTROPY_UNITS = ("tokens", "words", "trigrams")
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")  # letters, with apostrophes inside
 
 
@@ -14,18 +14,28 @@ def unigram_entropy(samples: Iterable[Sequence[int]] | Iterable[str], unit: str 
     """Mean over samples of the entropy, in nats, of the unigram counts within a sample (Duo, arXiv 2506.10892).
 
     Args:
-        samples: token ids (`tokens`: every id counts, BOS and EOS too) or texts (`words`: split at white space).
-        unit: "tokens" or "words". For a character model only words say anything.
+        samples: token ids (`tokens`: every id counts, BOS and EOS too) or texts (`words`: split at white space;
+            `trigrams`: of characters).
+        unit: "tokens", "words" or "trigrams". For a character model tokens say nothing, and words little while most of
+            them are broken, hence all different: trigrams then tell the temperatures apart.
 
     Raises:
         ValueError: an unknown unit, or no sample.
     """
     if unit not in ENTROPY_UNITS:
         raise ValueError(f"unit must be one of {ENTROPY_UNITS}, not {unit!r}")
-    entropies = [_entropy(sample.split() if unit == "words" else map(int, sample)) for sample in samples]
+    entropies = [_entropy(_units(sample, unit)) for sample in samples]
     if not entropies:
         raise ValueError("no samples: their entropy is not defined")
     return sum(entropies) / len(entropies)
+
+
+def _units(sample: Sequence[int] | str, unit: str) -> Iterable:
+    if unit == "words":
+        return sample.split()
+    if unit == "trigrams":
+        return (sample[i : i + 3] for i in range(len(sample) - 2))
+    return map(int, sample)
 
 
 def _entropy(items: Iterable) -> float:

@@ -34,7 +34,7 @@ class EvaluationProtocol:
         length: tokens in a sample; the model's context by default.
         sampler: name of a sampler of `generate`.
         convention: how Gen-PPL is computed, see `generative_perplexity.py`.
-        entropy_unit: "tokens" or "words", see `unigram_entropy`.
+        entropy_unit: "tokens", "words" or "trigrams", see `unigram_entropy`.
         vocabulary: words that count as known, see `known_words`.
         batch_size: canvases, and texts for the judge, at a time. Changes neither samples nor figures.
     """
@@ -81,7 +81,7 @@ def evaluate_model(
     every point: one seed gives related texts at every number of steps, so that differences are less noisy than figures.
 
     Yields:
-        dict: `gen_ppl` and `entropy`, `distinct_3`, `known_words` (means over seeds), `gen_ppl_std` (sample standard
+        dict: `gen_ppl` and `entropy`, `trigram_entropy`, `distinct_3`, `known_words` (means over seeds), `gen_ppl_std` (sample standard
         deviation over seeds; None for one seed), `judge_nll` (nats per token, mean over seeds), `nfe` (forwards of the
         network really made, mean over samples), `example` (a text), the keys and the settings above.
     """
@@ -160,7 +160,10 @@ def judge_samples(ids: torch.LongTensor, tokenizer: PreTrainedTokenizerBase, pro
     plain = [_replace(text, specials, " ") for text in texts]
     return {
         "gen_ppl": gen_ppl.perplexity,
-        "entropy": unigram_entropy(plain if protocol.entropy_unit == "words" else ids.tolist(), protocol.entropy_unit),
+        "entropy": unigram_entropy(
+            ids.tolist() if protocol.entropy_unit == "tokens" else plain, protocol.entropy_unit
+        ),
+        "trigram_entropy": unigram_entropy(plain, "trigrams"),
         "distinct_3": distinct_n(plain, 3),
         "known_words": None if protocol.vocabulary is None else known_words(plain, protocol.vocabulary),
         "example": texts[0],
@@ -190,6 +193,7 @@ def _over_seeds(figures: list[dict]) -> dict:
         "gen_ppl_std": perplexities.std().item() if len(figures) > 1 else None,
         "judge_nll": perplexities.log().mean().item(),
         "entropy": mean("entropy"),
+        "trigram_entropy": mean("trigram_entropy"),
         "distinct_3": mean("distinct_3"),
         "known_words": None if figures[0]["known_words"] is None else mean("known_words"),
         "example": figures[0]["example"],

@@ -1,7 +1,8 @@
 """Gen-PPL at matched entropy: what a model's Gen-PPL would be if it were as diverse as held-out text.
 
 A lower temperature lowers Gen-PPL and entropy together, so a plain Gen-PPL ranks nothing. Over a sweep of temperatures
-log Gen-PPL is interpolated linearly in entropy to a common entropy.
+log Gen-PPL is interpolated linearly in entropy to a common entropy. Which entropy is a choice, and the choice can turn
+the ranking, so a report whose unit is words gives the figure at matched entropy of character trigrams too.
 """
 
 import math
@@ -15,13 +16,20 @@ from evaluation.evaluate_model import COMPARABLE, HELD_OUT_TEXT, SETTINGS
 TOLERANCE = 0.01  # nats of entropy: as near as this counts as matched
 
 
-def matched_gen_ppl(rows: Sequence[dict], entropy: float) -> tuple[float, float] | None:
+# Which of a row's entropies is matched -> the names of the two figures that come of it.
+MATCHED = {
+    "entropy": ("matched_gen_ppl", "matched_entropy"),
+    "trigram_entropy": ("trigram_matched_gen_ppl", "trigram_matched_entropy"),
+}
+
+
+def matched_gen_ppl(rows: Sequence[dict], entropy: float, by: str = "entropy") -> tuple[float, float] | None:
     """(Gen-PPL, entropy really reached) of one model and number of steps, whose rows differ in temperature alone.
 
     When the sweep does not bracket the entropy, the nearest row's own figures. A single row counts only within
     `TOLERANCE`: None otherwise.
     """
-    points = sorted((row["entropy"], math.log(row["gen_ppl"])) for row in rows)
+    points = sorted((row[by], math.log(row["gen_ppl"])) for row in rows)
     if not points or (len(points) == 1 and abs(points[0][0] - entropy) > TOLERANCE):
         return None
     entropies, logarithms = zip(*points, strict=True)
@@ -30,20 +38,22 @@ def matched_gen_ppl(rows: Sequence[dict], entropy: float) -> tuple[float, float]
 
 
 def add_matched(results: list[dict]):
-    """Writes `matched_gen_ppl` and `matched_entropy` into every row, both None where nothing can be said."""
+    """Writes the figures of `MATCHED` into every row, None where nothing can be said."""
     for row in results:
-        matched = None
         target = held_out_row(results, row)
-        if target is not None and row is not target:
-            same = ("model", "steps", "sampler", "weights", *SETTINGS)
-            sweep = [other for other in results if all(other.get(name) == row.get(name) for name in same)]
-            matched = matched_gen_ppl(sweep, target["entropy"])
-        row["matched_gen_ppl"], row["matched_entropy"] = matched or (None, None)
+        same = ("model", "steps", "sampler", "weights", *SETTINGS)
+        sweep = [other for other in results if all(other.get(name) == row.get(name) for name in same)]
+        for by, names in MATCHED.items():
+            matched = None
+            if target is not None and row is not target and all(by in other for other in (target, *sweep)):
+                matched = matched_gen_ppl(sweep, target[by], by)
+            row.update(zip(names, matched or (None, None), strict=True))
 
 
-def is_matched(row: dict, target: dict) -> bool:
+def is_matched(row: dict, target: dict, by: str = "entropy") -> bool:
     """Whether the row's matched figure really stands at the entropy of the held-out row, and not only near it."""
-    return row["matched_gen_ppl"] is not None and abs(row["matched_entropy"] - target["entropy"]) <= TOLERANCE
+    figure, reached = MATCHED[by]
+    return row[figure] is not None and abs(row[reached] - target[by]) <= TOLERANCE
 
 
 def held_out_row(results: list[dict], row: dict) -> dict | None:

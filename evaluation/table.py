@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from evaluation.evaluate_model import HELD_OUT_TEXT, SETTINGS
-from evaluation.matched_entropy import held_out_row, is_matched
+from evaluation.matched_entropy import MATCHED, held_out_row, is_matched
 
 
 def tables_of(results: list[dict]) -> list[list[dict]]:
@@ -32,7 +32,10 @@ def _table(rows: list[dict], results: list[dict]) -> str:
     lines = [_line(header), "| --- |" + " ---: |" * (len(header) - 1), *_lines(plain, "{model}", _plain_cell)]
     swept = target is not None and any(row["matched_gen_ppl"] is not None for row in plain)
     if swept:
-        lines += _lines(plain, "{model}, matched", lambda row: _matched_cell(row, target))
+        lines += _lines(plain, "{model}, matched", lambda row: _matched_cell(row, target, "entropy"))
+        if plain[0]["entropy_unit"] == "words":
+            label = "{model}, matched in trigrams"
+            lines += _lines(plain, label, lambda row: _matched_cell(row, target, "trigram_entropy"))
     header[0] = _words_title(plain[0])
     lines += ["", _caption(plain[0], target, swept), "", _line(header), "| --- |" + " ---: |" * (len(header) - 1)]
     return "\n".join([*lines, *_lines(plain, "{model}", _words_cell)])
@@ -65,11 +68,12 @@ def _plain_cell(row: dict) -> str:
     return f"{_number(row['gen_ppl'])}{spread} ({row['entropy']:.2f})"
 
 
-def _matched_cell(row: dict, target: dict) -> str:
-    if row["matched_gen_ppl"] is None:
+def _matched_cell(row: dict, target: dict, by: str) -> str:
+    figure, reached = (row.get(name) for name in MATCHED[by])
+    if figure is None:
         return "-"
-    cell = f"{_number(row['matched_gen_ppl'])} ({row['matched_entropy']:.2f})"
-    return cell if is_matched(row, target) else f"({cell})"
+    cell = f"{_number(figure)} ({reached:.2f})"
+    return cell if is_matched(row, target, by) else f"({cell})"
 
 
 def _words_title(row: dict) -> str:
@@ -103,7 +107,8 @@ def _caption(row: dict, target: dict | None, swept: bool) -> str:
         )
     if swept:
         caption += (
-            " Matched: log Gen-PPL interpolated over temperatures to the entropy of held-out text; a "
-            "cell wholly in brackets is the nearest point of a sweep that does not reach it; - says that no sweep was run."
+            " Matched: log Gen-PPL interpolated over temperatures to the entropy of held-out text (in trigrams: to "
+            "its entropy of character trigrams, again within a sample); a cell wholly in brackets is the nearest point of a "
+            "sweep that does not reach it; - says that no sweep was run."
         )
     return caption

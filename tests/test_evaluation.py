@@ -134,6 +134,7 @@ def test_unigram_entropy_of_known_counts():
     # Averaged over samples, not over the pooled counts (those would give log 2).
     assert unigram_entropy([[1, 1], [2, 2]]) == 0
     assert unigram_entropy([[1, 1, 2]]) == pytest.approx(math.log(3) - 2 / 3 * math.log(2))
+    assert unigram_entropy(["ababab", "ab abc"], "trigrams") == pytest.approx((math.log(2) + math.log(4)) / 2)
     assert unigram_entropy(["a b  a\nb", "to be or not"], "words") == pytest.approx((math.log(2) + math.log(4)) / 2)
     with pytest.raises(ValueError, match="unit must be one of"):
         unigram_entropy([[1]], "characters")

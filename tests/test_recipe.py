@@ -18,6 +18,7 @@ class Model:
     kind: Literal["absorbing", "uniform"] = "absorbing"
     teacher: str | None = None
     sizes: list[int] = field(default_factory=lambda: [1, 2])
+    decay: float | None = 0.9
 
 
 @dataclass
@@ -78,6 +79,13 @@ def test_truth_values(parse, written, value):
 def test_every_type_arrives(parse):
     model, _ = parse("width: 16\nkind: uniform\nteacher: some/model\nsizes: [3, -4, 5]\n")
     assert model == Model(16, "uniform", "some/model", [3, -4, 5])
+
+
+def test_null_is_none_where_a_field_may_be_none(parse):
+    """Also where the default is something else, and over what the recipe says."""
+    assert parse("decay: null\n")[0].decay is None
+    assert parse("decay: 0.5\nteacher: ./there\n", "--decay", "null", "--teacher=null")[0] == Model(decay=None)
+    assert parse("decay: null\n", "--decay", "0.25")[0].decay == 0.25
 
 
 def test_what_is_missing_or_null_keeps_its_default(parse):

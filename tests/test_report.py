@@ -69,6 +69,24 @@ def test_matched_figures_use_one_model_one_number_of_steps_and_one_protocol(tmp_
     assert results[0]["matched_gen_ppl"] is None
 
 
+def test_trigrams_are_matched_on_their_own_and_can_turn_the_ranking(tmp_path):
+    """Word entropies are equal throughout; the trigrams tell that round-1 is better only where it is less diverse."""
+    rows = [held_out(4.0, trigram_entropy=5.0)]
+    for model, factor, shift in (("teacher", 1.0, 0.0), ("round-1", 0.8, -1.0)):
+        for temperature, trigrams in ((1.0, 5.5), (0.8, 4.5)):
+            figures = {"gen_ppl": factor * line(trigrams), "trigram_entropy": trigrams + shift}
+            rows.append(row(model, 8, temperature, **figures))
+    results = save_results(tmp_path, rows)["results"]
+    assert results[1]["trigram_matched_gen_ppl"] == pytest.approx(line(5.0))
+    assert (results[3]["trigram_matched_gen_ppl"], results[3]["trigram_matched_entropy"]) == (
+        pytest.approx(0.8 * line(5.5)),
+        4.5,
+    )
+    table = markdown_table(results)
+    assert f"| teacher, matched in trigrams | {line(5.0):.2f} (5.00) |" in table
+    assert f"| round-1, matched in trigrams | ({0.8 * line(5.5):.2f} (4.50)) |" in table
+
+
 def test_held_out_text_under_another_judge_is_no_target(tmp_path):
     results = save_results(tmp_path, [held_out(4.0, judge="another"), row(entropy=4.0)])["results"]
     assert results[1]["matched_gen_ppl"] is None
@@ -114,7 +132,7 @@ def sweep_of_two_models() -> list[dict]:
 
 def test_no_gen_ppl_stands_in_the_table_without_its_entropy(tmp_path):
     table = markdown_table(save_results(tmp_path, sweep_of_two_models())["results"])
-    lines = [text for text in table.splitlines() if re.match(r"\| (teacher|round-1)", text)][:4]
+    lines = [text for text in table.splitlines() if re.match(r"\| (teacher|round-1)(, matched)? \|", text)][:4]
     assert [text.split(" | ")[0] for text in lines] == [
         "| teacher",
         "| round-1",

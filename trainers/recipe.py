@@ -4,7 +4,9 @@ import difflib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -14,6 +16,20 @@ RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 
 
 class RecipeParser(HfArgumentParser):
+    """One line for an error; and `null`, in the file and on the command line, is None where a field may be None."""
+
+    def __init__(self, dataclass_types, **kwargs):
+        super().__init__(dataclass_types, **kwargs)
+        self.optional_keys = {
+            name
+            for dataclass_type in dataclass_types
+            for name, hint in get_type_hints(dataclass_type).items()
+            if type(None) in get_args(hint)
+        }
+        for key, action in _keys(self).items():
+            if key in self.optional_keys and callable(action.type):
+                action.type = _or_null(action.type)
+
     def error(self, message: str):
         self.exit(2, f"error: {' '.join(message.split())}\n")
 
@@ -60,7 +76,7 @@ def _recipe_arguments(parser: HfArgumentParser, name: str) -> list[str]:
     for key, value in recipe.items():
         if key not in known:
             _refuse_key(parser, str(key), f"recipe {name!r}")
-        if value is None:
+        if value is None and key not in parser.optional_keys:
             continue
         words = [_as_word(item, path.parent) for item in (value if isinstance(value, list) else [value])]
         if len(words) == 1:
@@ -72,7 +88,17 @@ def _recipe_arguments(parser: HfArgumentParser, name: str) -> list[str]:
     return arguments
 
 
+def _or_null(convert: Callable) -> Callable:
+    def parse(word: str):
+        return None if word == "null" else convert(word)
+
+    parse.__name__ = getattr(convert, "__name__", "value")  # argparse names it when the word is ill-typed
+    return parse
+
+
 def _as_word(value, folder: Path) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, dict):
         return json.dumps(value)
     if isinstance(value, str) and value.startswith(("./", "../")):
