@@ -194,11 +194,10 @@ class MDLMGenerationMixin:
                 raise ValueError(
                     f"suppress_tokens hold {token}, but the vocabulary is 0 .. {self.config.vocab_size - 1}"
                 )
-        for name in ("output_reveal_steps",):
-            if getattr(options, name) and not options.return_dict_in_generate:
-                raise ValueError(
-                    f"{name} needs return_dict_in_generate=True: there is no place for it in a tensor of ids"
-                )
+        if options.output_reveal_steps and not options.return_dict_in_generate:
+            raise ValueError(
+                "output_reveal_steps needs return_dict_in_generate=True, since ids alone have no place for it"
+            )
         if options.stop_at_eos and self._end_of_sequence(options)[0] is None:
             raise ValueError("stop_at_eos needs an eos_token_id, in the call or in the model's configuration")
 
@@ -286,17 +285,18 @@ class MDLMGenerationMixin:
         schedule, guided, padded = noise_schedule_of(self.config), options.guidance_scale is not None, not mask.all()
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         mask, positions, given = (x.to(self.device) for x in (mask, positions, given))
+        network = torch.compile(self.model, mode="reduce-overhead", dynamic=False) if options.compile else self.model
 
         def trunk(tokens: torch.Tensor, rows: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
             inputs = {"input_ids": tokens, "timesteps": -schedule.gamma(time).log().float().to(tokens.device)}
             if padded:
                 inputs |= {"attention_mask": mask[rows], "position_ids": positions[rows]}
             if not guided:
-                return self.model(**inputs).last_hidden_state
+                return network(**inputs).last_hidden_state
             without = tokens.masked_fill(given[rows], self.config.mask_token_id)
             inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
             inputs["input_ids"] = torch.cat([tokens, without])
-            return self.model(**inputs).last_hidden_state.unflatten(0, (2, -1)).movedim(0, 2)
+            return network(**inputs).last_hidden_state.unflatten(0, (2, -1)).movedim(0, 2)
 
         return trunk
 
