@@ -152,8 +152,12 @@ class Answer:
         return torch.cat(results)
 
     def score(self, measure: Callable) -> torch.Tensor:
-        """`measure(logits, mask_token_id)` of every position asked for, [B, L] float32 on the CPU; -inf elsewhere."""
-        found = self.map(functools.partial(measure, mask_token_id=self.canvas.mask_token_id)).cpu()
+        """`measure(logits, mask_token_id)` of every position asked for, [B, L] float32 on the CPU; -inf elsewhere.
+
+        To four decimals: positions that the network cannot tell apart (all masked, far from the prompt) are then tied,
+        whatever the last bits of their logits, which differ between batches.
+        """
+        found = self.map(functools.partial(measure, mask_token_id=self.canvas.mask_token_id)).round(decimals=4).cpu()
         if found.isnan().any():
             raise not_a_number(self.where.nonzero()[found.isnan(), 0][0].item(), self.canvas.step)
         return torch.full(self.where.shape, -torch.inf).masked_scatter(self.where, found)
