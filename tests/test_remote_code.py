@@ -109,7 +109,7 @@ def test_remote_code_gives_the_same_model(visit, name):
         torch.testing.assert_close(tensors[f"{name} logits"], model(torch.arange(12).reshape(2, 6)).logits)
     ours = model.generate(seed=0, steps=4, return_dict_in_generate=True)
     assert torch.equal(tensors[f"{name} sequences"], ours.sequences) and tensors[f"{name} sequences"].shape == (1, 12)
-    assert torch.equal(tensors[f"{name} nfe"], ours.nfe) and ours.nfe.item() == 4
+    assert torch.equal(tensors[f"{name} nfe"], ours.nfe) and 2 < ours.nfe.item() <= 4
     assert tensors[f"{name} default nfe"].item() == 2, "the steps saved with the model"
 
 
