@@ -27,16 +27,17 @@ WIDTH = 64  # characters in a line of the picture
 def draw(path: Path, texts: dict[int, list[str]]):
     """`texts`: steps -> the tokens of the text."""
     last = list(texts.values())[-1]
-    lines = -(-len(last) // WIDTH)
-    figure, axes = plt.subplots(len(texts), 1, figsize=(9, 0.3 * len(texts) * (lines + 2)))
+    lines = -(-max(sum(map(len, tokens)) for tokens in texts.values()) // WIDTH)
+    figure, axes = plt.subplots(len(texts), 1, figsize=(0.1 * WIDTH, 0.2 * len(texts) * (lines + 2)))
     for axis, (steps, tokens) in zip(axes, texts.items(), strict=True):
         axis.set(xlim=(0, WIDTH), ylim=(lines, -0.5))
         axis.axis("off")
         same = sum(token == other for token, other in zip(tokens, last, strict=True)) / len(last)
-        axis.set_title(f"{steps} steps, {same:.0%} of the tokens as after {list(texts)[-1]}", loc="left", fontsize=9)
-        for i, (token, other) in enumerate(zip(tokens, last, strict=True)):
-            color, weight = ("black", "bold") if token == other else ("darkorange", "normal")
-            axis.text(i % WIDTH, i // WIDTH, token, family="monospace", fontsize=9, color=color, weight=weight, va="top")
+        axis.set_title(f"{steps} steps: {same:.0%} of the tokens as after {list(texts)[-1]}", loc="left", fontsize=9)
+        colors = ["black" if token == other else "darkorange" for token, other in zip(tokens, last, strict=True)]
+        letters = [(letter, color) for token, color in zip(tokens, colors, strict=True) for letter in token]
+        for i, (letter, color) in enumerate(letters):
+            axis.text(i % WIDTH, i // WIDTH, letter, family="monospace", fontsize=9, color=color, va="top")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -59,7 +60,9 @@ def main():
         other = (sequences == last.roll(1, dims=0)).double().mean().item()
         print(f"{steps:4d} steps: {same:.1%} of the tokens as after {options.steps[-1]}; another seed: {other:.1%}")
     picture = Path(__file__).parent.parent / "docs" / "images" / "one_seed.png"
-    draw(picture, {n: [tokenizer.decode([token]) for token in sequences[0].tolist()] for n, sequences in ids.items()})
+    marks = {tokenizer.bos_token_id: "|", tokenizer.eos_token_id: "|"}
+    texts = {n: [marks.get(t) or tokenizer.decode([t]) for t in rows[0].tolist()] for n, rows in ids.items()}
+    draw(picture, texts)
     print(picture)
 
 
