@@ -24,7 +24,7 @@ class Canvas:
         keys: [B] int64, CPU: the rows' noise, see `noise_mdlm.py`.
         positions: [B, L] int64, CPU: the place of each token in its row, padding not counted.
         trunk: `(tokens [b, L], rows [b], time [b] float64, CPU) -> hidden states [b, L, ...]`.
-        head: `(hidden states [n, ...], the n canvases that they belong to [n, L]) -> logits [n, V]`.
+        head: `(hidden states [n, ...], tokens [b, L], the row of tokens of each state [n]) -> logits [n, V]`.
         schedule: the noise schedule of the model.
         vocab_size: V.
         mask_token_id: never drawn; None under uniform diffusion.
@@ -99,15 +99,15 @@ class Canvas:
         rows_there, columns_there = self.send(rows), self.send(columns)
         self.broken[rows_there, columns_there] = tokens < 0
         self.tokens[rows_there, columns_there] = tokens.clamp(min=0)
-        self.masked[where] = False
         self.reveal_steps[where] = self.step
+        self.masked = self.masked & ~where  # a new tensor: `where` may be the old one
         self.changed = True
 
     def remask(self, where: torch.BoolTensor):
         """Takes tokens off the canvas again."""
         if where.any():
             self.tokens[tuple(map(self.send, where.nonzero().unbind(dim=1)))] = self.mask_token_id
-            self.masked |= where
+            self.masked = self.masked | where
             self.reveal_steps[where] = -1
             self.changed = True
 
@@ -147,7 +147,7 @@ class Answer:
         size, results = max(1, CHUNK // self.canvas.vocab_size), []
         for start in range(0, len(self.hidden), size):
             part = slice(start, start + size)
-            logits = self.canvas.head(self.hidden[part], self.tokens[self.lines[part]])
+            logits = self.canvas.head(self.hidden[part], self.tokens, self.lines[part])
             results.append(function(logits, *(value[part] for value in values)))
         return torch.cat(results)
 

@@ -256,7 +256,7 @@ class MDLMGenerationMixin:
     def _keys(seed: int | Sequence[int] | None, generator: torch.Generator | None, rows: int) -> torch.LongTensor:
         if seed is not None and generator is not None:
             raise ValueError("give a seed or a generator, not both")
-        if seed is None or isinstance(seed, int):
+        if not isinstance(seed, Sequence):
             return row_keys(rows, generator if seed is None else torch.Generator().manual_seed(seed))
         if len(seed) != rows:
             raise ValueError(f"seed holds {len(seed)} numbers, but there are {rows} rows")
@@ -305,12 +305,12 @@ class MDLMGenerationMixin:
         if options.suppress_tokens:
             processors.append(SuppressTokensLogitsProcessor(list(options.suppress_tokens), device=self.device))
 
-        def head(hidden_states: torch.Tensor, canvases: torch.Tensor) -> torch.Tensor:
+        def head(hidden_states: torch.Tensor, tokens: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
             logits = self.get_output_embeddings()(hidden_states)
             if options.guidance_scale is not None:
                 conditional, without = logits.float().unbind(dim=1)
                 logits = without + options.guidance_scale * (conditional - without)
-            return processors(canvases, logits.float()) if processors else logits
+            return processors(tokens[lines], logits.float()) if processors else logits
 
         return head
 

@@ -133,7 +133,7 @@ def legacy_ancestral(canvas: Canvas, *, steps: int, last_step: str | None = None
     for time, (gamma_t, gamma_s) in zip(times.tolist(), pairwise(canvas.schedule.gamma(times).tolist()), strict=False):
         chance = (gamma_s - gamma_t) / (1 - gamma_t)
         if canvas.masked.any():
-            where = canvas.masked.clone()
+            where = canvas.masked
             tokens = canvas.ask(where, time).map(draw, where.nonzero()[:, 0])
             canvas.write(where, tokens)
             canvas.remask(torch.zeros_like(where).masked_scatter(where, (tokens == canvas.mask_token_id).cpu()))
@@ -186,7 +186,7 @@ def adaptive(
     As many forwards as it takes: at most n / `min_tokens` for n masks, rounded up.
     """
     while canvas.masked.any():
-        where = canvas.masked.clone()
+        where = canvas.masked
         answer = canvas.ask(where, time_of(canvas))
         scores = answer.score(log_confidence)
         counts = (scores >= torch.tensor(threshold).log()).sum(dim=1).clamp(min_tokens, max_tokens)
@@ -201,7 +201,7 @@ def entropy_bound(canvas: Canvas, *, entropy_bound: float = 0.1) -> Iterator[Non
     those that are certain; as many forwards as it takes, at most n for n masks.
     """
     while canvas.masked.any():
-        where = canvas.masked.clone()
+        where = canvas.masked
         answer = canvas.ask(where, time_of(canvas))
         entropies, order = (-answer.score(negative_entropy).double()).sort(dim=1, stable=True)
         accepted = entropies.cumsum(dim=1) - entropies <= entropy_bound  # false behind the last masked: inf - inf

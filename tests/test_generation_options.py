@@ -45,10 +45,11 @@ def test_a_row_has_the_same_tokens_alone_in_a_batch_and_beside_shorter_prompts(m
 
 def test_a_prompt_padded_on_the_right_or_in_the_middle_is_the_prompt(model):
     make_context_matter(model)
-    alone = model.generate(torch.tensor([[5, 6, 7]]), length=10, seed=3, steps=4)
-    ids, mask = torch.tensor([[5, 6, 0, 0, 7]]), torch.tensor([[1, 1, 0, 0, 1]])
-    padded = model.generate(ids, attention_mask=mask, length=12, seed=3, steps=4)
-    assert torch.equal(padded[:, [0, 1, *range(4, 12)]], alone) and padded[0, 2:4].tolist() == [0, 0]
+    arguments = {"num_return_sequences": 16, "seed": 3, "steps": 8}
+    alone = model.generate(torch.tensor([[5, 6, 7]]), length=20, **arguments)
+    ids, mask = torch.tensor([[5, 6, *[0] * 10, 7]]), torch.tensor([[1, 1, *[0] * 10, 1]])
+    padded = model.generate(ids, attention_mask=mask, length=30, **arguments)
+    assert torch.equal(padded[:, [0, 1, *range(12, 30)]], alone) and (padded[:, 2:12] == 0).all()
 
 
 def test_a_seed_for_each_row(model):

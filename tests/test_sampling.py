@@ -203,6 +203,8 @@ def test_ancestral_with_a_last_step_has_the_exact_law(schedule, last_step, monke
     assert p_value(counts, law) > FALSE_ALARM
     assert ((canvas.tokens == MASK).any() == (last_step == "none")).item()
     assert canvas.nfe.max() == (2 if last_step == "none" else 3)
+    assert torch.equal(canvas.reveal_steps >= 0, canvas.tokens != MASK)
+    assert canvas.reveal_steps.max() == canvas.nfe.max() - 1
 
 
 def remasking(kind, steps, eta, schedule):
@@ -300,7 +302,7 @@ def test_the_exact_law_fails_for_the_truncated_draw_of_the_original_code():
 
     def p_value_of(sampler) -> float:
         canvas = toy_canvas(table, [MASK], draws, trunk=lambda tokens, rows, time: tokens[..., None], seed=0)
-        canvas.head = lambda hidden, canvases: table.expand(len(hidden), size)
+        canvas.head = lambda hidden, *unused: table.expand(len(hidden), size)
         canvas.denoise(sampler(canvas, steps=steps), lambda: None)
         return stats.binomtest((canvas.tokens == 0).sum().item(), draws, law[0].item()).pvalue
 
@@ -536,7 +538,7 @@ def run_on_meta(build, case):
         row_keys(3, torch.Generator().manual_seed(0)),
         torch.arange(16).expand(3, 16),
         trunk=lambda tokens, rows, time: model.model(tokens).last_hidden_state,
-        head=lambda hidden, canvases: model.lm_head(hidden),
+        head=lambda hidden, *unused: model.lm_head(hidden),
         schedule=LogLinearSchedule(),
         vocab_size=48,
         mask_token_id=47,

@@ -134,7 +134,7 @@ def sample(tables, schedule, last_step, prompt=None, draws=200_000):
         row_keys(draws, torch.Generator().manual_seed(0)),
         torch.arange(2).expand(draws, 2),
         trunk=lambda tokens, rows, time: tables[time[0].item()][index_of(tokens)],
-        head=lambda hidden, canvases: hidden,
+        head=lambda hidden, *unused: hidden,
         schedule=schedule,
         vocab_size=K,
         mask_token_id=None,

@@ -37,7 +37,7 @@ def toy_canvas(
         row_keys(draws, torch.Generator().manual_seed(seed)) if keys is None else keys,
         torch.arange(tokens.shape[1]).expand_as(tokens),
         trunk=trunk or look_up,
-        head=lambda hidden, canvases: hidden,
+        head=lambda hidden, *unused: hidden,
         schedule=schedule or LogLinearSchedule(),
         vocab_size=table.shape[-1],
         mask_token_id=MASK,
