@@ -288,7 +288,8 @@ class MDLMGenerationMixin:
         network = torch.compile(self.model, mode="reduce-overhead", dynamic=False) if options.compile else self.model
 
         def trunk(tokens: torch.Tensor, rows: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            inputs = {"input_ids": tokens, "timesteps": -schedule.gamma(time).log().float().to(tokens.device)}
+            sigma = -schedule.gamma(time).log().float()
+            inputs = {"input_ids": tokens, "timesteps": sigma.to(tokens.device, non_blocking=True)}
             if padded:
                 inputs |= {"attention_mask": mask[rows], "position_ids": positions[rows]}
             if not guided:
