@@ -43,7 +43,8 @@ style: setup
 	$(BIN)/ruff format $(SOURCES)
 
 bench: setup
-	$(BIN)/python benchmarks/reveal_first.py
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/sampling.py --memory
 	$(BIN)/python benchmarks/load_checkpoint.py
 
 clean:

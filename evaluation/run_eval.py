@@ -18,7 +18,8 @@ from evaluation.reference_text import read_texts, text_blocks
 from evaluation.report import write_report
 from evaluation.results import load_report, save_results
 from modeling_mcd.convert_checkpoints import load_model, read_checkpoint, split_revision
-from modeling_mcd.sampling_mdlm import SAMPLERS
+from modeling_mcd.generation_config_mdlm import options_of
+from modeling_mcd.sampling_mdlm import LAST_STEPS, SAMPLERS
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -27,6 +28,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
+    samplers = [name for name, sampler in SAMPLERS.items() if "steps" in options_of(sampler)]
     result = OneLineParser(prog="run_eval.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     result.add_argument(
         "models", nargs="+", metavar="MODEL", help="Folder or Hub name (`@revision`); `label=MODEL` names its rows."
@@ -46,7 +48,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--samples", type=_at_least(int, 1), default=64, help="Samples for each seed.")
     result.add_argument("--seeds", type=_at_least(int, 1), default=3, help="How many seeds: 0, 1, ...")
     result.add_argument("--length", type=_at_least(int, 2), help="Tokens in a sample; the model's context by default.")
-    result.add_argument("--sampler", choices=sorted(SAMPLERS), default="ancestral")
+    result.add_argument(
+        "--sampler", choices=samplers, default="ancestral", help="Of those that take a number of steps."
+    )
+    result.add_argument("--last_step", choices=LAST_STEPS, help="What follows the steps, see docs/generation.md.")
     result.add_argument("--convention", choices=CONVENTIONS, default="retokenized", help="What the judge reads.")
     result.add_argument("--entropy_unit", choices=ENTROPY_UNITS, default="tokens", help="Words for a character model.")
     result.add_argument(
@@ -92,7 +97,10 @@ def run(options: argparse.Namespace):
     protocol = EvaluationProtocol(
         *load_judge(options.judge, options.judge_dtype, device),
         vocabulary=vocabulary,
-        **{name: getattr(options, name) for name in ("samples", "seeds", "length", "sampler", "convention")},
+        **{
+            name: getattr(options, name)
+            for name in ("samples", "seeds", "length", "sampler", "last_step", "convention")
+        },
         **{name: getattr(options, name) for name in ("entropy_unit", "batch_size")},
     )
     # The rows of the folder's own model go into its card; a run's output folder holds the last round's student.
