@@ -7,7 +7,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "peft": ["peft>=0.21"],
     "eval": ["evaluate>=0.4.6"],
-    "tracking": ["tensorboard>=2.20", "trackio>=0.5"],
+    "tracking": ["tensorboard>=2.20", "trackio>=0.43"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["deepspeed"],

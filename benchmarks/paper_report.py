@@ -35,13 +35,13 @@ def write_tables(
     """
     cells = cells_of(labels, results, options.steps)
     methods = list(dict.fromkeys(method for method, _, _ in labels))
-    first = [method for method in methods if method not in second]
-    ablation = [method for method in methods if method in second or method in ("MCD R1", "teacher")]
+    first = [method for method in methods if method.split(",")[0] not in second]
+    ablation = [method for method in methods if method.split(",")[0] in (*second, "MCD R1", "teacher")]
     target = held_out_row(results, next(row for row in results if row["steps"] is not None))
     caption = (
         f"Generative perplexity ± standard deviation over {len(options.seeds)} seeds (of training; of sampling for a "
         f"teacher), in brackets the entropy (nats, {target['entropy_unit']}, or trigrams where the line says so); "
-        f"{options.samples} samples a seed of {target['length']} tokens, float64 draws. Every training: {compute} trunk "
+        f"{options.samples} samples a seed of {target['length']} tokens, float64 draws unless the line says otherwise. Every training: {compute} trunk "
         f"forwards ({options.rounds} rounds; Table 2 one of them). Judge: {target['judge']}. Held-out text: "
         f"{target['gen_ppl']:.2f} ({target['entropy']:.2f}; trigrams {target['trigram_entropy']:.2f}). Matched: log Gen-PPL "
         f"interpolated over temperatures {options.temperatures} to the entropy of held-out text. Teacher like X: the "

@@ -45,8 +45,8 @@ from modeling_mcd.convert_checkpoints import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 MCD_COST = 4
-# Suffix of a row's label -> what `EvaluationProtocol` is told besides. Draws in "legacy_float32" are a line more here.
-PRECISIONS = {"": {}}
+# Suffix of a row's label -> what `EvaluationProtocol` is told besides. The original code's draws are for masks alone.
+PRECISIONS = {"": {}, ", legacy float32": {"precision": "legacy_float32"}}
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,10 @@ class Network:
         if self.run is None:
             return self.teacher
         return self.run.label if self.run.recipe.endswith("teacher.yaml") else f"{self.run.label} R{self.round}"
+
+    @property
+    def precisions(self) -> dict:
+        return PRECISIONS if self.teacher == "teacher" else {"": {}}
 
     @property
     def label(self) -> str:
@@ -221,7 +225,7 @@ class Tables:
             save_results(self.folder, [evaluate_held_out_text(blocks, tokenizer, protocol)])
         for network in self.networks():
             model = load_model(str(network.folder)).to(device)
-            for suffix, settings in PRECISIONS.items():
+            for suffix, settings in network.precisions.items():
                 # A teacher is one network: its spread is over as many seeds of sampling as students have of training.
                 seeds = len(options.seeds) if network.run is None else 1
                 how = replace(protocol, seeds=seeds, **settings)
@@ -282,7 +286,7 @@ def main():
     tables.make_assets()
     tables.make_students()
     tables.judge()
-    labels = [(n.method + s, n.label + s, n.teacher + s) for n in tables.networks() for s in PRECISIONS]
+    labels = [(n.method + s, n.label + s, n.teacher + s) for n in tables.networks() for s in n.precisions]
     about = {
         "compute": options.rounds * options.steps_per_round * MCD_COST,
         "second": {f"{run.label} R1" for run in RUNS if run.first_round_only},

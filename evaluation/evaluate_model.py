@@ -32,7 +32,9 @@ class EvaluationProtocol:
         samples: samples for each seed.
         seeds: number of seeds, 0 .. seeds - 1.
         length: tokens in a sample; the model's context by default.
-        sampler: name of a sampler of `generate`.
+        sampler: name of a sampler of `generate` that takes `steps`.
+        last_step: what follows the steps, see `MDLMGenerationConfig`. Named with the sampler in every row.
+        precision: of the draws, see `MDLMGenerationConfig`.
         convention: how Gen-PPL is computed, see `generative_perplexity.py`.
         entropy_unit: "tokens", "words" or "trigrams", see `unigram_entropy`.
         vocabulary: words that count as known, see `known_words`.
@@ -45,6 +47,8 @@ class EvaluationProtocol:
     seeds: int = 3
     length: int | None = None
     sampler: str = "ancestral"
+    last_step: str | None = None
+    precision: str = "float64"
     convention: str = "retokenized"
     entropy_unit: str = "tokens"
     vocabulary: set[str] | None = None
@@ -58,9 +62,13 @@ class EvaluationProtocol:
             "judge": describe_judge(self.judge),
             "convention": self.convention,
             "entropy_unit": self.entropy_unit,
-            "precision": "float64",  # of the draws, see `draw_tokens`
+            "precision": self.precision,
             "vocabulary_words": None if self.vocabulary is None else len(self.vocabulary),
         }
+
+    @property
+    def sampler_name(self) -> str:
+        return self.sampler if self.last_step is None else f"{self.sampler}, last step {self.last_step}"
 
     def settings(self, length: int, samples: int, seeds: int) -> dict:
         return {**self._settings, "length": length, "samples": samples, "seeds": seeds}
@@ -88,7 +96,7 @@ def evaluate_model(
     length = protocol.length or model.config.max_position_embeddings
     fixed = protocol.settings(length, protocol.samples, protocol.seeds) | {"weights": fingerprint(model)}
     points = [
-        {"model": name, "steps": n, "temperature": float(temperature), "sampler": protocol.sampler}
+        {"model": name, "steps": n, "temperature": float(temperature), "sampler": protocol.sampler_name}
         for temperature in temperatures
         for n in steps
     ]
@@ -131,6 +139,8 @@ def draw_samples(
             temperature=temperature,
             length=length,
             sampler=protocol.sampler,
+            last_step=protocol.last_step,
+            precision=protocol.precision,
             num_return_sequences=batch,
             generator=generator,
             return_dict_in_generate=True,

@@ -11,14 +11,14 @@ from evaluation.table import markdown_table, plain_rows, tables_of
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
-def write_model_card(folder: str | Path, report: dict, name: str | None = None, repository: str | None = None):
+def write_model_card(folder: str | Path, report: dict, name: str | None = None):
     """Writes README.md from a report (see `save_results`); without results a card that says so.
 
-    The figures of the folder's own model, the rows that the report's `label` names, go into the `model-index` too.
+    The figures of the folder's own model, the rows that the report's `label` names, go into the `model-index` too. The
+    snippet loads the report's `repository`, or the folder where there is none.
 
     Args:
         name: heading of the card; the folder's name by default.
-        repository: what the snippet loads, a Hub id or a path; the folder as given by default.
     """
     name = name or Path(folder).resolve().name
     tables = [plain_rows(rows) for rows in tables_of(report["results"])]
@@ -34,7 +34,7 @@ def write_model_card(folder: str | Path, report: dict, name: str | None = None, 
         card_data,
         template_path=str(TEMPLATE),
         name=name,
-        repository=repr(repository or str(folder)),
+        repository=repr(report.get("repository") or str(folder)),
         table=markdown_table(report["results"]),
         plot=(Path(folder) / "eval.png").exists(),
         examples=_examples(tables, report.get("label")),

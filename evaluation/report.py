@@ -8,17 +8,17 @@ from evaluation.results import write_atomically
 from evaluation.table import markdown_table
 
 
-def write_report(folder: str | Path, report: dict, **card_options) -> str:
+def write_report(folder: str | Path, report: dict, name: str | None = None) -> str:
     """Writes `eval.md`, `eval.png` and, where a model lies in the folder, its card; returns the table for the console.
 
     Args:
         report: as `save_results` returns it.
-        card_options: `name` and `repository`, see `write_model_card`.
+        name: heading of the card; the folder's name by default.
     """
     table = markdown_table(report["results"])
     write_atomically(Path(folder) / "eval.md", table + "\n")
     if report["results"]:
         write_plot(folder, report["results"])
     if (Path(folder) / "config.json").exists():
-        write_model_card(folder, report, **card_options)
+        write_model_card(folder, report, name)
     return table

@@ -37,7 +37,7 @@ def save_results(folder: str | Path, rows: Sequence[dict] = (), **about) -> dict
 
     A row takes the place of the one with the same model, steps, temperature and sampler. `about` is kept beside the
     results, entries of None left as they were: `label` (the row label of the folder's own model), `recipe` (YAML),
-    `data` (a sentence), anything that JSON can hold.
+    `data` (a sentence), `repository` (where the folder is on the Hub), anything that JSON can hold.
     """
     report = load_report(folder)
     results = {tuple(row[name] for name in KEY): row for row in [*report["results"], *rows]}

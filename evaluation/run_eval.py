@@ -17,8 +17,9 @@ from evaluation.generative_perplexity import CONVENTIONS
 from evaluation.reference_text import read_texts, text_blocks
 from evaluation.report import write_report
 from evaluation.results import load_report, save_results
-from modeling_mcd.convert_checkpoints import load_model, read_checkpoint
-from modeling_mcd.sampling_mdlm import SAMPLERS
+from modeling_mcd.convert_checkpoints import load_model, read_checkpoint, split_revision
+from modeling_mcd.generation_config_mdlm import options_of
+from modeling_mcd.sampling_mdlm import LAST_STEPS, SAMPLERS
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -27,8 +28,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
+    samplers = [name for name, sampler in SAMPLERS.items() if "steps" in options_of(sampler)]
     result = OneLineParser(prog="run_eval.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    result.add_argument("models", nargs="+", metavar="MODEL", help="Folder or Hub name; `label=MODEL` names its rows.")
+    result.add_argument(
+        "models", nargs="+", metavar="MODEL", help="Folder or Hub name (`@revision`); `label=MODEL` names its rows."
+    )
     result.add_argument(
         "--rounds", action="store_true", help="MODEL is a run's output folder: judge its teacher and every round."
     )
@@ -44,7 +48,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--samples", type=_at_least(int, 1), default=64, help="Samples for each seed.")
     result.add_argument("--seeds", type=_at_least(int, 1), default=3, help="How many seeds: 0, 1, ...")
     result.add_argument("--length", type=_at_least(int, 2), help="Tokens in a sample; the model's context by default.")
-    result.add_argument("--sampler", choices=sorted(SAMPLERS), default="ancestral")
+    result.add_argument(
+        "--sampler", choices=samplers, default="ancestral", help="Of those that take a number of steps."
+    )
+    result.add_argument("--last_step", choices=LAST_STEPS, help="What follows the steps, see docs/generation.md.")
     result.add_argument("--convention", choices=CONVENTIONS, default="retokenized", help="What the judge reads.")
     result.add_argument("--entropy_unit", choices=ENTROPY_UNITS, default="tokens", help="Words for a character model.")
     result.add_argument(
@@ -90,7 +97,10 @@ def run(options: argparse.Namespace):
     protocol = EvaluationProtocol(
         *load_judge(options.judge, options.judge_dtype, device),
         vocabulary=vocabulary,
-        **{name: getattr(options, name) for name in ("samples", "seeds", "length", "sampler", "convention")},
+        **{
+            name: getattr(options, name)
+            for name in ("samples", "seeds", "length", "sampler", "last_step", "convention")
+        },
         **{name: getattr(options, name) for name in ("entropy_unit", "batch_size")},
     )
     # The rows of the folder's own model go into its card; a run's output folder holds the last round's student.
@@ -153,7 +163,8 @@ def load_judge(name: str, dtype: str, device: torch.device) -> tuple[PreTrainedM
 
 def _load(auto_class, what: str, name: str, **options):
     try:
-        return auto_class.from_pretrained(name, **options)
+        repository, revision = split_revision(name)
+        return auto_class.from_pretrained(repository, revision=revision or "main", **options)
     except Exception as error:  # a broken folder raises what its broken file happens to raise
         place = "cannot be loaded" if Path(name).is_dir() else "is no folder here, and cannot be had from the Hub"
         raise ValueError(f"{what} {name!r} {place}: {str(error).strip().splitlines()[0]}") from None

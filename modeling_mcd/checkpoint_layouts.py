@@ -82,10 +82,16 @@ def published_config(
         frequencies: the rotary buffer, which knows the width of a head.
         diffusion_kind: wins over the settings.
     """
-    network = settings.get("model", settings)  # a run's settings hold the network's in a section
-    algorithm = settings.get("algo", {})
+    # A run's settings are in sections: the network's, and that of the algorithm.
+    sections = {name: section for name, section in settings.items() if isinstance(section, Mapping)}
+    network, algorithm = sections.get("model", settings), sections.get("algo", {})
+    if state["vocab_embed.embedding"].ndim != 2:
+        raise ValueError(
+            f"vocab_embed.embedding has the shape {tuple(state['vocab_embed.embedding'].shape)}, not (V, d)"
+        )
     vocab_size, hidden_size = state["vocab_embed.embedding"].shape
-    heads = network.get("n_heads") if frequencies is None else hidden_size // (2 * len(frequencies))
+    known = frequencies is not None and frequencies.numel() > 0
+    heads = hidden_size // (2 * frequencies.numel()) if known else network.get("n_heads")
     if heads is None:
         raise ValueError(f"neither {ROTARY_BUFFER} nor a config.json beside it says how many heads (n_heads) it has")
     found = {

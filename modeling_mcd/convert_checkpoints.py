@@ -95,12 +95,15 @@ def read_checkpoint(
         folder = files[0].parent
         state, settings = read_files(files, ema, trust_pickle)
         settings = settings or read_json(folder / "config.json")
+        generation_config = None
         if settings.get("model_type") == MDLMConfig.model_type:
             config = MDLMConfig.from_dict(settings)
             if diffusion_kind not in (None, config.diffusion_kind):
                 raise ValueError(f"its config.json says {config.diffusion_kind!r} diffusion, not {diffusion_kind!r}")
             ours_of = {name: name for name in parameter_shapes(config)}
             check_keys(state, ours_of, "")
+            if (folder / "generation_config.json").is_file():
+                generation_config = MDLMGenerationConfig.from_pretrained(folder)
         else:
             frequencies = state.pop(ROTARY_BUFFER, None)
             ours_of = parameter_names(count_blocks(state))
@@ -111,9 +114,8 @@ def read_checkpoint(
         for name, ours in ours_of.items():
             if state[name].shape != shapes[ours]:
                 raise ValueError(f"{name} has the shape {tuple(state[name].shape)}, not {tuple(shapes[ours])}")
-        generation_config = None
-        if (folder / "generation_config.json").is_file():
-            generation_config = MDLMGenerationConfig.from_pretrained(folder)
+            if not state[name].is_floating_point():
+                raise ValueError(f"{name} holds {state[name].dtype} numbers, not floating-point ones")
     except (OSError, ValueError, StrictDataclassError) as error:
         there = Path(source).exists()
         place = "cannot be loaded" if there else "is no folder here, and cannot be had from the Hub"
@@ -151,8 +153,10 @@ def find_weights(source: str, revision: str | None) -> list[Path]:
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     if (path / "model.safetensors.index.json").is_file():
-        files = read_json(path / "model.safetensors.index.json")["weight_map"].values()
-        return [path / name for name in sorted(set(files))]
+        weight_map = read_json(path / "model.safetensors.index.json").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("model.safetensors.index.json names no file (weight_map)")
+        return [path / name for name in sorted(set(weight_map.values()))]
     files = [file for pattern in ("*.safetensors", *PICKLES) for file in sorted(path.glob(pattern))]
     if len(files) != 1:
         found = f"one of {[file.name for file in files]} must be chosen" if files else "there are no weights in it"
@@ -160,12 +164,18 @@ def find_weights(source: str, revision: str | None) -> list[Path]:
     return files
 
 
+def split_revision(source: str) -> tuple[str, str | None]:
+    """`name@revision` -> (name, revision), which is None where the Hub's default is meant, or a path on this machine."""
+    name, _, revision = source.partition("@")
+    return (name, revision or None) if not Path(source).exists() else (source, None)
+
+
 def download(source: str, revision: str | None) -> Path:
     """The folder of a repository's snapshot; pickles are downloaded only where there are no safetensors."""
-    name, _, at = source.partition("@")
+    name, at = split_revision(source)
     if at and revision is not None:
         raise ValueError(f"it names the revision {at!r} already: leave out revision {revision!r}")
-    revision = revision or at or None
+    revision = revision or at
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
@@ -206,8 +216,11 @@ def read_files(files: list[Path], ema: bool, trust_pickle: bool) -> tuple[dict[s
             settings = hyper_parameters(content)
         elif ema:
             raise ValueError(f"{file.name} holds no EMA: only a Lightning checkpoint does")
-        for name, tensor in content.get("state_dict", content).items():
-            if not isinstance(tensor, torch.Tensor):
+        tensors = content.get("state_dict", content)
+        if not isinstance(tensors, Mapping):
+            raise ValueError(f"{file.name} holds no state dict but a {type(tensors).__name__}")
+        for name, tensor in tensors.items():
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
                 raise ValueError(f"{file.name} holds no state dict: {name!r} is a {type(tensor).__name__}")
             while name.startswith(WRAPPERS):
                 name = name.partition(".")[2]
@@ -260,9 +273,11 @@ def hyper_parameters(lightning: Mapping) -> Mapping:
 
 def ema_tensors(lightning: Mapping, names: Mapping, file: Path) -> dict[str, torch.Tensor]:
     """The moving average by published name: Lightning files hold it as a list in the order of `parameters()`."""
-    if "ema" not in lightning:
+    ema = lightning.get("ema")
+    shadow = ema.get("shadow_params") if isinstance(ema, Mapping) else None
+    if not isinstance(shadow, list | tuple):
         raise ValueError(f"{file.name} holds no EMA: leave out --ema for its raw weights")
-    shadow = lightning["ema"]["shadow_params"]
+    shadow = [tensor for tensor in shadow if isinstance(tensor, torch.Tensor)]
     if len(shadow) != len(names):
         raise ValueError(f"the EMA of {file.name} has {len(shadow)} tensors, and the network {len(names)} parameters")
     return dict(zip(names, shadow, strict=True))
@@ -317,7 +332,7 @@ def main(arguments: list[str] | None = None):
         model = convert(
             given.source, given.out, given.to, getattr(torch, given.dtype), diffusion_kind=given.kind, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # safetensors has its own for a full disk
         sys.exit(f"error: {' '.join(str(error).split())}")
     print(f"{given.out}: {model.num_parameters():,} parameters, {model.config.diffusion_kind} diffusion")
 

@@ -2,78 +2,23 @@
 
 import copy
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.utils import ModelOutput, logging
 
+from .canvas_mdlm import Canvas
+from .draws_mdlm import PRECISIONS
+from .generation_config_mdlm import MDLMGenerationConfig, options_of
+from .noise_mdlm import row_keys
 from .noise_schedule_mdlm import noise_schedule_of
-from .sampling_mdlm import SAMPLERS
-from .uniform_diffusion_mdlm import LAST_STEPS, uniform_ancestral, uniforms_per_token
+from .sampling_mdlm import SAMPLERS, legacy_ancestral
+from .uniform_diffusion_mdlm import uniform_ancestral
 
 
 logger = logging.get_logger(__name__)
-
-
-class MDLMGenerationConfig(GenerationConfig):
-    r"""
-    Options of [`MDLMForMaskedDiffusion.generate`], saved beside the model as `generation_config.json`.
-
-    Args:
-        steps (`int`, *optional*): Denoising steps, at least 1; 64 when neither the model nor the call says otherwise.
-        length (`int`, *optional*): Tokens in a canvas; see `generate` for the default.
-        temperature (`float`, *optional*): Divides the logits, at least 0; 0 takes the likeliest token. Default 1.
-        sampler (`str`, *optional*): One of `SAMPLERS`; `"ancestral"` by default.
-        last_step (`str`, *optional*): Uniform diffusion only: what follows the `steps`, see `uniform_ancestral`. One of
-            `LAST_STEPS`; `"ancestral"` by default.
-        num_return_sequences (`int`, *optional*): Samples for each canvas; 1 by default.
-        return_dict_in_generate (`bool`, *optional*): Return an [`MDLMGenerationOutput`] instead of the ids alone.
-
-    Raises:
-        ValueError: for an unknown argument or a value out of range.
-    """
-
-    def __init__(self, **kwargs):
-        # The parent's own constructor is left out on purpose: its attributes are those of autoregressive decoding.
-        for name in (*self._get_default_generation_params(), "bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(self, name, kwargs.pop(name, None))
-        for name in ("_commit_hash", "_from_model_config", "transformers_version"):
-            setattr(self, name, kwargs.pop(name, None))
-        if kwargs:
-            known = sorted(self._get_default_generation_params())
-            raise ValueError(f"unknown generation arguments {sorted(kwargs)}; generate() takes {known}")
-        self.validate()
-
-    def validate(self, **unused_kwargs):
-        for name in ("steps", "length", "num_return_sequences"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
-        if self.temperature is not None and not (
-            isinstance(self.temperature, int | float) and 0 <= self.temperature < torch.inf
-        ):
-            raise ValueError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
-        if self.sampler is not None and self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, not {self.sampler!r}")
-        if self.last_step is not None and self.last_step not in LAST_STEPS:
-            raise ValueError(f"last_step must be one of {LAST_STEPS}, not {self.last_step!r}")
-
-    @staticmethod
-    def _get_default_generation_params() -> dict:
-        return {
-            "steps": 64,
-            "length": None,
-            "temperature": 1.0,
-            "sampler": "ancestral",
-            "last_step": None,
-            "num_return_sequences": 1,
-            "return_dict_in_generate": False,
-        }
-
-    @classmethod
-    def from_model_config(cls, model_config):
-        raise NotImplementedError("the options of masked diffusion are not part of a model configuration")
 
 
 @dataclass
@@ -82,10 +27,14 @@ class MDLMGenerationOutput(ModelOutput):
     Args:
         sequences (`torch.LongTensor` of shape `(batch_size * num_return_sequences, length)`): The filled canvases.
         nfe (`torch.LongTensor` of shape `(batch_size * num_return_sequences,)`): Forwards of the network per sequence.
+        reveal_steps (`torch.LongTensor` of shape `(batch_size * num_return_sequences, length)`, *optional*): With
+            `output_reveal_steps`: the step, from 0, that revealed each token (the last one, if it was remasked); -1 for
+            those that were given.
     """
 
     sequences: torch.LongTensor | None = None
     nfe: torch.LongTensor | None = None
+    reveal_steps: torch.LongTensor | None = None
 
 
 class MDLMGenerationMixin:
@@ -97,9 +46,12 @@ class MDLMGenerationMixin:
         input_ids: torch.LongTensor | None = None,
         generation_config: MDLMGenerationConfig | None = None,
         attention_mask: torch.Tensor | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
+        logits_processor: LogitsProcessorList | None = None,
         streamer=None,
+        callback: Callable[[int, torch.LongTensor], None] | None = None,
+        progress: bool = False,
         **kwargs,
     ) -> torch.LongTensor | MDLMGenerationOutput:
         r"""
@@ -114,10 +66,16 @@ class MDLMGenerationMixin:
             input_ids (`torch.LongTensor` of shape `(batch_size, width)`, *optional*): Prompt or canvas.
             generation_config ([`MDLMGenerationConfig`], *optional*): The model's own by default.
             attention_mask (`torch.Tensor` of shape `(batch_size, width)`, *optional*): 0 marks padding, which is
-                neither seen nor filled.
-            seed (`int`, *optional*): Fixes the result. By default the global random state of torch decides.
+                neither seen, nor filled, nor counted in positions: prompts of different lengths are padded on the left.
+            seed (`int` or a sequence of them, *optional*): Fixes the result; a sequence gives each row its own, and a
+                row is then the same in any batch. By default the global random state of torch decides.
             generator (`torch.Generator`, *optional*): On the CPU; instead of a seed.
+            logits_processor (`LogitsProcessorList`, *optional*): Called with the canvas of each position `(n, length)`
+                and its logits `(n, vocab_size)` before anything else looks at them.
             streamer (*optional*): Receives the first canvas: `put_draft` after each step, `put` and `end` at the end.
+            callback (*optional*): Called after each step that changed something with its number, from 0, and the canvas
+                `(batch_size * num_return_sequences, length)`, which goes on changing.
+            progress (`bool`, *optional*): Show a progress bar.
             kwargs: Any option of [`MDLMGenerationConfig`], for this call only.
 
         Returns:
@@ -125,82 +83,139 @@ class MDLMGenerationMixin:
             or an [`MDLMGenerationOutput`] with `return_dict_in_generate=True`.
 
         Raises:
-            ValueError: names the argument, its value and what is allowed.
+            ValueError: names the argument, its value and what is allowed; or the row and the step of a NaN logit.
         """
         options = self._options(generation_config, kwargs)
-        canvas, maskable, attention_mask = self._canvas(input_ids, attention_mask, options)
-        if seed is not None and generator is not None:
-            raise ValueError("give a seed or a generator, not both")
-        if seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-        if self.config.diffusion_kind == "uniform":
-            own = {"vocab_size": self.config.vocab_size, "last_step": options.last_step or "ancestral"}
-            sampler, draws = functools.partial(uniform_ancestral, **own), uniforms_per_token(options.steps)
-        else:
-            sampler, draws = functools.partial(SAMPLERS[options.sampler], mask_token_id=self.config.mask_token_id), 2
-        # Row by row on the CPU, so that neither the device nor the number of rows behind it changes a row's noise.
-        noise = torch.rand(len(canvas), draws, canvas.shape[1], dtype=torch.float64, generator=generator)
+        tokens, fillable, mask = self._canvas(input_ids, attention_mask, options)
+        keys = self._keys(seed, generator, len(tokens))
+        given = mask & ~fillable
+        if options.guidance_scale is not None and not given.any():
+            raise ValueError(f"guidance_scale ({options.guidance_scale}) needs a prompt to guide by")
+        sampler, head = self._sampler(options), self._head(logits_processor, options)
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        nfe, reveal_steps, done = torch.zeros(len(tokens), dtype=torch.long), torch.full(tokens.shape, -1), 0
 
-        schedule = noise_schedule_of(self.config)
-
-        def predict(tokens: torch.Tensor, reveal: torch.Tensor, rows: torch.Tensor, t: float) -> torch.Tensor:
-            mask = None if attention_mask is None else attention_mask[rows]
-            sigma = -schedule.gamma(torch.tensor(t, dtype=torch.float64)).log().float().to(tokens.device)
-            sigma = sigma.expand(len(rows))
-            return self(input_ids=tokens, attention_mask=mask, timesteps=sigma, logits_rows=reveal).logits
-
-        def on_step(tokens: torch.Tensor):
+        def on_step():
             if streamer is not None:
                 streamer.put_draft(tokens[:1])
+            if callback is not None:
+                callback(canvas.step, tokens)
 
         was_training = self.training
         self.eval()
         try:
-            nfe = sampler(
-                predict,
-                canvas,
-                maskable,
-                noise.to(canvas.device).transpose(0, 1),
-                steps=options.steps,
-                schedule=schedule,
-                temperature=options.temperature,
-                on_step=on_step,
-            )
+            for block, window in self._blocks(fillable, options):
+                inside = torch.zeros_like(fillable)
+                inside[:, block] = fillable[:, block]
+                if not inside.any():
+                    continue
+                canvas = Canvas(
+                    tokens[:, window],
+                    inside[:, window],
+                    keys,
+                    places[:, window],
+                    trunk=self._trunk(mask[:, window], given[:, window], options),
+                    head=head,
+                    schedule=noise_schedule_of(self.config),
+                    vocab_size=self.config.vocab_size,
+                    mask_token_id=self.config.mask_token_id,
+                    draw={name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+                    | {"dtype": PRECISIONS.get(options.precision, torch.float64)},
+                    forwards=1 if options.guidance_scale is None else 2,
+                    whole=options.compile,
+                    step=done,
+                )
+                label = f"tokens {block.start} to {block.stop - 1}"
+                canvas.denoise(logging.tqdm(sampler(canvas), desc=label, unit="step", disable=not progress), on_step)
+                nfe += canvas.nfe
+                reveal_steps[:, window] = torch.where(inside[:, window], canvas.reveal_steps, reveal_steps[:, window])
+                done = canvas.step
+                if options.stop_at_eos:
+                    self._stop(tokens, fillable, reveal_steps, block.stop, options)
         finally:
             self.train(was_training)
         if streamer is not None:
-            streamer.put(canvas[0])
+            streamer.put(tokens[0])
             streamer.end()
-        return MDLMGenerationOutput(sequences=canvas, nfe=nfe) if options.return_dict_in_generate else canvas
+        if not options.return_dict_in_generate:
+            return tokens
+        return MDLMGenerationOutput(
+            sequences=tokens,
+            nfe=nfe.to(tokens.device),
+            reveal_steps=reveal_steps.to(tokens.device) if options.output_reveal_steps else None,
+        )
 
     def _options(self, generation_config: MDLMGenerationConfig | None, kwargs: dict) -> MDLMGenerationConfig:
         """The call's arguments over the given (or the model's) configuration over the library's defaults."""
         options = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
-        if "steps" not in options._get_default_generation_params():
+        defaults = MDLMGenerationConfig._get_default_generation_params()
+        if not hasattr(options, "steps"):
             raise ValueError(f"generation_config must be an MDLMGenerationConfig, not a {type(options).__name__}")
-        unknown = sorted(set(kwargs) - set(options._get_default_generation_params()))
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        unknown = sorted(set(kwargs) - set(defaults) - set(ids))
         if unknown:
-            raise ValueError(
-                f"unknown arguments {unknown}; generate() takes {sorted(options._get_default_generation_params())}"
-            )
-        for name, default in options._get_default_generation_params().items():
+            raise ValueError(f"unknown arguments {unknown}; generate() takes {sorted(defaults)}")
+        asked = {name for name, value in kwargs.items() if value is not None}
+        if generation_config is not None:
+            asked |= {name for name in defaults if getattr(options, name, None) is not None}
+        for name in (*defaults, *ids):
             if kwargs.get(name) is not None:
                 setattr(options, name, kwargs[name])
             elif getattr(options, name, None) is None:
-                setattr(options, name, default)
+                setattr(options, name, defaults.get(name))
         options.validate()
-        if self.config.diffusion_kind == "uniform" and options.sampler != "ancestral":
-            raise ValueError(
-                f"sampler {options.sampler!r} is for absorbing diffusion; this model is uniform: 'ancestral'"
-            )
-        if self.config.diffusion_kind == "absorbing" and options.last_step is not None:
-            raise ValueError(f"last_step ({options.last_step!r}) is for uniform diffusion; this model is absorbing")
+        self._check(options, asked)
         return options
+
+    def _check(self, options: MDLMGenerationConfig, asked: set[str]):
+        """Refuses what the model cannot do, and what was asked for but would not be used."""
+        samplers = self._samplers()
+        if options.sampler not in samplers:
+            raise ValueError(
+                f"sampler {options.sampler!r} is for absorbing diffusion; this model is uniform: {list(samplers)}"
+            )
+        used = options_of(samplers[options.sampler])
+        for name in sorted(
+            asked & {name for sampler in SAMPLERS.values() for name in options_of(sampler)} - set(used)
+        ):
+            raise ValueError(
+                f"{name} ({getattr(options, name)!r}) is not used by the sampler {options.sampler!r}, "
+                f"which takes {list(used)}"
+            )
+        if self.config.mask_token_id is None:
+            for name, wrong in (
+                ("precision", options.precision == "legacy_float32"),
+                ("guidance_scale", options.guidance_scale is not None),
+            ):
+                if wrong:
+                    raise ValueError(f"{name} ({getattr(options, name)!r}) needs a [MASK]; this model is uniform")
+        for token in options.suppress_tokens or ():
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(
+                    f"suppress_tokens hold {token}, but the vocabulary is 0 .. {self.config.vocab_size - 1}"
+                )
+        if options.output_reveal_steps and not options.return_dict_in_generate:
+            raise ValueError(
+                "output_reveal_steps needs return_dict_in_generate=True, since ids alone have no place for it"
+            )
+        if options.stop_at_eos and self._end_of_sequence(options)[0] is None:
+            raise ValueError("stop_at_eos needs an eos_token_id, in the call or in the model's configuration")
+
+    def _samplers(self) -> dict[str, Callable]:
+        return {"ancestral": uniform_ancestral} if self.config.diffusion_kind == "uniform" else SAMPLERS
+
+    def _sampler(self, options: MDLMGenerationConfig) -> Callable:
+        """`canvas -> steps`, with the options that the call, the configuration or the library gives."""
+        sampler = self._samplers()[options.sampler]
+        if options.precision == "legacy_float32":
+            sampler = legacy_ancestral
+        given = {name: getattr(options, name) for name in options_of(sampler)}
+        return functools.partial(sampler, **{name: value for name, value in given.items() if value is not None})
 
     def _canvas(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, options: MDLMGenerationConfig
-    ):
-        """Canvas [B * n, length], the positions to fill, and the attention mask of the same shape or None."""
+    ) -> tuple[torch.LongTensor, torch.BoolTensor, torch.BoolTensor]:
+        """Canvas [B * n, length], and on the CPU: the positions to fill, and those that are no padding."""
         uniform, context = self.config.diffusion_kind == "uniform", self.config.max_position_embeddings
         mask_token_id = -1 if uniform else self.config.mask_token_id  # -1, no token at all, stands for noise to come
         if input_ids is None:
@@ -214,28 +229,110 @@ class MDLMGenerationMixin:
             )
         width = input_ids.shape[1]
         length = options.length or (width if (input_ids == mask_token_id).any() else context)
-        if length > context:
-            raise ValueError(f"length is {length}, but the model's context is {context} tokens")
+        if length > context and options.block_length is None:
+            raise ValueError(
+                f"length is {length}, but the model's context is {context} tokens; block_length goes beyond it"
+            )
         if width > length:
             raise ValueError(f"input_ids are {width} tokens wide, but length is {length}")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
+            )
         canvas = torch.nn.functional.pad(input_ids.long(), (0, length - width), value=mask_token_id)
-        maskable = canvas == mask_token_id
-        if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise ValueError(
-                    f"attention_mask has the shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
-                )
-            attention_mask = torch.nn.functional.pad(attention_mask, (0, length - width), value=1)
-            maskable &= attention_mask.bool()
-            attention_mask = attention_mask.repeat_interleave(options.num_return_sequences, dim=0)
-        if uniform and not maskable.any(dim=1).all():
+        mask = torch.nn.functional.pad(attention_mask.bool().cpu(), (0, length - width), value=True)
+        fillable = (canvas == mask_token_id).cpu() & mask
+        if uniform and not fillable.any(dim=1).all():
             raise ValueError(f"input_ids fill the whole length ({length}), and leave nothing to generate")
-        if not maskable.any(dim=1).all():
+        if not fillable.any(dim=1).all():
             raise ValueError(
                 f"a row of input_ids holds no mask (id {mask_token_id}) to fill, and length ({length}) adds none"
             )
-        repeat = options.num_return_sequences
-        return canvas.repeat_interleave(repeat, dim=0), maskable.repeat_interleave(repeat, dim=0), attention_mask
+        return tuple(x.repeat_interleave(options.num_return_sequences, dim=0) for x in (canvas, fillable, mask))
+
+    @staticmethod
+    def _keys(seed: int | Sequence[int] | None, generator: torch.Generator | None, rows: int) -> torch.LongTensor:
+        if seed is not None and generator is not None:
+            raise ValueError("give a seed or a generator, not both")
+        if not isinstance(seed, Sequence):
+            return row_keys(rows, generator if seed is None else torch.Generator().manual_seed(seed))
+        if len(seed) != rows:
+            raise ValueError(f"seed holds {len(seed)} numbers, but there are {rows} rows")
+        return torch.cat([row_keys(1, torch.Generator().manual_seed(number)) for number in seed])
+
+    def _blocks(self, fillable: torch.BoolTensor, options: MDLMGenerationConfig) -> list[tuple[slice, slice]]:
+        """The columns to fill one after the other, and those that the network sees meanwhile.
+
+        It sees the whole canvas as far as the context goes (LLaDA, arXiv 2502.09992, Sec. 2.4); beyond that, the
+        context's last tokens up to the block's end (MDLM's semi-autoregressive sampler).
+        """
+        length, context = fillable.shape[1], self.config.max_position_embeddings
+        size = options.block_length or length
+        if size > context:
+            raise ValueError(f"block_length is {size}, but the model's context is {context} tokens")
+        blocks = []
+        for start in range(int(fillable.any(dim=0).nonzero()[0]), length, size):
+            stop = min(start + size, length)
+            # Under uniform noise there is no token for what is still to come.
+            right = stop if self.config.diffusion_kind == "uniform" else min(length, max(stop, context))
+            blocks.append((slice(start, stop), slice(max(0, right - context), right)))
+        return blocks
+
+    def _trunk(self, mask: torch.BoolTensor, given: torch.BoolTensor, options: MDLMGenerationConfig) -> Callable:
+        """What a `Canvas` asks: the trunk, twice with guidance, on rows with their padding and their own positions."""
+        schedule, guided, padded = noise_schedule_of(self.config), options.guidance_scale is not None, not mask.all()
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        mask, positions, given = (x.to(self.device) for x in (mask, positions, given))
+        network = torch.compile(self.model, mode="reduce-overhead", dynamic=False) if options.compile else self.model
+
+        def trunk(tokens: torch.Tensor, rows: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            sigma = -schedule.gamma(time).log().float()
+            inputs = {"input_ids": tokens, "timesteps": sigma.to(tokens.device, non_blocking=True)}
+            if padded:
+                inputs |= {"attention_mask": mask[rows], "position_ids": positions[rows]}
+            if not guided:
+                return network(**inputs).last_hidden_state
+            without = tokens.masked_fill(given[rows], self.config.mask_token_id)
+            inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
+            inputs["input_ids"] = torch.cat([tokens, without])
+            return network(**inputs).last_hidden_state.unflatten(0, (2, -1)).movedim(0, 2)
+
+        return trunk
+
+    def _head(self, logits_processor: LogitsProcessorList | None, options: MDLMGenerationConfig) -> Callable:
+        processors = LogitsProcessorList(logits_processor or [])
+        if options.suppress_tokens:
+            processors.append(SuppressTokensLogitsProcessor(list(options.suppress_tokens), device=self.device))
+
+        def head(hidden_states: torch.Tensor, tokens: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
+            logits = self.get_output_embeddings()(hidden_states)
+            if options.guidance_scale is not None:
+                conditional, without = logits.float().unbind(dim=1)
+                logits = without + options.guidance_scale * (conditional - without)
+            return processors(tokens[lines], logits.float()) if processors else logits
+
+        return head
+
+    def _end_of_sequence(self, options: MDLMGenerationConfig) -> tuple[torch.Tensor | None, int | None]:
+        """The ids that end a sequence, and the one that pads it."""
+        eos = self.config.eos_token_id if options.eos_token_id is None else options.eos_token_id
+        if eos is None:
+            return None, None
+        eos = torch.tensor(eos, device=self.device).flatten()
+        pads = (options.pad_token_id, self.config.pad_token_id, eos[0].item())
+        return eos, next(pad for pad in pads if pad is not None)
+
+    def _stop(self, tokens, fillable, reveal_steps, end: int, options: MDLMGenerationConfig):
+        """Pads the rows in which a token before `end` was filled with an end of sequence, and fills them no more."""
+        eos, pad = self._end_of_sequence(options)
+        ends = torch.isin(tokens, eos).cpu() & fillable
+        ends[:, end:] = False
+        behind = (ends.cumsum(dim=1) - ends.long() > 0) & fillable
+        tokens[behind.to(tokens.device)] = pad
+        reveal_steps[behind] = -1
+        fillable &= ~behind
 
     def adjust_generation_fn(
         self,

@@ -6,16 +6,15 @@
 network makes of the other tokens: the posterior takes z_t itself into account.
 """
 
+import functools
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 
-from .noise_schedule_mdlm import NoiseSchedule
-from .sampling_mdlm import draw_tokens
-
-
-LAST_STEPS = ("ancestral", "greedy", "none")
-TAIL = 1e-5  # the time at which the steps end and the last step begins, as in Duo's code
+from .canvas_mdlm import Canvas
+from .draws_mdlm import draw_tokens, keep_likeliest, probability_of
+from .sampling_mdlm import TAIL
 
 
 def corrupt_uniformly(x_0: torch.Tensor, gamma: torch.Tensor, u: torch.Tensor, vocab_size: int) -> torch.LongTensor:
@@ -52,25 +51,17 @@ def posterior_weights(
     return (seen + alpha_t / alpha_s - alpha_t) / total, (alpha_s - alpha_t) / total
 
 
-def probability_of(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
-    """softmax(logits / temperature) of one token a row, [rows, V] and [rows] -> [rows] float64."""
-    if temperature == 0:
-        return (logits.argmax(dim=-1) == tokens).double()
-    found = []
-    for scores, wanted in zip(logits.split(256), tokens.split(256), strict=True):  # never all rows in float64 at once
-        scores = scores.double()
-        scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
-        found.append(scores.softmax(dim=-1).gather(-1, wanted[:, None])[:, 0])
-    return torch.cat(found)
-
-
 def draw_posterior(
     logits: torch.Tensor,
     z_t: torch.Tensor,
-    uniforms: tuple[torch.Tensor, torch.Tensor],
+    part: torch.Tensor,
+    which: torch.Tensor,
     alpha_t: float,
     alpha_s: float,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> torch.LongTensor:
     """Draws z_s of each row from q(z_s | z_t, x_hat) in float64: first a part of the mixture, then a token of that part.
 
@@ -79,53 +70,38 @@ def draw_posterior(
     Args:
         logits: [rows, V], any floating dtype.
         z_t: [rows] tokens.
-        uniforms: two of [rows], float64 in [0, 1): which part, and which token of it.
+        part, which: [rows], float64 in [0, 1): which part, and which token of it.
+        temperature, top_k, top_p: what makes x_hat of the logits, see `draw_tokens`; so does `dtype`.
+
+    Returns:
+        [rows] int64; -1 where the logits hold a NaN.
     """
-    part, which = uniforms
-    vocab_size = logits.shape[-1]
-    stay, predict = posterior_weights(probability_of(logits, z_t, temperature), alpha_t, alpha_s, vocab_size)
+    logits, vocab_size = keep_likeliest(logits.to(dtype), temperature, top_k, top_p), logits.shape[-1]
+    stay, predict = posterior_weights(probability_of(logits, z_t, None, temperature), alpha_t, alpha_s, vocab_size)
     predicted = (part >= stay) & (part < stay + predict)
     z_s = torch.where(part < stay, z_t, pick_uniformly(which, vocab_size))
-    z_s[predicted] = draw_tokens(logits[predicted], which[predicted], None, temperature)
-    return z_s
+    z_s[predicted] = draw_tokens(logits[predicted], which[predicted], None, temperature, dtype=dtype)
+    return z_s.masked_fill(stay.isnan(), -1)
 
 
-def uniforms_per_token(steps: int) -> int:
-    """How many uniforms `uniform_ancestral` takes: one for the prior, two for each step and for the last one."""
-    return 1 + 2 * (steps + 1)
-
-
-def uniform_ancestral(
-    predict, canvas, maskable, uniforms, *, steps, schedule: NoiseSchedule, vocab_size, temperature, last_step, on_step
-):
+def uniform_ancestral(canvas: Canvas, *, steps: int, last_step: str = "ancestral") -> Iterator[None]:
     """Ancestral sampling of a uniform-state model (Duo): noise, then `steps` draws from the posterior, then a last step.
 
     The last step takes what little noise is left at t = 1e-5: "ancestral" draws from the posterior of t = 0, "greedy"
     takes the network's likeliest token at every position (Duo's greedy tail), "none" leaves it, and saves a forward.
-
-    Args:
-        predict: `(canvas [b, L], chosen [b, L] bool, rows [b], t) -> logits [chosen, V]`, in row-major order.
-        canvas: [B, L] int64; changed in place.
-        maskable: [B, L] bool, the positions to fill; the others stay.
-        uniforms: [uniforms_per_token(steps), B, L] float64 in [0, 1).
-        on_step: called with the canvas after each step.
-
-    Returns:
-        [B] int64: the number of forwards that each row took part in.
     """
-    rows, draws = torch.arange(len(canvas), device=canvas.device), iter(uniforms)
-    canvas[maskable] = pick_uniformly(next(draws), vocab_size)[maskable]
+    canvas.write(canvas.fillable, canvas.send(pick_uniformly(canvas.when, canvas.vocab_size)[canvas.fillable]))
+    where, columns = canvas.fillable, tuple(map(canvas.send, canvas.fillable.nonzero().unbind(dim=1)))
     times = torch.linspace(1, TAIL, steps + 1, dtype=torch.float64).tolist()
     for t, s in pairwise([*times, 0.0] if last_step == "ancestral" else times):
-        alpha_t, alpha_s = schedule.gamma(torch.tensor([t, s], dtype=torch.float64)).tolist()
-        logits = predict(canvas, maskable, rows, t)
-        noise = next(draws)[maskable], next(draws)[maskable]
-        canvas[maskable] = draw_posterior(logits, canvas[maskable], noise, alpha_t, alpha_s, temperature)
-        on_step(canvas)
+        alpha_t, alpha_s = canvas.schedule.gamma(torch.tensor([t, s], dtype=torch.float64)).tolist()
+        part, which = canvas.noise(canvas.step + 1)
+        draw = functools.partial(draw_posterior, alpha_t=alpha_t, alpha_s=alpha_s, **canvas.draw)
+        canvas.write(where, canvas.ask(where, t).map(draw, canvas.tokens[columns], part[where], which[where]))
+        yield
     if last_step == "greedy":
-        canvas[maskable] = predict(canvas, maskable, rows, TAIL).argmax(dim=-1)
-        on_step(canvas)
-    return torch.full_like(rows, steps + (last_step != "none"))
+        canvas.reveal(where, TAIL, greedy=True)
+        yield
 
 
 def uniform_nelbo(

@@ -79,6 +79,9 @@ class Handler(BaseHTTPRequestHandler):
 
     # One method for each route: what is returned is the content of the answer and its own headers.
 
+    def name_the_user(self, body):
+        return {"type": "user", "name": self.server.user}, {}
+
     def create_repository(self, body):
         wish = json.loads(body)
         name = f"{wish.get('organization') or self.server.user}/{wish['name']}"
@@ -138,6 +141,7 @@ class Handler(BaseHTTPRequestHandler):
 
 NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
 ROUTES = {  # request -> whether only the owner's token opens it, and what answers
+    r"GET /api/whoami-v2": (True, Handler.name_the_user),
     r"POST /api/repos/create": (True, Handler.create_repository),
     r"POST /api/validate-yaml": (False, Handler.validate_card),
     rf"POST /api/models/{NAME}/preupload/main": (True, Handler.choose_upload_modes),

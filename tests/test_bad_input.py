@@ -1,5 +1,6 @@
 """Bad input to the entry points: one clear line, a failing exit status, and nothing left half-written."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
 from test_text_blocks import hub_dataset  # noqa: F401
 from tiny_run import BLOCK, ROOT, mcd_arguments, save_teacher, write_inputs
 
-from trainers import run_mcd, run_mdlm
+from modeling_mcd import MDLMForMaskedDiffusion
+from trainers import run_judge, run_mcd, run_mdlm, text_blocks
 from trainers.character_tokenizer import character_tokenizer
 from trainers.checkpoints import last_whole_checkpoint
 
@@ -99,6 +102,24 @@ def test_text(refusal, tmp_path, entry, field, content, says):
 
 
 @both
+def test_text_that_is_streamed(refusal, tmp_path, entry):
+    text = tmp_path / "novels"
+    text.mkdir()
+    (text / "00.txt").write_text("one short line")
+    line = refusal(entry, train_text=text, streaming=True)
+    assert f"'{text}' holds less text than one block of 32 tokens" in line
+    for number in range(99):  # more files than are read for the first block
+        (text / f"{number:02}.txt").write_text("plain for many blocks, " * 9)
+    (text / "99.txt").write_bytes(b"plain until here \xe9")
+    line = refusal(entry, train_text=text, streaming=True)
+    assert f"{text / '99.txt'} is not UTF-8: byte 0xe9 at offset 17" in line
+
+
+def test_a_stream_has_no_epochs(refusal):
+    assert "streaming text has no known length" in refusal("run_mdlm", streaming=True, max_steps=-1)
+
+
+@both
 def test_of_a_folder_the_bad_file_is_named(refusal, tmp_path, entry):
     folder = tmp_path / "novels"
     folder.mkdir()
@@ -128,7 +149,23 @@ def test_a_block_that_holds_nothing(refusal, entry):
 
 def test_a_block_longer_than_the_teachers_context(refusal):
     line = refusal("run_mcd", block_length=2 * BLOCK)
-    assert f"block_length is {2 * BLOCK}, but the teacher's context is {BLOCK}" in line
+    assert f"block_length is {2 * BLOCK}, but the teacher's context is {BLOCK} tokens" in line
+
+
+def test_a_block_longer_than_the_context_of_a_model_to_go_on_from(refusal, inputs):
+    line = refusal("run_mdlm", model=inputs / "teacher", block_length=2 * BLOCK)
+    assert f"block_length is {2 * BLOCK}, but the model's context is {BLOCK} tokens" in line
+
+
+def test_the_training_of_a_judge_refuses_as_the_others_do(inputs, output):
+    words = [f"--output_dir={output}", f"--train_text={inputs / 'nowhere.txt'}", "--block_length=32"]
+    for tokenizer, says in (
+        ("nowhere", "tokenizer 'nowhere' cannot be loaded"),
+        (inputs / "tokenizer", "nowhere.txt"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run_judge.main([*words, f"--tokenizer={tokenizer}"])
+        assert says in stop.value.code and "\n" not in stop.value.code and not output.exists()
 
 
 # --- Tokenizer and networks
@@ -160,6 +197,19 @@ def test_a_teacher_and_a_student_of_different_vocabularies(refusal, tmp_path):
     save_teacher(tmp_path / "student", vocab_size=64)
     line = refusal("run_mcd", student=tmp_path / "student")
     assert "teacher and student differ in vocab_size: 48 and 64" in line
+
+
+def test_a_student_of_another_shape_than_the_teacher(refusal, inputs, tmp_path):
+    student = MDLMForMaskedDiffusion.from_pretrained(inputs / "teacher").config
+    student.num_hidden_layers, student.num_attention_heads = 1, 2
+    MDLMForMaskedDiffusion(student).save_pretrained(tmp_path / "student")
+    line = refusal("run_mcd", student=tmp_path / "student")
+    assert "teacher and student differ in num_hidden_layers (2 and 1), num_attention_heads (4 and 2)" in line
+
+
+def test_a_kind_of_noise_that_is_not_that_of_the_model(refusal, inputs):
+    line = refusal("run_mdlm", model=inputs / "teacher", diffusion_kind="uniform")
+    assert "its config.json says 'absorbing' diffusion, not 'uniform'" in line
 
 
 @pytest.mark.parametrize("entry, field", [(e, "tokenizer") for e in ENTRIES] + [("run_mdlm", "model")])
@@ -253,6 +303,26 @@ def test_recipes(inputs, output, tmp_path, capsys, entry, recipe, says):
     assert len(lines) == 1 and lines[0].startswith("error: ") and says.format(recipe=path) in lines[0]
 
 
+# --- Where a run reports to
+
+
+@both
+def test_a_tracker_that_is_unknown_or_not_installed(refusal, monkeypatch, entry):
+    assert "tensorbord is not supported, only " in refusal(entry, report_to="tensorbord", tokenizer="/nowhere")
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
+    line = refusal(entry, report_to="tensorboard", tokenizer="/nowhere")
+    assert "report_to ['tensorboard']: TensorBoardCallback requires tensorboard" in line
+
+
+@both
+@pytest.mark.parametrize("name", [{"hub_model_id": "tiny"}, {}])
+def test_a_repository_without_a_namespace_when_the_hub_cannot_be_asked(refusal, entry, output, name):
+    line = refusal(entry, push_to_hub=True, hub_token="hf_secret", tokenizer="/nowhere", **name)
+    name = name.get("hub_model_id", output.name)
+    assert f"hub_model_id '{name}' has no namespace" in line and f"as in 'you/{name}'" in line
+    assert "hf_secret" not in line
+
+
 # --- Output folders and checkpoints
 
 
@@ -295,6 +365,25 @@ def test_a_checkpoint_of_another_run(refusal, finished):
 def test_a_checkpoint_that_is_not_there(refusal, tmp_path):
     line = refusal("run_mcd", resume_from_checkpoint=tmp_path / "checkpoint-4")
     assert f"cannot resume from {tmp_path / 'checkpoint-4'}: " in line
+
+
+@pytest.mark.parametrize("moment", ["before it is written", "while it is written"])
+def test_no_room_for_a_dataset(refusal, tmp_path, monkeypatch, moment):
+    """datasets says so in two ways: without an errno before it starts, and wrapped in an error of its own later."""
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    Dataset.from_dict({"text": ["hello world"]}).to_parquet(tmp_path / "novels.parquet")
+    options = {"data_files": {"train": str(tmp_path / "novels.parquet")}, "cache_dir": str(tmp_path / "cache")}
+    monkeypatch.setattr(text_blocks, "load_dataset", lambda *_, split, **__: load_dataset("parquet", **options))
+    if moment == "before it is written":
+        monkeypatch.setattr("datasets.builder.has_sufficient_disk_space", lambda *_, **__: False)
+    else:
+        monkeypatch.setattr("datasets.arrow_writer.ArrowWriter._build_writer", full)
+    line = refusal("run_mcd", train_text="acme/novels")
+    says = "Not enough disk space. Needed: " if moment == "before it is written" else "No space left on device"
+    assert line.startswith("error: no space left on the disk while writing ") and says in line
 
 
 # --- A disk that is really full: a small tmpfs, in a mount namespace that ends with the process

@@ -188,6 +188,10 @@ def broken(kind: str, folder: Path) -> tuple[Path, dict]:
         state = {name: tensor for name, tensor in state.items() if ".blocks.2." not in name}
     elif kind == "wrong shape":
         state["backbone.blocks.2.attn_qkv.weight"] = torch.ones(64, 192)
+    elif kind == "one axis":
+        state["backbone.vocab_embed.embedding"] = torch.ones(5)
+    elif kind == "integers":
+        state["backbone.blocks.0.norm1.weight"] = torch.ones(64, dtype=torch.int32)
     elif kind == "two prefixes":
         state["vocab_embed.embedding"] = torch.ones(101, 64)
     elif kind in config:
@@ -209,6 +213,9 @@ def broken(kind: str, folder: Path) -> tuple[Path, dict]:
     elif kind == "empty folder":
         shutil.rmtree(source)
         source.mkdir()
+    elif kind == "empty index":
+        weights.unlink()
+        (source / "model.safetensors.index.json").write_text("{}")
     elif kind == "revision of a folder":
         options = {"revision": "main"}
     elif kind == "no ema":
@@ -226,6 +233,12 @@ def broken(kind: str, folder: Path) -> tuple[Path, dict]:
             content["ema"]["shadow_params"].pop()
         elif kind == "ckpt ema shape":
             content["ema"]["shadow_params"][5] = torch.ones(65)
+        elif kind == "ckpt ema numbers":
+            content["ema"]["shadow_params"][5] = 0.5
+        elif kind == "ckpt ema empty":
+            content["ema"] = {}
+        elif kind == "ckpt state list":
+            content["state_dict"] = [1, 2]
         elif kind == "ckpt ema none":
             del content["ema"]
         elif kind == "ckpt list":
@@ -243,6 +256,8 @@ REFUSALS = {
     "extra key": "blocks.1.norm3.weight is no parameter of this network",
     "missing block": "n_blocks = 3, but in the weights it is 2",
     "wrong shape": r"blocks.2.attn_qkv.weight has the shape (64, 192), not (192, 64)",
+    "one axis": "vocab_embed.embedding has the shape (5,), not (V, d)",
+    "integers": "blocks.0.norm1.weight holds torch.int32 numbers",
     "two prefixes": "holds 'vocab_embed.embedding' twice",
     "hidden_dim": "hidden_dim = 7, but in the weights it is 64",
     "n_heads": "n_heads = 7, but in the weights it is 4",
@@ -254,11 +269,15 @@ REFUSALS = {
     "git-lfs": "model.safetensors is a git-lfs pointer, not the weights: run `git lfs pull`",
     "broken config": "config.json is not valid JSON",
     "empty folder": "there are no weights in it",
+    "empty index": "model.safetensors.index.json names no file",
     "revision of a folder": "revision 'main' is for a Hub id",
     "no ema": "model.safetensors holds no EMA: only a Lightning checkpoint does",
     "ours, a shard gone": "is missing, so the weights are not complete",
     "ckpt ema short": "the EMA of last.ckpt has 39 tensors, and the network 40 parameters",
     "ckpt ema shape": "blocks.0.norm1.weight has the shape (65,), not (64,)",
+    "ckpt ema numbers": "the EMA of last.ckpt has 39 tensors, and the network 40 parameters",
+    "ckpt ema empty": "last.ckpt holds no EMA: leave out --ema",
+    "ckpt state list": "last.ckpt holds no state dict but a list",
     "ckpt ema none": "last.ckpt holds no EMA: leave out --ema",
     "ckpt list": "last.ckpt holds no state dict but a list",
     "ckpt no state": "last.ckpt holds no state dict: 'epoch' is a int",
@@ -279,6 +298,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line_and_nothing_is_wr
         main([str(source), str(tmp_path / "out"), *words])
     assert REFUSALS[kind] in stop.value.code and "\n" not in stop.value.code
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_stands_beside_a_published_checkpoint_and_is_not_ours_is_no_reason_to_refuse_it(tmp_path):
+    config = json.loads((DATA / "config.json").read_text()) | {"algo": "mdlm", "model": "small"}
+    source = save(tmp_path / "source", WEIGHTS, config)
+    (source / "generation_config.json").write_text('{"do_sample": true}')
+    assert (
+        load_model(source).generation_config.to_dict()
+        == load_model(published(tmp_path / "x", "mdlm")).generation_config.to_dict()
+    )
 
 
 def test_a_converted_checkpoint_never_replaces_a_folder_and_a_failed_one_leaves_none(build, tmp_path):
@@ -393,19 +422,24 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def test_every_entry_point_takes_a_published_checkpoint(inputs, tmp_path, capsys):
+def test_every_entry_point_takes_a_published_checkpoint_of_the_hub_at_a_revision(inputs, tmp_path, capsys):
+    repository = cached("acme/dit", {"main": "duo"})
+    shutil.copytree(inputs / "published", repository / "snapshots" / "v2")
+    (repository / "refs" / "v2").write_text("v2")
     shared = {"tokenizer": inputs / "tokenizer", "train_text": inputs / "text.txt", "block_length": BLOCK}
     shared |= {"disable_tqdm": True, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 1}
     for entry, settings in (
-        (run_mdlm, {"model": inputs / "published", "max_steps": 1}),
-        (run_mcd, {"teacher": inputs / "published", "num_rounds": 1, "steps_per_round": 1}),
+        (run_mdlm, {"model": "acme/dit@v2", "max_steps": 1}),
+        (run_mcd, {"teacher": "acme/dit@v2", "num_rounds": 1, "steps_per_round": 1}),
     ):
         out = tmp_path / entry.__name__
         entry.main([f"--{key}={value}" for key, value in {**shared, **settings, "output_dir": out}.items()])
         assert AutoModel.from_pretrained(out).num_parameters() == load_model(inputs / "published").num_parameters()
-    words = [f"theirs={inputs / 'published'}", "--steps", "2", "--judge", str(inputs / "judge"), "--samples", "2"]
-    words += ["--seeds", "1", "--tokenizer", str(inputs / "tokenizer"), "--output_dir", str(tmp_path / "report")]
-    run_eval(words)
+    for file in (inputs / "tokenizer").iterdir():  # ours have their tokenizer with them
+        shutil.copy(file, repository / "snapshots" / "v2")
+    words = ["theirs=acme/dit@v2", "--steps", "2", "--judge", str(inputs / "judge"), "--samples", "2"]
+    run_eval([*words, "--seeds", "1", "--output_dir", str(tmp_path / "report")])
+    shutil.rmtree(repository)
     (row,) = json.loads((tmp_path / "report" / "eval.json").read_text())["results"]
     assert (row["model"], row["steps"], row["samples"]) == ("theirs", 2, 2)
 

@@ -243,6 +243,14 @@ def test_rows_are_what_the_plain_functions_say_of_the_samples(model, judge, toke
     json.dumps(row, allow_nan=False)
 
 
+def test_a_row_names_its_sampler_and_last_step(model, judge, tokenizer):
+    rows = []
+    for arguments in ({}, {"last_step": "greedy"}, {"sampler": "confidence"}):
+        rows += evaluate_model("m", model, tokenizer, protocol_of(judge, tokenizer, **arguments), [2], known_rows=rows)
+    assert [row["sampler"] for row in rows] == ["ancestral", "ancestral, last step greedy", "confidence"]
+    assert rows[2]["gen_ppl"] != rows[0]["gen_ppl"]
+
+
 def test_a_known_row_is_left_out_only_for_the_same_weights_and_protocol(model, judge, tokenizer):
     def again(protocol: EvaluationProtocol) -> int:
         return len(list(evaluate_model("m", model, tokenizer, protocol, [2], known_rows=rows)))
@@ -327,8 +335,9 @@ def test_run_eval_writes_everything_and_goes_on_where_it_was(folders, capsys):
     # Killed after some rows: these are kept to the last digit (a mark on one shows it), the others come back the same.
     kept = [row for row in report["results"] if row["model"] != "round-1"]
     kept[1]["example"] = "kept"
-    (run / "eval.json").write_text(json.dumps(report | {"results": kept}))
+    (run / "eval.json").write_text(json.dumps(report | {"results": kept, "repository": "someone/tiny"}))
     main(arguments_for(folders))
+    assert "AutoModel.from_pretrained('someone/tiny'," in (run / "README.md").read_text()
     again = {
         tuple(row[k] for k in ("model", "steps", "temperature")): row
         for row in json.loads((run / "eval.json").read_text())["results"]

@@ -9,11 +9,14 @@ import itertools
 import pytest
 import torch
 from scipy.stats import chi2
+from toy import counts_of, index_of, sample, table_of_logits, toy_canvas
 from transformers import GenerationConfig, TextDiffusionStreamer
 
 from modeling_mcd import MDLMConfig, MDLMGenerationConfig, MDLMGenerationOutput
+from modeling_mcd.canvas_mdlm import Canvas
+from modeling_mcd.draws_mdlm import draw_tokens
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule, nelbo_weight, noise_schedule_of
-from modeling_mcd.sampling_mdlm import ancestral, ancestral_reveal_steps, draw_tokens
+from modeling_mcd.sampling_mdlm import ancestral, ancestral_reveal_steps
 
 
 MASK = 47
@@ -46,15 +49,6 @@ def make_context_matter(model):
 # --- The law of the sampler: three tokens and a mask (id 3) at three positions, 64 canvases
 
 
-def table_of_logits(seed: int = 0) -> torch.Tensor:
-    """Logits [canvas, position, token] of a denoiser that looks at the whole canvas; the mask is often its favourite."""
-    return 1.5 * torch.randn(64, 3, 4, generator=torch.Generator().manual_seed(seed))
-
-
-def index_of(canvas: torch.Tensor) -> torch.Tensor:
-    return canvas @ torch.tensor([16, 4, 1])
-
-
 def exact_law(table: torch.Tensor, start: list[int], steps: int, schedule, temperature: float = 1.0) -> torch.Tensor:
     """Probability of each of the 64 canvases at the end, by enumeration of the textbook sampler.
 
@@ -82,23 +76,6 @@ def exact_law(table: torch.Tensor, start: list[int], steps: int, schedule, tempe
     return law
 
 
-def sample(table, start, steps, schedule, temperature=1.0, draws=200_000, seed=1) -> torch.Tensor:
-    """Counts of the 64 canvases among `draws` runs of the library's sampler."""
-    canvas = torch.tensor(start).repeat(draws, 1)
-    ancestral(
-        lambda canvas, reveal, rows, t: table[index_of(canvas)][reveal],
-        canvas,
-        canvas == 3,
-        uniforms(2, draws, 3, seed=seed),
-        steps=steps,
-        schedule=schedule,
-        mask_token_id=3,
-        temperature=temperature,
-        on_step=lambda canvas: None,
-    )
-    return index_of(canvas).bincount(minlength=64)
-
-
 @pytest.mark.parametrize(
     "start, steps, schedule, temperature",
     [
@@ -113,14 +90,16 @@ def sample(table, start, steps, schedule, temperature=1.0, draws=200_000, seed=1
 )
 def test_ancestral_sampling_has_the_exact_law(start, steps, schedule, temperature):
     law = exact_law(table_of_logits(), start, steps, schedule, temperature)
-    counts = sample(table_of_logits(), start, steps, schedule, temperature)
+    counts = counts_of(
+        sample(ancestral, table_of_logits(), start, schedule=schedule, temperature=temperature, steps=steps)
+    )
     assert counts.sum() == 200_000
     assert p_value(counts, law) > FALSE_ALARM
 
 
 def test_the_chi_squared_test_sees_a_wrong_law():
     """The power of the test above: neighbouring laws are told apart with certainty."""
-    counts = sample(table_of_logits(), [3, 3, 3], 3, LogLinearSchedule())
+    counts = counts_of(sample(ancestral, table_of_logits(), steps=3))
     for steps, schedule, temperature in (
         (2, LogLinearSchedule(), 1.0),
         (3, CosineSchedule(), 1.0),
@@ -240,22 +219,19 @@ def test_the_visible_sets_of_n_and_2n_steps_agree_at_common_times(schedule, step
 
 
 def run(table, steps, seed=0):
-    """The canvases before each step and what is revealed in it, of eight rows."""
-    canvas, path = torch.full((8, 3), 3), []
+    """The final canvas of eight rows, what is revealed in which canvas, and the forwards."""
+    path = []
 
-    def predict(canvas, reveal, rows, t):
-        path.append((rows.tolist(), canvas.tolist(), reveal.tolist()))
-        return table[index_of(canvas)][reveal]
+    class Recorder(Canvas):
+        def ask(self, where, time):
+            rows = where.any(dim=1)
+            path.append((rows.nonzero()[:, 0].tolist(), self.tokens[rows].tolist(), where[rows].tolist()))
+            return super().ask(where, time)
 
-    noise = uniforms(2, 8, 3, seed=seed)
-    arguments = {
-        "schedule": LogLinearSchedule(),
-        "mask_token_id": 3,
-        "temperature": 1.0,
-        "on_step": lambda canvas: None,
-    }
-    forwards = ancestral(predict, canvas, canvas == 3, noise, steps=steps, **arguments)
-    return canvas, path, forwards
+    canvas = toy_canvas(table, [3, 3, 3], draws=8, seed=seed)
+    canvas.__class__ = Recorder
+    canvas.denoise(ancestral(canvas, steps=steps), lambda: None)
+    return canvas.tokens, path, canvas.nfe
 
 
 def test_what_is_revealed_when_does_not_depend_on_the_network():
@@ -476,8 +452,8 @@ def test_a_wrong_argument_is_refused_by_name_and_value(model, arguments, message
 
 
 def test_a_wrong_generation_configuration_is_refused(model, tmp_path):
-    with pytest.raises(ValueError, match=r"unknown generation arguments \['top_p'\].*'steps'"):
-        MDLMGenerationConfig(top_p=0.9)
+    with pytest.raises(ValueError, match=r"unknown generation arguments \['num_beams'\].*'steps'"):
+        MDLMGenerationConfig(num_beams=4)
     with pytest.raises(ValueError, match="steps must be an integer of at least 1, not 0"):
         MDLMGenerationConfig(steps=0)
     model.generation_config.steps = 0

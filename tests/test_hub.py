@@ -132,6 +132,15 @@ def test_the_card_names_the_repository_and_no_folder_of_this_machine(story):
     assert re.findall(r"from_pretrained\((.*?)[,)]", card) == ["'user/tiny'"] * 2
 
 
+def test_a_repository_without_a_namespace_is_the_users_own_and_the_card_says_so(inputs, tmp_path):
+    arguments = mcd_arguments(inputs, tmp_path / "small", num_rounds=1, steps_per_round=1, push_to_hub=True)
+    with HubServer(TOKEN) as hub:
+        result = run(hub.endpoint, tmp_path / "hf", sys.executable, "-c", TRAIN, *arguments)
+        assert result.returncode == 0, result.stderr
+        card = hub.files("user/small")["README.md"].decode()
+    assert re.findall(r"from_pretrained\((.*?)[,)]", card) == ["'user/small'"] * 2
+
+
 @pytest.mark.parametrize("attempt", [0, 1], ids=["the server is broken", "large files are refused"])
 def test_the_recommended_command_makes_the_same_repository(story, attempt):
     program, *words = retry_command(story.results[attempt])

@@ -94,22 +94,15 @@ def test_stopped_and_resumed_is_the_same_run(config, inputs, tmp_path):
 
 def test_unsynchronised_ranks_are_refused(inputs, tmp_path):
     """torchrun with an explicit gloo backend and no CPU flag is the launch that used to train two diverging ranks."""
-    code = (
+    script = tmp_path / "unsynchronised.py"
+    script.write_text(
         "import sys, trainers.diffusion_trainer as d; d.pick_cpu_backend = lambda arguments: None\n"
         "from trainers.run_mcd import main; main(sys.argv[1:])"
     )
-    script = tmp_path / "unsynchronised.py"
-    script.write_text(code)
-    arguments = mcd_arguments(inputs, tmp_path / "run", ddp_backend="gloo")
-    result = run_python(
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "0",
-        str(script),
-        *arguments,
-        launcher=("-m",),
-    )
+    arguments = mcd_arguments(inputs, tmp_path / "run", ddp_backend="gloo", teacher="/nowhere")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    result = run_python(str(script), *arguments, launcher=torchrun)
     assert result.returncode != 0
-    assert "accelerate would not synchronise" in result.stderr
+    assert "error: 2 processes were launched, but accelerate would not synchronise their gradients" in result.stderr
+    assert "Traceback" not in result.stderr.split("torch/distributed/elastic")[0]
+    assert not (tmp_path / "run").exists()

@@ -19,6 +19,7 @@ class Model:
     teacher: str | None = None
     sizes: list[int] = field(default_factory=lambda: [1, 2])
     decay: float | None = 0.9
+    order: Literal["left", "right"] | None = "left"
 
 
 @dataclass
@@ -86,6 +87,7 @@ def test_null_is_none_where_a_field_may_be_none(parse):
     assert parse("decay: null\n")[0].decay is None
     assert parse("decay: 0.5\nteacher: ./there\n", "--decay", "null", "--teacher=null")[0] == Model(decay=None)
     assert parse("decay: null\n", "--decay", "0.25")[0].decay == 0.25
+    assert parse("order: null\n")[0].order is None and parse("order: right\n")[0].order == "right"
 
 
 def test_what_is_missing_or_null_keeps_its_default(parse):

@@ -109,7 +109,7 @@ def test_remote_code_gives_the_same_model(visit, name):
         torch.testing.assert_close(tensors[f"{name} logits"], model(torch.arange(12).reshape(2, 6)).logits)
     ours = model.generate(seed=0, steps=4, return_dict_in_generate=True)
     assert torch.equal(tensors[f"{name} sequences"], ours.sequences) and tensors[f"{name} sequences"].shape == (1, 12)
-    assert torch.equal(tensors[f"{name} nfe"], ours.nfe) and ours.nfe.item() == 4
+    assert torch.equal(tensors[f"{name} nfe"], ours.nfe) and 2 < ours.nfe.item() <= 4
     assert tensors[f"{name} default nfe"].item() == 2, "the steps saved with the model"
 
 
@@ -144,7 +144,17 @@ def test_a_model_saved_from_remote_code_is_whole(visit):
 def test_the_code_beside_the_weights_is_the_package_s_own(visit):
     saved, package = visit[3], Path(modeling_mcd.__file__).parent
     copied = {file.name for file in saved.glob("*.py")} - {"__init__.py"}
-    parts = ("configuration", "generation", "modeling", "noise_schedule", "sampling", "uniform_diffusion")
+    parts = (
+        "canvas",
+        "configuration",
+        "draws",
+        "generation",
+        "generation_config",
+        "modeling",
+        "noise",
+        "noise_schedule",
+    )
+    parts += ("sampling", "uniform_diffusion")
     assert copied == {f"{part}_mdlm.py" for part in parts}
     for name in copied:
         assert (saved / name).read_text() == (package / name).read_text(), name

@@ -181,9 +181,10 @@ def test_the_plot_is_a_png_also_for_one_point_and_two_protocols(tmp_path):
 
 def test_the_card_holds_the_table_the_recipe_and_an_index_of_the_folders_own_model(tmp_path):
     about = {"label": "round-1", "recipe": "delta: 0.002\nseed: 1\n", "data": "Public-domain novels."}
+    about |= {"repository": "someone/tiny-mcd"}
     report = save_results(tmp_path, sweep_of_two_models(), **about)
     (tmp_path / "config.json").write_text("{}")
-    table = write_report(tmp_path, report, name="tiny-mcd", repository="someone/tiny-mcd")
+    table = write_report(tmp_path, report, name="tiny-mcd")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.model_name == "tiny-mcd"
     assert len(card.data.eval_results) == 4  # none of the teacher's
@@ -198,6 +199,7 @@ def test_the_card_holds_the_table_the_recipe_and_an_index_of_the_folders_own_mod
         "delta: 0.002\nseed: 1\n```",
         "novels",
         "(eval.png)",
+        "from_pretrained('someone/tiny-mcd', trust_remote_code=True)",
         "arxiv.org/abs/2602.00792",
         "teacher wrote this",
     ):

@@ -15,15 +15,16 @@ from transformers import AutoModel
 
 from evaluation import validation_nelbo
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
+from modeling_mcd.canvas_mdlm import Canvas
+from modeling_mcd.noise_mdlm import row_keys
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
+from modeling_mcd.sampling_mdlm import TAIL
 from modeling_mcd.uniform_diffusion_mdlm import (
-    TAIL,
     corrupt_uniformly,
     draw_posterior,
     posterior_weights,
     uniform_ancestral,
     uniform_nelbo,
-    uniforms_per_token,
 )
 from trainers import run_mcd, run_mdlm
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
@@ -64,7 +65,7 @@ def test_uniform_posterior_draws_have_the_exact_law(temperature):
     x_hat = (logits.double() / temperature).softmax(-1)
     for z_t in range(K):
         z = torch.full((200_000,), z_t)
-        drawn = draw_posterior(logits.expand(200_000, K), z, tuple(uniforms(2, 200_000)), 0.2, 0.6, temperature)
+        drawn = draw_posterior(logits.expand(200_000, K), z, *uniforms(2, 200_000), 0.2, 0.6, temperature)
         counts = drawn.bincount(minlength=K)
         assert p_value(counts, bayes(x_hat, z_t, 0.2, 0.6)) > FALSE_ALARM
         assert p_value(counts, bayes(x_hat, z_t, 0.2, 0.66)) < 1e-9, "the test has no power"
@@ -72,10 +73,10 @@ def test_uniform_posterior_draws_have_the_exact_law(temperature):
 
 def test_uniform_posterior_of_temperature_zero_is_that_of_the_likeliest_token():
     logits, certain = torch.tensor([0.3, -1.0, 1.2, 0.1]).expand(1000, K), torch.tensor([0.0, 0.0, 900.0, 0.0])
-    z, noise = torch.arange(1000) % K, tuple(uniforms(2, 1000))
-    expected = draw_posterior(certain.expand(1000, K), z, noise, 0.2, 0.6)
+    z, noise = torch.arange(1000) % K, uniforms(2, 1000)
+    expected = draw_posterior(certain.expand(1000, K), z, *noise, 0.2, 0.6)
     for temperature in (0, 1e-310):
-        assert torch.equal(draw_posterior(logits, z, noise, 0.2, 0.6, temperature), expected)
+        assert torch.equal(draw_posterior(logits, z, *noise, 0.2, 0.6, temperature), expected)
 
 
 def test_uniform_noise_has_its_law_and_clean_tokens_come_first():
@@ -126,22 +127,21 @@ def times_of(steps: int) -> list[float]:
 
 
 def sample(tables, schedule, last_step, prompt=None, draws=200_000):
-    canvas = torch.full((draws, 2), 0 if prompt is None else prompt)
-    free = torch.tensor([[prompt is None, True]]).expand(draws, 2)
-    nfe = uniform_ancestral(
-        lambda canvas, chosen, rows, t: tables[t][index_of(canvas)][chosen],
-        canvas,
-        free,
-        uniforms(uniforms_per_token(3), draws, 2),
-        steps=3,
+    tokens = torch.full((draws, 2), 0 if prompt is None else prompt)
+    canvas = Canvas(
+        tokens,
+        torch.tensor([[prompt is None, True]]).expand(draws, 2),
+        row_keys(draws, torch.Generator().manual_seed(0)),
+        torch.arange(2).expand(draws, 2),
+        trunk=lambda tokens, rows, time: tables[time[0].item()][index_of(tokens)],
+        head=lambda hidden, *unused: hidden,
         schedule=schedule,
         vocab_size=K,
-        temperature=1.0,
-        last_step=last_step,
-        on_step=lambda canvas: None,
+        mask_token_id=None,
     )
-    assert nfe.shape == (draws,) and (nfe == (3 if last_step == "none" else 4)).all()
-    return index_of(canvas).bincount(minlength=16)
+    canvas.denoise(uniform_ancestral(canvas, steps=3, last_step=last_step), lambda: None)
+    assert canvas.nfe.shape == (draws,) and (canvas.nfe == (3 if last_step == "none" else 4)).all()
+    return index_of(tokens).bincount(minlength=16)
 
 
 @pytest.fixture(scope="module")
@@ -221,11 +221,15 @@ def test_what_makes_no_sense_for_a_kind_is_refused_by_name(uniform, model):
         ({"last_step": "lucky"}, r"last_step must be one of .*'greedy'.*not 'lucky'"),
         ({"input_ids": torch.ones(1, 5, dtype=torch.long), "length": 5}, r"fill the whole length \(5\)"),
         ({"input_ids": torch.tensor([[-1, 3]])}, "input_ids hold -1 .. 3"),
+        (
+            {"sampler": "random"},
+            r"sampler 'random' is for absorbing diffusion; this model is uniform: \['ancestral'\]",
+        ),
+        ({"precision": "legacy_float32"}, r"precision \('legacy_float32'\) needs a \[MASK\]; this model is uniform"),
+        ({"guidance_scale": 2.0}, r"guidance_scale \(2.0\) needs a \[MASK\]; this model is uniform"),
     ):
         with pytest.raises(ValueError, match=message):
             uniform.generate(**arguments)
-    with pytest.raises(ValueError, match=r"last_step \('greedy'\) is for uniform diffusion; this model is absorbing"):
-        model.generate(last_step="greedy")
     with pytest.raises(Exception, match=r"(?s)mask_token_id \(3\) must be null under uniform"):
         MDLMConfig(vocab_size=10, mask_token_id=3, diffusion_kind="uniform")
     with pytest.raises(Exception, match="(?s)diffusion_kind"):

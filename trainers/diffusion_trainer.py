@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
 from trainers.checkpoints import fault_of, last_whole_checkpoint, write_manifest
@@ -21,7 +22,11 @@ EVALUATION_STEP = 2**63  # no training step: evaluation has a stream of noise of
 
 @dataclass
 class DiffusionTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults that masked diffusion needs, and the EMA of the student."""
+    """`TrainingArguments` with the defaults that masked diffusion needs, and the EMA of the student.
+
+    Raises:
+        ValueError: names the setting at fault; also when several processes were launched that would not be synchronised.
+    """
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "Blocks are not the model's arguments."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "The time strata need whole batches."})
@@ -42,6 +47,17 @@ class DiffusionTrainingArguments(TrainingArguments):
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1) or be null, not {self.ema_decay}")
         super().__post_init__()
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes > 1 and (self.world_size != processes or self.distributed_state.distributed_type == "NO"):
+            raise ValueError(
+                f"{processes} processes were launched, but accelerate would not synchronise their gradients; start with "
+                "`accelerate launch --config_file recipes/accelerate/ddp_cpu.yaml` (or another configuration there)"
+            )
+        for callback in get_reporting_integration_callbacks(self.report_to):
+            try:
+                callback()
+            except RuntimeError as error:  # its package is missing
+                raise ValueError(f"report_to {self.report_to}: {error} Or take report_to none.") from None
         if self.save_strategy == "steps" and self.logging_strategy == "steps" and self.save_steps % self.logging_steps:
             raise ValueError(
                 f"save_steps ({self.save_steps}) must be a multiple of logging_steps ({self.logging_steps}): a run that "
@@ -96,23 +112,12 @@ class DiffusionTrainer(Trainer):
 
     A subclass writes `compute_loss`, calling `noise_of_batch` for its randomness and `record` for what it logs, and puts
     each network that follows the student into `self.followers`.
-
-    Raises:
-        RuntimeError: when several processes were launched that would not be synchronised.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss returns a mean over the micro-batch
 
     def __init__(self, model, args: DiffusionTrainingArguments, *, data_collator=collate_blocks, **kwargs):
         super().__init__(model, args, data_collator, **kwargs)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size > 1 and (
-            self.accelerator.num_processes != world_size or self.accelerator.distributed_type == "NO"
-        ):
-            raise RuntimeError(
-                f"{world_size} processes were launched, but accelerate would not synchronise their gradients; start with "
-                "`accelerate launch --config_file recipes/accelerate/ddp_cpu.yaml` (or another configuration there)"
-            )
         self.model_accepts_loss_kwargs = False
         self.schedule = noise_schedule_of(self.model.config)
         self.mask_token_id = self.model.config.mask_token_id

@@ -74,6 +74,24 @@ def check_same_tokens(teacher, student, diffusion_kind: str = "absorbing"):
             )
 
 
+# What of a configuration decides which function given weights are. Dropout, context and noise schedule do not.
+ARCHITECTURE = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "conditioning_size"),
+    *("layer_norm_eps", "rope_theta", "time_conditioning", "tie_word_embeddings"),
+)
+
+
+def check_same_network(teacher, student):
+    """Raises ValueError, which names every field that differs, unless the student can become the next round's teacher."""
+    pairs = {name: (getattr(teacher, name), getattr(student, name)) for name in ARCHITECTURE}
+    differing = [f"{name} ({theirs} and {ours})" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    if differing:
+        raise ValueError(
+            f"teacher and student differ in {', '.join(differing)}: they must be the same network, since each round's "
+            "student becomes the next one's teacher"
+        )
+
+
 class DistillationTrainer(DiffusionTrainer):
     """A student that learns from a teacher, which is at first `teacher` and afterwards what the method makes of it.
 
@@ -82,8 +100,8 @@ class DistillationTrainer(DiffusionTrainer):
         teacher: of the same architecture and vocabulary; a copy of the student when not given.
 
     Raises:
-        ValueError: when the networks are of another diffusion kind, or differ in their vocabularies or masks, or when the
-            method has no teacher beside the student and one is given.
+        ValueError: when the networks are of another diffusion kind, or differ in their vocabularies, masks or architectures,
+            or when the method has no teacher beside the student and one is given.
     """
 
     diffusion_kind = "absorbing"
@@ -91,7 +109,9 @@ class DistillationTrainer(DiffusionTrainer):
 
     def __init__(self, model, args: DistillationArguments, *, teacher: nn.Module | None = None, **kwargs):
         super().__init__(model, args, **kwargs)
-        check_same_tokens((self.model if teacher is None else teacher).config, self.model.config, self.diffusion_kind)
+        first = (self.model if teacher is None else teacher).config
+        check_same_tokens(first, self.model.config, self.diffusion_kind)
+        check_same_network(first, self.model.config)
         if self.has_teacher:
             self.followers["teacher"] = Follower(self.model if teacher is None else teacher, self.model.dtype)
             self.teacher = self.followers["teacher"].model.to(args.device)

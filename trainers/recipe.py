@@ -32,6 +32,8 @@ class RecipeParser(HfArgumentParser):
         for key, action in _keys(self).items():
             if key in self.optional_keys and callable(action.type):
                 action.type = _or_null(action.type)
+                if action.choices is not None:
+                    action.choices = [*action.choices, None]
 
     def error(self, message: str):
         self.exit(2, f"error: {' '.join(message.split())}\n")

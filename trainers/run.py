@@ -42,22 +42,28 @@ def one_line_errors(main):
     def wrapped(arguments: list[str] | None = None):
         try:
             return main(arguments)
-        except (ValueError, FileNotFoundError, FloatingPointError) as error:
-            line = str(error)
         except Exception as error:
-            if not disk_is_full(error):
+            if disk_is_full(error):
+                # Of a copy, `filename` is what was read, and `filename2` what could not be written.
+                file = getattr(error, "filename2", None) or getattr(error, "filename", None) or f"a file ({error})"
+                line = f"no space left on the disk while writing {file}: free some and start again"
+            elif isinstance(error, (ValueError, FileNotFoundError, FloatingPointError)):
+                line = str(error)
+            else:
                 raise
-            # Of a copy, `filename` is what was read, and `filename2` what could not be written.
-            file = getattr(error, "filename2", None) or getattr(error, "filename", None) or "a file"
-            line = f"no space left on the disk while writing {file}: free some and start again"
         sys.exit(f"error: {' '.join(line.split())}")
 
     return wrapped
 
 
 def disk_is_full(error: Exception) -> bool:
-    """safetensors and torch have errors of their own for a failed write; only those of safetensors name the reason."""
-    words = ("No space left on device", "PytorchStreamWriter failed writing", "iostream error")
+    """safetensors, torch and datasets have errors of their own for a failed write, without its number."""
+    words = (
+        "No space left on device",
+        "Not enough disk space",
+        "PytorchStreamWriter failed writing",
+        "iostream error",
+    )
     return getattr(error, "errno", None) == errno.ENOSPC or any(part in str(error) for part in words)
 
 
@@ -90,8 +96,18 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config):
         )
 
 
+def check_block_length(block_length: int, name: str, config):
+    """Raises ValueError when a block is longer than the context of the model, which `name` calls by its argument."""
+    if block_length > config.max_position_embeddings:
+        raise ValueError(
+            f"block_length is {block_length}, but the {name}'s context is {config.max_position_embeddings} tokens"
+        )
+
+
 def load_data(text: TextArguments, tokenizer: PreTrainedTokenizerBase, training: TrainingArguments):
     """The blocks; the first process of each machine prepares the cache that the others read."""
+    if text.streaming and training.max_steps <= 0:
+        raise ValueError("streaming text has no known length, so an epoch has none either: give max_steps")
     with training.main_process_first():
         return load_blocks(text, tokenizer)
 
@@ -162,18 +178,34 @@ def short_name(source: str | None) -> str | None:
 
 
 def take_hub_api(training: TrainingArguments) -> HfApi | None:
-    """The Hub that the finished run is pushed to, if it is. Every checkpoint holds the arguments: they lose the token."""
+    """The Hub that the finished run is pushed to, if it is. Every checkpoint holds the arguments: they lose the token.
+
+    The model card names the repository, so `hub_model_id` becomes its full name; without a push it becomes None.
+
+    Raises:
+        ValueError: when the name has no namespace, and the Hub does not say whose token this is.
+    """
     api = HfApi(token=training.hub_token) if training.push_to_hub else None
+    name = training.hub_model_id or Path(training.output_dir).resolve().name
+    if api is not None and "/" not in name:
+        try:
+            name = f"{api.whoami()['name']}/{name}"
+        except Exception as error:  # no token, a wrong one, no network
+            raise ValueError(
+                f"hub_model_id {name!r} has no namespace, and the Hub does not say whose token this is ({error}): "
+                f"log in, or give the whole name, as in 'you/{name}'"
+            ) from None
+    training.hub_model_id = None if api is None else name
     training.push_to_hub, training.hub_token = False, None
     return api
 
 
 def push_to_hub(training: TrainingArguments, api: HfApi):
     """Sends the output folder, without checkpoints, to the Hub. A failure is reported with the way to try again."""
-    repository = training.hub_model_id or Path(training.output_dir).resolve().name
+    repository = training.hub_model_id
     ignored = ["checkpoint-*", "teacher/*", "round-*", "runs/*", "run.json", ".*"]
     try:
-        repository = api.create_repo(repository, private=training.hub_private_repo, exist_ok=True).repo_id
+        api.create_repo(repository, private=training.hub_private_repo, exist_ok=True)
         url = api.upload_folder(
             repo_id=repository,
             folder_path=training.output_dir,

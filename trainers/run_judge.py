@@ -6,15 +6,15 @@ accelerate launch trainers/run_judge.py recipes/tiny_judge.yaml
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 from trainers.recipe import parse_recipe
+from trainers.run import TokenizerArguments, load_tokenizer, one_line_errors
 from trainers.text_blocks import TextArguments, load_blocks
 
 
 @dataclass
 class JudgeArguments:
-    tokenizer: str = field(metadata={"help": "Folder or Hub name of the tokenizer."})
     hidden_size: int = field(default=256, metadata={"help": "Width."})
     num_layers: int = field(default=6, metadata={"help": "Blocks."})
     num_heads: int = field(default=4, metadata={"help": "Attention heads."})
@@ -25,9 +25,12 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids}
 
 
+@one_line_errors
 def main(arguments: list[str] | None = None):
-    judge, text, training = parse_recipe((JudgeArguments, TextArguments, TrainingArguments), arguments)
-    tokenizer = AutoTokenizer.from_pretrained(judge.tokenizer)
+    judge, tokenizer_arguments, text, training = parse_recipe(
+        (JudgeArguments, TokenizerArguments, TextArguments, TrainingArguments), arguments
+    )
+    tokenizer = load_tokenizer(tokenizer_arguments)
     with training.main_process_first():
         train, validation = load_blocks(text, tokenizer)
     set_seed(training.seed)

@@ -15,7 +15,7 @@ from evaluation import load_report, save_results, write_report
 from evaluation.run_eval import load_judge
 from modeling_mcd.convert_checkpoints import load_model
 from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
-from trainers.distillation_trainer import DistillationTrainer, check_same_tokens
+from trainers.distillation_trainer import DistillationTrainer, check_same_network, check_same_tokens
 from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
@@ -23,6 +23,7 @@ from trainers.recipe import parse_recipe_of
 from trainers.rounds import JudgeArguments, RoundCallback, RunReport
 from trainers.run import (
     TokenizerArguments,
+    check_block_length,
     check_tokenizer,
     load_data,
     load_tokenizer,
@@ -73,11 +74,10 @@ def main(arguments: list[str] | None = None):
     teacher = load_model(networks.teacher)
     student = teacher if networks.student is None else load_model(networks.student)
     check_same_tokens(teacher.config, student.config, trainer_class.diffusion_kind)
+    check_same_network(teacher.config, student.config)
     check_tokenizer(tokenizer, teacher.config)
-    if text.block_length > teacher.config.max_position_embeddings:
-        raise ValueError(
-            f"block_length is {text.block_length}, but the teacher's context is {teacher.config.max_position_embeddings}"
-        )
+    check_block_length(text.block_length, "teacher", teacher.config)
+    check_block_length(text.block_length, "student", student.config)
     judge = None
     if judging.judge is not None and training.process_index == 0:
         judge = load_judge(judging.judge, judging.judge_dtype, training.device)
@@ -101,6 +101,7 @@ def main(arguments: list[str] | None = None):
             recipe=recipe_text(training, method, networks, tokenizer_arguments, text, judging),
             data=f"Distilled on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
             method=f"Distilled from {short_name(networks.teacher)} by {title}.",
+            repository=training.hub_model_id,
         )
         if judge is not None:
             report = RunReport(judging, judge, tokenizer, validation, text.train_text, training.output_dir)
@@ -111,20 +112,20 @@ def main(arguments: list[str] | None = None):
     student = trainer.whole_student()
     save_model(student, tokenizer, training)
     if training.process_index == 0:
-        finish(trainer, student, report, training.hub_model_id if hub is not None else None)
+        finish(trainer, student, report)
         if hub is not None:
             push_to_hub(training, hub)
     trainer.end()
 
 
-def finish(trainer: DistillationTrainer, student, report: RunReport | None, repository: str | None):
+def finish(trainer: DistillationTrainer, student, report: RunReport | None):
     """The table once more, the card beside the model, a sample of teacher and student, and where everything is."""
     folder = Path(trainer.args.output_dir)
     last = f"round-{trainer.args.round_of(trainer.state.global_step - 1) + 1}"
     if report is not None:
         report.judge(last, student)
     results = load_report(folder)
-    print(f"\n{write_report(folder, results, repository=repository)}")
+    print(f"\n{write_report(folder, results)}")
     for name in ("teacher", last):
         rows = [row for row in results["results"] if row["model"] == name]
         if rows:

@@ -16,6 +16,7 @@ from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.recipe import parse_recipe
 from trainers.run import (
     TokenizerArguments,
+    check_block_length,
     check_tokenizer,
     load_data,
     load_tokenizer,
@@ -43,19 +44,21 @@ class ModelArguments:
     conditioning_size: int = field(default=128, metadata={"help": "Width of the noise embedding."})
     hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout."})
     noise_schedule: str = field(default="log_linear", metadata={"help": "log_linear or cosine."})
-    diffusion_kind: Literal["absorbing", "uniform"] = field(
-        default="absorbing", metadata={"help": "Noise turns a token into [MASK] (MDLM), or into any token (Duo)."}
+    diffusion_kind: Literal["absorbing", "uniform"] | None = field(
+        default=None,
+        metadata={"help": "Noise turns a token into [MASK] (MDLM; the default), or into any token (Duo)."},
     )
 
 
 def build_model(arguments: ModelArguments, tokenizer, context: int) -> MDLMForMaskedDiffusion:
     if arguments.model is not None:
-        return load_model(arguments.model)
+        return load_model(arguments.model, diffusion_kind=arguments.diffusion_kind)
+    kind = arguments.diffusion_kind or "absorbing"
     return MDLMForMaskedDiffusion(
         MDLMConfig(
             vocab_size=len(tokenizer),
             max_position_embeddings=context,
-            mask_token_id=tokenizer.mask_token_id if arguments.diffusion_kind == "absorbing" else None,
+            mask_token_id=tokenizer.mask_token_id if kind == "absorbing" else None,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             hidden_size=arguments.hidden_size,
@@ -64,7 +67,7 @@ def build_model(arguments: ModelArguments, tokenizer, context: int) -> MDLMForMa
             conditioning_size=arguments.conditioning_size,
             hidden_dropout=arguments.hidden_dropout,
             noise_schedule=arguments.noise_schedule,
-            diffusion_kind=arguments.diffusion_kind,
+            diffusion_kind=kind,
         )
     )
 
@@ -79,6 +82,7 @@ def main(arguments: list[str] | None = None):
     set_seed(training.seed)
     model = build_model(model_arguments, tokenizer, text.block_length)
     check_tokenizer(tokenizer, model.config)
+    check_block_length(text.block_length, "model", model.config)
     train, validation = load_data(text, tokenizer, training)
     checkpoint = prepare_output_dir(training, model_arguments, tokenizer_arguments, text)
 
@@ -92,12 +96,13 @@ def main(arguments: list[str] | None = None):
             recipe=recipe_text(training, model_arguments, tokenizer_arguments, text),
             data=f"Trained on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
             method="Trained by the continuous-time NELBO.",
+            repository=training.hub_model_id,
         )
         if validation is not None:
             nelbo = validation_nelbo(model, torch.tensor(validation["input_ids"]))
             trainer.save_metrics("eval", {"nelbo": nelbo})
             print(f"NELBO on the validation text: {nelbo:.4f} nats per token")
-        write_report(training.output_dir, report, repository=training.hub_model_id if hub is not None else None)
+        write_report(training.output_dir, report)
         if hub is not None:
             push_to_hub(training, hub)
     trainer.end()

@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from modeling_mcd.draws_mdlm import draw_tokens
 from modeling_mcd.noise_schedule_mdlm import NoiseSchedule
-from modeling_mcd.sampling_mdlm import draw_tokens
 from trainers.diffusion_trainer import may_be_noised
 from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
 from trainers.divergences import HeadRows, divergence

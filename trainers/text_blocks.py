@@ -70,7 +70,9 @@ def blocks_of(
     features = Features({"input_ids": List(Value("uint16" if len(tokenizer) <= 2**16 else "int32"), block_length)})
     arguments = {"documents": documents, "tokenizer": tokenizer, "block_length": block_length, "source": source}
     if streaming:
-        return IterableDataset.from_generator(pack, features=features, gen_kwargs=arguments)
+        blocks = IterableDataset.from_generator(pack, features=features, gen_kwargs=arguments)
+        next(iter(blocks))  # a text shorter than a block is refused here, not in the first step of a run
+        return blocks
     # Our own fingerprint: that of a tokenizer object changes with its use, and a path says nothing of the file's content.
     recipe = (
         identity,
@@ -80,13 +82,13 @@ def blocks_of(
         tokenizer.eos_token_id,
     )
     fingerprint = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
-    return _build(pack, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
+    return _build(Dataset.from_generator, pack, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
 
 
-def _build(generator, **arguments) -> Dataset:
-    """`Dataset.from_generator`, but the generator's own complaint reaches the user, not that there was one."""
+def _build(builder, *arguments, **options) -> Dataset | IterableDataset:
+    """Calls a function that makes a dataset; its complaint reaches the user, and not just that there was one."""
     try:
-        return Dataset.from_generator(generator, **arguments)
+        return builder(*arguments, **options)
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
 
@@ -121,15 +123,15 @@ def _documents(source: str, text: TextArguments, split: str, streaming: bool):
                 f"text {source!r}: " + ("no .txt file in this folder" if path.is_dir() else "no such file or folder")
             )
         identity = [(str(f.resolve()), hashlib.sha256(f.read_bytes()).hexdigest()) for f in files]
-        build = IterableDataset.from_generator if streaming else _build
-        documents = build(
-            _read_files, features=Features({"text": Value("large_string")}), gen_kwargs={"files": identity}
-        )
-        return documents, repr(identity)
+        if streaming:
+            for _ in _read_files(identity):  # a file that is not UTF-8 is refused here, not when a run comes to it
+                pass
+        builder = (IterableDataset if streaming else Dataset).from_generator
+        features = Features({"text": Value("large_string")})
+        return _build(builder, _read_files, features=features, gen_kwargs={"files": identity}), repr(identity)
     try:
-        documents = load_dataset(
-            source, text.dataset_config, split=split, revision=text.dataset_revision, streaming=streaming
-        )
+        options = {"split": split, "revision": text.dataset_revision, "streaming": streaming}
+        documents = _build(load_dataset, source, text.dataset_config, **options)
     except OSError as error:
         raise FileNotFoundError(
             f"text {source!r} is no file or folder here, and cannot be had from the Hub: {str(error).splitlines()[0]}"

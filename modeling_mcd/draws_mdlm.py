@@ -1,0 +1,127 @@
+"""What is made of logits: the draw of a token, in float64 unless told otherwise, and how sure the network is of it."""
+
+import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+
+PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
+
+
+def substitute(logits: torch.Tensor, mask_token_id: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of logits [rows, V] in which [MASK] has probability zero (SUBS, arXiv 2406.07524, Sec. 3.2.3).
+
+    `mask_token_id` is None where the vocabulary has no [MASK] (uniform diffusion).
+    """
+    scores = logits.to(dtype, copy=True)
+    if mask_token_id is not None:
+        scores[:, mask_token_id] = -torch.inf
+    return scores
+
+
+def keep_likeliest(scores: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
+    """Scores [rows, V] with -inf at all but the `top_k` likeliest tokens, then all but the nucleus of mass `top_p`."""
+    if top_k is not None:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p is not None:
+        scores = scores.masked_fill(
+            TopPLogitsWarper(top_p)(None, scores / (temperature or 1)) == -torch.inf, -torch.inf
+        )
+    return scores
+
+
+def draw_tokens(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    mask_token_id: int | None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.LongTensor:
+    """Draws one token a row from the SUBS distribution softmax(logits / temperature), [MASK] excluded.
+
+    By inversion of the cumulative distribution: exact to the 53 bits of a float64 uniform, where the usual Gumbel trick
+    in float32 truncates the noise and so lowers the temperature (arXiv 2409.02908). Temperature 0 takes the likeliest.
+
+    Args:
+        logits: [rows, V], any floating dtype.
+        uniforms: [rows], float64, in [0, 1).
+        mask_token_id: never drawn; None where the vocabulary has no [MASK] (uniform diffusion).
+        temperature: at least 0.
+        top_k, top_p: see `keep_likeliest`.
+        dtype: of the arithmetic.
+
+    Returns:
+        [rows] int64; -1 where the logits hold a NaN, or +inf, or nothing but -inf.
+    """
+    scores = keep_likeliest(substitute(logits, mask_token_id, dtype), temperature, top_k, top_p)
+    best = scores.amax(dim=-1, keepdim=True)
+    if temperature < torch.finfo(dtype).tiny:
+        return scores.argmax(dim=-1).where(best[:, 0].isfinite(), -1)
+    scores.sub_(best)  # before the division: no temperature is too small
+    if temperature != 1:
+        scores.div_(temperature)
+    cumulative = scores.exp_().cumsum_(dim=-1)
+    # Scaling by the last entry absorbs the rounding of the sum; `right=True` skips tokens of probability zero.
+    total = cumulative[:, -1:]
+    targets = torch.minimum(uniforms[:, None].to(dtype) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0].where(total[:, 0].isfinite(), -1)
+
+
+def draw_truncated(
+    logits: torch.Tensor,
+    noise: torch.Tensor,
+    mask_token_id: int,
+    reveal: float,
+    temperature: float = 1.0,
+) -> torch.LongTensor:
+    """The draw of the original code (MDLM, SDTT), with its fault: float32 noise of 24 bits truncates the Gumbel variable.
+
+    Token v competes with `reveal` p(v), [MASK] with 1 - `reveal`, and the largest quotient by an exponential variable
+    wins. The smallest that can be drawn is 2^-24, so that tokens with `reveal` p(v) below it win too seldom: a lower
+    temperature in disguise (arXiv 2409.02908, Sec. 4).
+
+    Args:
+        logits: [rows, V].
+        noise: [rows, V], float32 uniforms in [0, 1).
+        reveal: probability that the mask is lifted in this step.
+
+    Returns:
+        [rows] int64: `mask_token_id` where the token stays masked, and -1 where the logits hold a NaN.
+    """
+    weights = (substitute(logits, mask_token_id, torch.float32) / temperature).softmax(dim=-1) * reveal
+    weights[:, mask_token_id] += 1 - reveal
+    race = weights / (1e-10 - (noise + 1e-10).log())
+    return race.argmax(dim=-1).where(~race[:, 0].isnan(), -1)
+
+
+# --- How sure the network is: [rows, V] -> [rows] float32, larger is surer
+
+
+def confidence(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """log-probability of the likeliest token: max - logsumexp (MaskGIT, arXiv 2202.04200; LLaDA, arXiv 2502.09992)."""
+    scores = substitute(logits, mask_token_id, torch.float32)
+    return scores.amax(dim=-1) - scores.logsumexp(dim=-1)
+
+
+def margin(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """Probability of the likeliest token less that of the second (top-k margin, arXiv 2502.06768; Dream)."""
+    scores = substitute(logits, mask_token_id, torch.float32)
+    first, second = (scores.topk(2, dim=-1).values - scores.logsumexp(dim=-1, keepdim=True)).exp().unbind(dim=-1)
+    return first - second
+
+
+def negative_entropy(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """sum p log p, in nats (Dream; EB-Sampler, arXiv 2505.24857)."""
+    return -torch.special.entr(substitute(logits, mask_token_id, torch.float32).softmax(dim=-1)).sum(dim=-1)
+
+
+def probability_of(
+    logits: torch.Tensor, tokens: torch.Tensor, mask_token_id: int | None, temperature: float = 1.0
+) -> torch.Tensor:
+    """Probability of one token a row, [rows, V] and [rows] -> [rows] float64."""
+    if temperature == 0:
+        return (logits.argmax(dim=-1) == tokens).double()
+    scores = substitute(logits, mask_token_id, torch.float64)
+    scores = scores.sub_(scores.amax(dim=-1, keepdim=True)).div_(temperature)
+    return scores.softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]

@@ -1,0 +1,563 @@
+"""The samplers: exact laws by enumeration, orders against their definitions, rows that do not feel each other, no waiting.
+
+Every statistical test has a fixed seed and a false-alarm rate of 1e-5.
+"""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from scipy import stats
+from test_generation import FALSE_ALARM, p_value, uniforms
+from toy import CANVASES, MASK, counts_of, index_of, sample, table_of_logits, toy_canvas
+
+from modeling_mcd import canvas_mdlm
+from modeling_mcd.draws_mdlm import confidence as log_confidence
+from modeling_mcd.draws_mdlm import draw_tokens, draw_truncated, margin, negative_entropy, probability_of
+from modeling_mcd.noise_mdlm import philox, row_keys
+from modeling_mcd.noise_mdlm import uniforms as keyed_uniforms
+from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
+from modeling_mcd.sampling_mdlm import (
+    SAMPLERS,
+    TAIL,
+    adaptive,
+    ancestral,
+    ancestral_reveal_steps,
+    confidence,
+    entropy_bound,
+    first_hitting,
+    legacy_ancestral,
+    loop_profile,
+    psi,
+    random,
+    remdm,
+)
+
+
+TABLE = table_of_logits()
+TOKENS = TABLE.double()[:, :, :3].softmax(-1)  # of the denoiser, [canvas, position, token]
+# Each sampler with options under which several things happen in a step.
+CASES = {
+    "ancestral": {"steps": 4},
+    "ancestral, greedy": {"steps": 4, "last_step": "greedy"},
+    "first_hitting": {},
+    "random": {"steps": 2},
+    "confidence": {"steps": 2},
+    "entropy": {"steps": 3, "order_temperature": 0.5},
+    "margin": {"steps": 2, "order_temperature": 1.0},
+    "adaptive": {"threshold": 0.5, "max_tokens": 2},
+    "entropy_bound": {"entropy_bound": 0.8},
+    "remdm": {"steps": 6, "eta": 0.3},
+    "remdm, confidence": {"steps": 6, "remasking": "confidence"},
+    "remdm, loop": {"steps": 6, "remasking": "loop", "eta": 0.3},
+    "psi": {"steps": 6, "kappa": 0.6},
+}
+
+
+def sampler_of(case: str):
+    return SAMPLERS[case.split(",")[0]]
+
+
+# --- Noise
+
+
+def test_philox_gives_the_published_words():
+    """The known answers of Random123 for philox4x32 with 10 rounds."""
+    for counter, key, answer in (
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ):
+        words = [tuple(torch.tensor(int(word, 16)) for word in part.split()) for part in (counter, key)]
+        assert [f"{word.item():08x}" for word in philox(*words)] == answer.split()
+
+
+def test_keyed_uniforms_are_uniform_independent_and_a_function_of_row_place_and_draw():
+    keys, positions = row_keys(50, torch.Generator().manual_seed(0)), torch.arange(1000).expand(50, 1000)
+    first, second = keyed_uniforms(keys, positions, 0)
+    again = keyed_uniforms(keys, positions, 1)[0]
+    for u in (first, second, again):
+        assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > FALSE_ALARM
+        assert len(u.unique()) == u.numel() and 0 <= u.min() and u.max() < 1
+    neighbours = (first[:, 1:], first[:, :-1]), (first[1:], first[:-1]), (first, second), (first, again)
+    for u, v in neighbours:
+        cells = ((u * 10).long() * 10 + (v * 10).long()).flatten().bincount(minlength=100)
+        assert p_value(cells, torch.full((100,), 0.01, dtype=torch.float64)) > FALSE_ALARM
+    part = keyed_uniforms(keys[7:9], positions[7:9, 300:310], 0)[0]
+    assert torch.equal(part, first[7:9, 300:310])
+
+
+def test_keys_of_one_generator_do_not_depend_on_how_many_are_taken_at_once():
+    one, other = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    assert torch.equal(row_keys(64, one), torch.cat([row_keys(n, other) for n in (1, 20, 43)]))
+
+
+# --- Exact laws
+
+
+def law_of_chain(start, gammas, sigmas, tokens=TOKENS) -> torch.Tensor:
+    """Law of the 64 canvases at the end of ReMDM's chain, by enumeration; with all sigmas 0 that of `ancestral`.
+
+    A state is a canvas and the probability of each token when it was revealed. `sigmas[k](state)` are the remasking
+    probabilities of the positions; every position moves independently.
+    """
+    law = {tuple((token, 0.0) for token in start): 1.0}
+    given = [token != MASK for token in start]
+    for (gamma_t, gamma_s), sigma_of in zip(itertools.pairwise(gammas), sigmas, strict=True):
+        after = {}
+        for state, probability in law.items():
+            here = index_of(torch.tensor([token for token, _ in state])).item()
+            moves = []
+            for i, (sigma, (token, chance)) in enumerate(zip(sigma_of(state), state, strict=True)):
+                if given[i]:
+                    moves.append([((token, chance), 1.0)])
+                elif token != MASK:
+                    moves.append([((token, chance), 1 - sigma), ((MASK, 0.0), sigma)])
+                else:
+                    reveal = (gamma_s - (1 - sigma) * gamma_t) / (1 - gamma_t)
+                    chances = tokens[here, i].tolist()
+                    moves.append([((MASK, 0.0), 1 - reveal), *(((v, p), reveal * p) for v, p in enumerate(chances))])
+            for move in itertools.product(*moves):
+                weight = probability * math.prod(p for _, p in move)
+                if weight:
+                    target = tuple(state for state, _ in move)
+                    after[target] = after.get(target, 0.0) + weight
+        law = after
+    result = torch.zeros(64, dtype=torch.float64)
+    for state, probability in law.items():
+        result[index_of(torch.tensor([token for token, _ in state]))] += probability
+    return result
+
+
+def law_of_subsets(start, sizes) -> torch.Tensor:
+    """Law at the end when step k reveals a uniformly random set of `sizes[k]` masked positions."""
+    law = {tuple(start): 1.0}
+    for size in sizes:
+        after = {}
+        for canvas, probability in law.items():
+            here = index_of(torch.tensor(canvas)).item()
+            masked = [i for i, token in enumerate(canvas) if token == MASK]
+            sets = list(itertools.combinations(masked, size))
+            for chosen in sets:
+                for values in itertools.product(range(3), repeat=size):
+                    target = list(canvas)
+                    weight = probability / len(sets)
+                    for i, value in zip(chosen, values, strict=True):
+                        target[i] = value
+                        weight *= TOKENS[here, i, value].item()
+                    after[tuple(target)] = after.get(tuple(target), 0.0) + weight
+        law = after
+    result = torch.zeros(64, dtype=torch.float64)
+    for canvas, probability in law.items():
+        result[index_of(torch.tensor(canvas))] = probability
+    return result
+
+
+def gammas_of(steps, schedule=None, end=0.0):
+    schedule = schedule or LogLinearSchedule()
+    return schedule.gamma(torch.linspace(1, end, steps + 1, dtype=torch.float64)).tolist()
+
+
+def constant(sigmas):
+    return [lambda state, sigma=sigma: [sigma] * 3 for sigma in sigmas]
+
+
+@pytest.mark.parametrize("start, sizes", [([3, 3, 3], [1, 1, 1]), ([1, 3, 3], [1, 1])])
+def test_first_hitting_has_the_exact_law(start, sizes):
+    canvas = sample(first_hitting, TABLE, start)
+    assert p_value(counts_of(canvas), law_of_subsets(start, sizes)) > FALSE_ALARM
+    assert (canvas.nfe == len(sizes)).all()
+
+
+@pytest.mark.parametrize(
+    "start, steps, sizes",
+    [([3, 3, 3], 2, [2, 1]), ([3, 3, 3], 1, [3]), ([3, 2, 3], 2, [1, 1]), ([3, 3, 3], 5, [1, 1, 1])],
+)
+def test_random_order_has_the_exact_law(start, steps, sizes):
+    canvas = sample(random, TABLE, start, steps=steps)
+    assert p_value(counts_of(canvas), law_of_subsets(start, sizes)) > FALSE_ALARM
+    assert (canvas.nfe == len(sizes)).all()
+
+
+def test_random_order_is_another_law_than_ancestral():
+    counts = counts_of(sample(random, TABLE, steps=2))
+    assert p_value(counts, law_of_chain([3, 3, 3], gammas_of(2), constant([0, 0]))) < 1e-9
+
+
+@pytest.mark.parametrize("schedule", [LogLinearSchedule(), CosineSchedule()])
+@pytest.mark.parametrize("last_step", ["ancestral", "greedy", "none"])
+def test_ancestral_with_a_last_step_has_the_exact_law(schedule, last_step, monkeypatch):
+    """With the tail where it is felt: at t = 0.3 instead of 1e-5."""
+    monkeypatch.setattr("modeling_mcd.sampling_mdlm.TAIL", 0.3)
+    canvas = sample(ancestral, TABLE, schedule=schedule, steps=2, last_step=last_step)
+    gammas = gammas_of(2, schedule, end=0.3)
+    law = law_of_chain([3, 3, 3], gammas, constant([0, 0]))
+    greedy = torch.nn.functional.one_hot(TOKENS.argmax(-1), 3).double()
+    last = {"ancestral": TOKENS, "greedy": greedy, "none": None}[last_step]
+    if last is not None:
+        ends = [law_of_chain(c.tolist(), [gammas[-1], 1.0], constant([0]), last) for c in CANVASES]
+        law = sum(p * end for p, end in zip(law, ends, strict=True))
+    counts = counts_of(canvas)
+    assert p_value(counts, law) > FALSE_ALARM
+    assert ((canvas.tokens == MASK).any() == (last_step == "none")).item()
+    assert canvas.nfe.max() == (2 if last_step == "none" else 3)
+    assert torch.equal(canvas.reveal_steps >= 0, canvas.tokens != MASK)
+    assert canvas.reveal_steps.max() == canvas.nfe.max() - 1
+
+
+def remasking(kind, steps, eta, schedule):
+    """gamma and sigma of ReMDM, written from the paper."""
+    gammas = gammas_of(steps, schedule)
+    most = [min(1.0, (1 - s) / t) for t, s in itertools.pairwise(gammas)]
+    if kind == "cap":
+        return gammas, constant([min(eta, m) for m in most])
+    if kind == "rescale":
+        return gammas, constant([eta * m for m in most])
+
+    def shares(state, most):
+        weights = [0.0 if token == MASK else math.exp(-chance) for token, chance in state]
+        return [most * w / (sum(weights) or 1) for w in weights]
+
+    return gammas, [functools.partial(shares, most=m) for m in most]
+
+
+@pytest.mark.parametrize("kind, steps, eta", [("cap", 3, 0.3), ("rescale", 3, 0.6), ("confidence", 3, None)])
+@pytest.mark.parametrize("schedule", [LogLinearSchedule(0.2), CosineSchedule(0.2)])
+def test_remdm_has_the_exact_law(kind, steps, eta, schedule):
+    options = {"steps": steps, "remasking": kind} | ({} if eta is None else {"eta": eta})
+    counts = counts_of(sample(remdm, TABLE, schedule=schedule, **options))
+    gammas, sigmas = remasking(kind, steps, eta, schedule)
+    assert p_value(counts, law_of_chain([3, 3, 3], gammas, sigmas)) > FALSE_ALARM
+    assert p_value(counts, law_of_chain([3, 3, 3], gammas, constant([0] * steps))) < 1e-9, "no power"
+
+
+def test_remdm_of_a_prompt_has_the_exact_law_and_keeps_the_prompt():
+    counts = counts_of(sample(remdm, TABLE, [3, 2, 3], schedule=LogLinearSchedule(0.2), steps=3, eta=0.5))
+    assert p_value(counts, law_of_chain([3, 2, 3], *remasking("cap", 3, 0.5, LogLinearSchedule(0.2)))) > FALSE_ALARM
+
+
+def test_remdm_loop_has_the_exact_law():
+    """t = 1, .75, .5, .25, 0 with t_on = 0.8 and t_off = 0.2: up to alpha_on, two steps of rest, and on to 1."""
+    options = {"steps": 4, "remasking": "loop", "eta": 0.4, "t_on": 0.8, "t_off": 0.2, "alpha_on": 0.7}
+    counts = counts_of(sample(remdm, TABLE, **options))
+    assert p_value(counts, law_of_chain([3, 3, 3], [0, 0.7, 0.7, 0.7, 1], constant([0, 0.4, 0.4, 0]))) > FALSE_ALARM
+    times = torch.tensor([1.0, 0.9, 0.8, 0.5, 0.2, 0.1, 0.0], dtype=torch.float64)
+    profile = loop_profile(times, 0.8, 0.2, 0.7)
+    torch.testing.assert_close(profile, torch.tensor([0, 0.35, 0.7, 0.7, 0.7, 0.85, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kappa", [1.0, 0.5, 0.0])
+def test_psi_has_the_exact_law(kappa):
+    """Written as Duo does: kappa posterior + (1 - kappa) fresh noise of level s on a draw of the clean tokens."""
+    gammas = gammas_of(3, LogLinearSchedule(0.2))
+    law = torch.zeros(64, dtype=torch.float64)
+    law[63] = 1
+    for gamma_t, gamma_s in itertools.pairwise(gammas):
+        after = torch.zeros_like(law)
+        for here, canvas in enumerate(CANVASES.tolist()):
+            rows = []
+            for i, token in enumerate(canvas):
+                clean = torch.cat([TOKENS[here, i], torch.zeros(1)]) if token == MASK else torch.eye(4)[token].double()
+                mask = torch.eye(4, dtype=torch.float64)[MASK]
+                reveal = (gamma_s - gamma_t) / (1 - gamma_t) if token == MASK else 1.0
+                posterior = reveal * clean + (1 - reveal) * mask
+                rows.append(kappa * posterior + (1 - kappa) * (gamma_s * clean + (1 - gamma_s) * mask))
+            after += law[here] * torch.einsum("a,b,c->abc", *rows).flatten()
+        law = after
+    counts = counts_of(sample(psi, TABLE, schedule=LogLinearSchedule(0.2), steps=3, kappa=kappa))
+    assert p_value(counts, law) > FALSE_ALARM
+
+
+def test_the_original_draw_has_the_exact_law_where_its_truncation_is_not_felt():
+    counts = counts_of(sample(legacy_ancestral, TABLE, draws=20_000, steps=3))
+    assert p_value(counts, law_of_chain([3, 3, 3], gammas_of(3), constant([0, 0, 0]))) > FALSE_ALARM
+
+
+def test_no_float32_noise_reveals_a_token_below_the_truncation():
+    """p = 1e-3 in one of a million steps, and a mask of noise 0.5: float64 noise close enough to 1 would reveal it."""
+    logits, noise = torch.tensor([[1e-3, 1 - 1e-3, 0.0]]).log(), torch.full((1, 3), 0.5)
+    noise[0, 0] = 1 - 2**-24
+    assert noise[0, 0] == torch.tensor(1.0).nextafter(torch.tensor(0.0)), "the largest float32 below 1"
+    assert draw_truncated(logits, noise, 2, 1e-6).item() == 2
+    assert draw_truncated(logits, noise, 2, 1e-3).item() == 0
+    weights, exact = (
+        torch.tensor([1e-9, 1.0], dtype=torch.float64),
+        torch.tensor([1 - 2**-40, 0.5], dtype=torch.float64),
+    )
+    assert (weights / -exact.log()).argmax().item() == 0
+
+
+@pytest.mark.slow
+def test_the_exact_law_fails_for_the_truncated_draw_of_the_original_code():
+    """Half of the probability lies on 8,190 rare tokens, over 4,096 steps: each is revealed with 1.5e-8 / t in a step.
+
+    The truncated noise gives none of them unless the mask's own is large, and they come too seldom.
+    """
+    size, steps, draws = 8192, 4096, 160
+    law = torch.full((size,), 0.5 / (size - 2), dtype=torch.float64)
+    law[0], law[MASK] = 0.5, 0.0
+    table = law.log().float()
+
+    def p_value_of(sampler) -> float:
+        canvas = toy_canvas(table, [MASK], draws, trunk=lambda tokens, rows, time: tokens[..., None], seed=0)
+        canvas.head = lambda hidden, *unused: table.expand(len(hidden), size)
+        canvas.denoise(sampler(canvas, steps=steps), lambda: None)
+        return stats.binomtest((canvas.tokens == 0).sum().item(), draws, law[0].item()).pvalue
+
+    assert p_value_of(ancestral) > FALSE_ALARM
+    assert p_value_of(legacy_ancestral) < FALSE_ALARM
+
+
+# --- The limit of many steps, the clock, the counts
+
+
+def test_first_hitting_is_the_limit_of_ancestral_with_the_same_seed():
+    hit = sample(first_hitting, TABLE, draws=12)
+    fine = sample(ancestral, TABLE, draws=12, steps=20_000)
+    assert torch.equal(hit.tokens, fine.tokens) and torch.equal(hit.nfe, fine.nfe)
+    assert torch.equal(hit.reveal_steps, fine.reveal_steps.argsort(dim=1).argsort(dim=1))
+
+
+@pytest.mark.parametrize("schedule", [LogLinearSchedule(), CosineSchedule()])
+def test_each_row_of_first_hitting_has_its_own_clock(schedule):
+    """The k-th hit of three: 1 - gamma is (1 - gamma_1) times the (4 - k)-th order statistic of three uniforms."""
+    times = []
+
+    def trunk(tokens, rows, time):
+        times.append(time)
+        return TABLE[index_of(tokens)]
+
+    canvas = toy_canvas(TABLE, [3, 3, 3], 20_000, schedule=schedule, trunk=trunk)
+    canvas.denoise(first_hitting(canvas), lambda: None)
+    assert all((earlier > later).all() for earlier, later in itertools.pairwise(times))
+    for k, time in enumerate(times):
+        u = (1 - schedule.gamma(time)) / (1 - schedule.gamma(torch.ones((), dtype=torch.float64)))
+        assert stats.kstest(u.numpy(), stats.beta(3 - k, k + 1).cdf).pvalue > FALSE_ALARM
+
+
+def test_random_order_reveals_fixed_counts_and_ancestral_does_not():
+    def counts(sampler) -> list[list[int]]:
+        table = torch.zeros(1, 50, 4)
+        canvas = toy_canvas(table, [3] * 50, 40, trunk=lambda tokens, rows, time: table.expand(len(tokens), 50, 4))
+        canvas.denoise(sampler(canvas, steps=8), lambda: None)
+        return [row.bincount(minlength=8).tolist() for row in canvas.reveal_steps]
+
+    fixed = [6, 7, 6, 6, 6, 7, 6, 6]
+    assert sum(fixed) == 50 and all(row == fixed for row in counts(random))
+    assert len({tuple(row) for row in counts(ancestral)}) > 30
+
+
+def test_the_last_step_takes_what_is_left_at_the_tail():
+    u = torch.tensor([0.0, 0.51, 1 - 2 * TAIL, 1 - TAIL / 2], dtype=torch.float64)
+    assert ancestral_reveal_steps(u, 2, LogLinearSchedule(), "greedy").tolist() == [0, 1, 1, 2]
+    assert ancestral_reveal_steps(u, 2, LogLinearSchedule()).tolist() == [0, 1, 1, 1]
+
+
+# --- Rows do not feel each other
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_row_is_bitwise_the_same_alone_and_in_a_batch(case):
+    """Before a denoiser whose rows are bitwise its own, which no matrix product promises; see the test of `generate`."""
+    starts = [[3, 3, 3], [1, 3, 3], [3, 0, 3], [3, 3, 2]] * 4
+    keys = row_keys(len(starts), torch.Generator().manual_seed(5))
+
+    def finish(rows):
+        canvas = toy_canvas(TABLE, starts[0], len(rows), keys=keys[rows])
+        canvas.tokens.copy_(torch.tensor([starts[row] for row in rows]))
+        canvas.fillable = canvas.tokens == MASK
+        canvas.masked = canvas.fillable.clone()
+        canvas.denoise(sampler_of(case)(canvas, **CASES[case]), lambda: None)
+        return canvas.tokens, canvas.nfe, canvas.reveal_steps
+
+    together = finish(list(range(16)))
+    assert (together[1] > 0).all() and len(together[0].unique(dim=0)) > 5
+    for row in range(16):
+        alone = finish([row])
+        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, together, strict=True))
+
+
+# --- Orders
+
+
+def scores_by_hand(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    p = logits.double()[..., :3].softmax(-1)
+    ordered = p.sort(dim=-1, descending=True).values
+    return {
+        "confidence": ordered[..., 0].log(),
+        "margin": ordered[..., 0] - ordered[..., 1],
+        "entropy": (p * p.log()).sum(-1),
+    }
+
+
+def test_scores_are_those_of_the_definitions():
+    logits = 3 * torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    by_hand = scores_by_hand(logits)
+    for name, measure in (("confidence", log_confidence), ("margin", margin), ("entropy", negative_entropy)):
+        torch.testing.assert_close(measure(logits, MASK).double(), by_hand[name], atol=1e-6, rtol=1e-5)
+    tokens = torch.randint(0, 3, (200,), generator=torch.Generator().manual_seed(1))
+    p = (logits.double()[:, :3] / 0.7).softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(probability_of(logits, tokens, MASK, 0.7), p)
+
+
+def paths(sampler, draws=300, **options):
+    """For each row and forward: the canvas that the network saw, and the set that was revealed."""
+    seen = []
+
+    class Recorder(canvas_mdlm.Canvas):
+        def ask(self, where, time):
+            self.before = self.tokens.clone()
+            return super().ask(where, time)
+
+        def write(self, where, tokens):
+            super().write(where, tokens)
+            for row in where.any(dim=1).nonzero()[:, 0].tolist():
+                seen.append((index_of(self.before[row]).item(), where[row].nonzero()[:, 0].tolist()))
+
+    canvas = toy_canvas(TABLE, [3, 3, 3], draws)
+    canvas.__class__ = Recorder
+    canvas.denoise(sampler(canvas, **options), lambda: None)
+    assert (canvas.tokens != MASK).all()
+    return seen
+
+
+@pytest.mark.parametrize("name", ["confidence", "entropy", "margin"])
+@pytest.mark.parametrize("steps, sizes", [(3, {1}), (2, {1, 2}), (1, {3})])
+def test_the_surest_go_first(name, steps, sizes):
+    scores = scores_by_hand(TABLE)[name]
+    seen = paths(SAMPLERS[name], steps=steps)
+    assert {len(chosen) for _, chosen in seen} == sizes
+    for canvas, chosen in seen:
+        masked = [i for i in range(3) if CANVASES[canvas, i] == MASK]
+        surest = sorted(masked, key=lambda i: -scores[canvas, i])[: len(chosen)]
+        assert sorted(surest) == chosen
+
+
+def test_order_temperature_draws_the_order_with_weights_exp_of_score_over_temperature():
+    for temperature in (0.3, 2.0):
+        canvas = sample(confidence, TABLE, draws=50_000, steps=3, order_temperature=temperature)
+        first = (canvas.reveal_steps == 0).sum(dim=0)
+        law = (scores_by_hand(TABLE)["confidence"][63] / temperature).softmax(-1)
+        assert p_value(first, law) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("least, most", [(1, None), (2, None), (1, 1), (1, 2)])
+def test_adaptive_commits_what_is_above_the_threshold(least, most):
+    sure = scores_by_hand(TABLE)["confidence"].exp()
+    sizes = set()
+    for canvas, chosen in paths(adaptive, threshold=0.85, min_tokens=least, max_tokens=most):
+        masked = [i for i in range(3) if CANVASES[canvas, i] == MASK]
+        above = sum(sure[canvas, i].item() >= 0.85 for i in masked)
+        count = min(max(above, least), most or 3, len(masked))
+        assert chosen == sorted(sorted(masked, key=lambda i: -sure[canvas, i])[:count])
+        sizes.add(len(chosen))
+    assert len(sizes) > 1 or most == 1
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.5, 1.0, 10.0])
+def test_entropy_bound_takes_the_largest_set_within_the_bound(bound):
+    entropies = -scores_by_hand(TABLE)["entropy"]
+    for canvas, chosen in paths(entropy_bound, entropy_bound=bound):
+        order = sorted((entropies[canvas, i].item(), i) for i in range(3) if CANVASES[canvas, i] == MASK)
+        fitting = [n for n in range(1, len(order) + 1) if sum(h for h, _ in order[: n - 1]) <= bound]
+        assert chosen == sorted(i for _, i in order[: max(fitting)])
+    forwards = sample(entropy_bound, TABLE, draws=10, entropy_bound=bound).nfe
+    assert bound not in (0.0, 10.0) or (forwards == (3 if bound == 0 else 1)).all()
+
+
+# --- Draws
+
+
+@pytest.mark.parametrize(
+    "options, law",
+    [
+        ({"top_k": 2}, [0.0, 0.375, 0.625, 0.0, 0.0]),
+        ({"top_p": 0.75}, [0.0, 0.375, 0.625, 0.0, 0.0]),
+        ({"top_p": 0.85}, [0.15 / 0.95, 0.3 / 0.95, 0.5 / 0.95, 0.0, 0.0]),
+        ({"top_p": 1e-9}, [0.0, 0.0, 1.0, 0.0, 0.0]),
+        ({"top_k": 3, "top_p": 0.8}, [0.0, 0.375, 0.625, 0.0, 0.0]),
+        ({"dtype": torch.float32}, [0.15, 0.3, 0.5, 0.05, 0.0]),
+        ({"temperature": 0.5, "top_p": 0.9}, [0.0, 0.09 / 0.34, 0.25 / 0.34, 0.0, 0.0]),
+    ],
+)
+def test_filtered_draws_have_their_law(options, law):
+    logits = torch.tensor([0.15, 0.3, 0.5, 0.05, 1.0]).log()
+    counts = draw_tokens(logits.repeat(200_000, 1), uniforms(200_000), 4, **options).bincount(minlength=5)
+    if max(law) == 1:
+        assert counts[2] == 200_000
+    else:
+        assert p_value(counts, torch.tensor(law, dtype=torch.float64)) > FALSE_ALARM
+
+
+def test_logits_that_give_no_token_are_told_from_those_that_do():
+    nan, inf = torch.nan, torch.inf
+    logits = torch.tensor([[0, 1.0, 2, 9], [0, nan, 2, 9], [0, inf, 2, 9], [-inf, -inf, -inf, 9], [-inf, 0, -inf, 9]])
+    for temperature in (1.0, 0.0):
+        assert draw_tokens(logits, torch.full((5,), 0.99), 3, temperature).tolist() == [2, -1, -1, -1, 1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_nan_logit_is_named_by_row_and_step(case):
+    """The table goes wrong where the second position is visible; row 2 starts there, the others get there later."""
+    table = TABLE.clone()
+    table[CANVASES[:, 1] != MASK] = torch.nan
+    canvas = toy_canvas(table, [3, 3, 3], 3)
+    canvas.tokens[2, 1], canvas.fillable[2, 1], canvas.masked[2, 1] = 0, False, False
+    with pytest.raises(ValueError, match=r"logits that are no numbers .* for row \d in step \d"):
+        canvas.denoise(sampler_of(case)(canvas, **CASES[case]), lambda: None)
+
+
+# --- No waiting for the device, no tensor of the size of all logits
+
+
+EXACT = ["ancestral", "ancestral, greedy", "first_hitting", "random", "remdm", "remdm, loop", "psi"]
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_an_exact_sampler_never_waits_for_the_device(build, case):
+    """On the meta device there is nothing to wait for: whatever asks a tensor for its values raises."""
+    run_on_meta(build, case)
+
+
+@pytest.mark.parametrize("case", ["confidence", "adaptive"])
+def test_the_meta_device_sees_who_waits(build, case):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        run_on_meta(build, case)
+
+
+def run_on_meta(build, case):
+    model = build().to("meta")
+    # There is no autocast on the meta device, which the noise embedding turns off.
+    model.model.noise_embedding.forward = lambda sigma: torch.empty(len(sigma), 16, device="meta")
+    fillable = torch.ones(3, 16, dtype=torch.bool)
+    canvas = canvas_mdlm.Canvas(
+        torch.empty(3, 16, dtype=torch.long, device="meta"),
+        fillable,
+        row_keys(3, torch.Generator().manual_seed(0)),
+        torch.arange(16).expand(3, 16),
+        trunk=lambda tokens, rows, time: model.model(tokens).last_hidden_state,
+        head=lambda hidden, *unused: model.lm_head(hidden),
+        schedule=LogLinearSchedule(),
+        vocab_size=48,
+        mask_token_id=47,
+    )
+    with torch.no_grad():
+        for _ in sampler_of(case)(canvas, **CASES[case]):
+            canvas.step += 1
+    assert not canvas.masked.any() and (canvas.nfe > 0).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_logits_are_never_all_there_at_once_and_chunks_change_nothing(model, case, monkeypatch):
+    sizes = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
+    options = {"sampler": case.split(",")[0], "num_return_sequences": 4, "seed": 0} | CASES[case]
+    options |= {"steps": 1} if "ancestral" in case or case == "random" else {}
+    whole = model.generate(**options)
+    assert case not in ("ancestral", "random") or max(sizes) == 4 * 32 * 48
+    monkeypatch.setattr(canvas_mdlm, "CHUNK", 500)
+    sizes.clear()
+    assert torch.equal(model.generate(**options), whole)
+    assert max(sizes) <= 500

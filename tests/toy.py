@@ -1,0 +1,59 @@
+"""A denoiser given by a table, for exact laws: three tokens and a mask (id 3) at three positions, 64 canvases."""
+
+import itertools
+
+import torch
+
+from modeling_mcd.canvas_mdlm import Canvas
+from modeling_mcd.noise_mdlm import row_keys
+from modeling_mcd.noise_schedule_mdlm import LogLinearSchedule
+
+
+MASK = 3
+CANVASES = torch.tensor(list(itertools.product(range(4), repeat=3)))
+
+
+def table_of_logits(seed: int = 0) -> torch.Tensor:
+    """Logits [canvas, position, token] of a denoiser that looks at the whole canvas; the mask is often its favourite."""
+    return 1.5 * torch.randn(64, 3, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def index_of(canvas: torch.Tensor) -> torch.Tensor:
+    return canvas @ torch.tensor([16, 4, 1])
+
+
+def toy_canvas(
+    table, start, draws=1, seed=1, schedule=None, temperature=1.0, trunk=None, keys=None, **options
+) -> Canvas:
+    """`draws` rows of the canvas `start` before the table [canvas, position, token]; a row does not feel the others."""
+
+    def look_up(tokens, rows, time):
+        return table[index_of(tokens)]
+
+    tokens = torch.tensor(start).repeat(draws, 1)
+    return Canvas(
+        tokens,
+        tokens == MASK,
+        row_keys(draws, torch.Generator().manual_seed(seed)) if keys is None else keys,
+        torch.arange(tokens.shape[1]).expand_as(tokens),
+        trunk=trunk or look_up,
+        head=lambda hidden, *unused: hidden,
+        schedule=schedule or LogLinearSchedule(),
+        vocab_size=table.shape[-1],
+        mask_token_id=MASK,
+        draw={"temperature": temperature},
+        **options,
+    )
+
+
+def counts_of(canvas: Canvas) -> torch.Tensor:
+    return index_of(canvas.tokens).bincount(minlength=64)
+
+
+def sample(
+    sampler, table, start=(3, 3, 3), draws=200_000, seed=1, schedule=None, temperature=1.0, **options
+) -> Canvas:
+    """A canvas after `sampler(canvas, **options)`."""
+    canvas = toy_canvas(table, list(start), draws, seed, schedule, temperature)
+    canvas.denoise(sampler(canvas, **options), lambda: None)
+    return canvas
