@@ -46,6 +46,8 @@ bench: setup
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/sampling.py --memory
 	$(BIN)/python benchmarks/load_checkpoint.py
+	$(BIN)/python -m benchmarks.divergence
+	$(BIN)/python -m benchmarks.distillation_step
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache runs

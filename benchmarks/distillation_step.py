@@ -1,0 +1,266 @@
+"""A whole step of MCD against one that builds full logits for both networks, and against its floor: time and memory.
+
+    python -m benchmarks.distillation_step                      # the 169M shape, the largest batch that the plain step fits
+    python -m benchmarks.distillation_step --batch_size 1 --length 128 --layers 2 --hidden_size 64 --vocab_size 1000
+
+The step is loss, backward and AdamW. The plain side makes [B, L, V] logits for student and teacher and applies SUBS to all of
+them, as the code of MDLM, SDTT and Duo does; both have the same weights, the same noise and activation checkpointing, and
+must give the same loss. The floor is what no distillation can do without, timed alone: three student trunks (a forward and
+a backward), one teacher trunk, and the head's products on the masked rows: two for the student's forward and the teacher's,
+two for the gradients. Checkpointing runs the student's trunk a fourth time, so ours is timed without it, too.
+
+Every measurement is a process of its own, alternating; its first steps warm up. Memory is the peak of the whole process (of
+the GPU, if there is one, where the step runs under bf16 autocast; on a CPU in float32). Prints the ratios of the medians
+and writes `benchmarks/results/distillation_step.json`.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+
+import torch
+
+from benchmarks.measuring import PeakMemory, in_its_own_process, memory_available, synchronize, write_result
+from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
+from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
+from trainers.trajectories import mask_tokens, masked_at
+
+
+SIDES = ("plain", "ours", "ours, nothing recomputed", "floor")
+NEG_INFINITY = -1e6
+
+
+def coupled_pair(trainer: MCDTrainer, x_0: torch.Tensor):
+    """The noise of a step as `MCDTrainer.compute_loss` draws it: masks, canvases and noise levels at t and s."""
+    delta = trainer.args.delta_of(0)
+    times, u = trainer.noise_of_batch(x_0)
+    t = 1 - (1 - delta) * times
+    gammas = trainer.schedule.gamma(t), trainer.schedule.gamma(t - delta)
+    masks = [masked_at(gamma, u) for gamma in gammas]
+    canvases = [mask_tokens(x_0, masked, trainer.mask_token_id) for masked in masks]
+    return masks, canvases, [-gamma.log().float() for gamma in gammas]
+
+
+def subs(logits: torch.Tensor, z: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """`_subs_parameterization` of MDLM, SDTT and Duo: [MASK] removed, normalised, visible tokens made point masses."""
+    logits[:, :, mask_token_id] += NEG_INFINITY
+    logits = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
+    visible = z != mask_token_id
+    logits[visible] = NEG_INFINITY
+    logits[visible, z[visible]] = 0
+    return logits
+
+
+def plain_loss(trainer: MCDTrainer, model: MDLMForMaskedDiffusion, x_0: torch.Tensor) -> torch.Tensor:
+    (m_t, m_s), (z_t, z_s), (sigma_t, sigma_s) = coupled_pair(trainer, x_0)
+    log_p = subs(model(input_ids=z_t, timesteps=sigma_t).logits.float(), z_t, trainer.mask_token_id)
+    with torch.no_grad():
+        logits = trainer.teacher(input_ids=z_s, timesteps=sigma_s).logits.float() / trainer.args.tau_of(0)
+        log_q = subs(logits, z_s, trainer.mask_token_id)
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    cross_entropy = -log_p.gather(-1, x_0[..., None])[..., 0]
+    return (torch.where(m_s, kl, 0) + torch.where(m_t & ~m_s, cross_entropy, 0)).sum() / x_0.numel()
+
+
+def our_loss(trainer: MCDTrainer, model: MDLMForMaskedDiffusion, x_0: torch.Tensor) -> torch.Tensor:
+    return trainer.compute_loss(model, {"input_ids": x_0})
+
+
+def make_trainer(options: argparse.Namespace, folder: str) -> MCDTrainer:
+    config = MDLMConfig(
+        vocab_size=options.vocab_size,
+        hidden_size=options.hidden_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(1, options.hidden_size // 64),
+        max_position_embeddings=options.length,
+        hidden_dropout=0.0,
+    )
+
+    def build(seed: int) -> MDLMForMaskedDiffusion:
+        torch.manual_seed(seed)
+        model = MDLMForMaskedDiffusion(config)
+        for parameter in model.parameters():
+            parameter.data.add_(0.02 * torch.randn_like(parameter))
+        model.lm_head.weight.data.normal_(std=options.hidden_size**-0.5)
+        return model
+
+    arguments = MCDTrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=options.batch_size,
+        ema_decay=None,
+        save_strategy="no",
+        report_to="none",
+        bf16=torch.cuda.is_available(),
+    )
+    trainer = MCDTrainer(build(0), arguments, teacher=build(1))
+    trainer.model.to(arguments.device).train()
+    return trainer
+
+
+def measure_floor(options: argparse.Namespace, trainer: MCDTrainer, x_0: torch.Tensor) -> dict:
+    (m_t, m_s), canvases, sigmas = coupled_pair(trainer, x_0)
+    device, width = x_0.device, options.hidden_size
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    weight = trainer.model.lm_head.weight.detach().to(dtype)
+    rows = {name: torch.randn(int(m.sum()), width, device=device, dtype=dtype) for name, m in (("t", m_t), ("s", m_s))}
+    of_weight = torch.zeros_like(weight)
+    chunk = max(1, 2 ** (26 if device.type == "cuda" else 23) // len(weight))
+
+    @torch.no_grad()
+    def trunks(network, number: int, at: int):
+        for _ in range(number):
+            network.model(input_ids=canvases[at], timesteps=sigmas[at])
+
+    @torch.no_grad()
+    def head():
+        for hidden in rows["t"].split(chunk):
+            logits = hidden @ weight.T
+            logits @ weight
+            of_weight.addmm_(logits.T, hidden)
+        for hidden in rows["s"].split(chunk):
+            hidden @ weight.T
+
+    seconds = {}
+    parts = {
+        "student_trunks": lambda: trunks(trainer.model, 3, 0),
+        "teacher_trunk": lambda: trunks(trainer.teacher, 1, 1),
+        "head": head,
+    }
+    for name, part in parts.items():
+        for attempt in range(options.warmup + options.steps):
+            if attempt == options.warmup:
+                synchronize()
+                start = time.perf_counter()
+            part()
+        synchronize()
+        seconds[name] = (time.perf_counter() - start) / options.steps
+    return {"seconds": sum(seconds.values()), "parts": seconds}
+
+
+def measure_step(options: argparse.Namespace, trainer: MCDTrainer, x_0: torch.Tensor, side: str) -> dict:
+    model = trainer.model
+    if side != "ours, nothing recomputed":
+        model.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5)
+    loss_of, losses = plain_loss if side == "plain" else our_loss, []
+
+    def step():
+        trainer.state.global_step = len(losses)
+        with trainer.compute_loss_context_manager():
+            loss = loss_of(trainer, model, x_0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+
+    for _ in range(options.warmup):
+        step()
+    synchronize()
+    with PeakMemory() as peak:
+        start = time.perf_counter()
+        for _ in range(options.steps):
+            step()
+        synchronize()
+        seconds = (time.perf_counter() - start) / options.steps
+    return {"seconds": seconds, "peak_gb": peak.total / 1e9, "losses": [loss.item() for loss in losses]}
+
+
+def measure(side: str, options: argparse.Namespace) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(options, folder)
+        generator = torch.Generator().manual_seed(1)
+        x_0 = torch.randint(0, options.vocab_size - 1, (options.batch_size, options.length), generator=generator)
+        x_0 = x_0.to(trainer.args.device)
+        if side == "floor":
+            with trainer.compute_loss_context_manager():
+                return measure_floor(options, trainer, x_0)
+        return measure_step(options, trainer, x_0, side)
+
+
+def operations(options: argparse.Namespace) -> float:
+    """Floating-point operations of a step's products that count for MFU: nothing recomputed, half of the tokens masked."""
+    tokens, width = options.batch_size * options.length, options.hidden_size
+    trunk = options.layers * (12 * width**2 + 2 * options.length * width)  # multiplications a token, forward
+    head = options.vocab_size * width
+    return 2 * tokens * (4 * trunk + 4 * head / 2)
+
+
+def largest_batch(options: argparse.Namespace) -> int:
+    """From the peaks of the plain step at one and two rows, and the memory that there is; one tenth is left free."""
+    one, two = (run(options, "plain", rows, warmup=0, steps=1)["peak_gb"] for rows in (1, 2))
+    available = 0.9 * memory_available() / 1e9
+    batch_size = int((available - one) / max(two - one, 1e-6)) + 1
+    if batch_size < 1:
+        raise SystemExit(f"the plain step needs {one:.1f} GB for one row, but only {available:.1f} GB are free")
+    print(
+        f"plain step: {one:.2f} GB for one row, {two:.2f} GB for two; {available:.1f} GB free: {batch_size} rows fit"
+    )
+    return batch_size
+
+
+def run(options: argparse.Namespace, side: str, batch_size: int, warmup: int, steps: int) -> dict:
+    shape = ("length", "layers", "hidden_size", "vocab_size")
+    words = [word for name in shape for word in (f"--{name}", str(getattr(options, name)))]
+    words += ["--batch_size", str(batch_size), "--warmup", str(warmup), "--steps", str(steps), "--measure", side]
+    return in_its_own_process("benchmarks.distillation_step", *words)
+
+
+def main():
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch_size", type=int, help="rows; the largest batch that the plain step fits by default")
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden_size", type=int, default=768)
+    parser.add_argument("--vocab_size", type=int, default=50258)
+    parser.add_argument("--warmup", type=int, default=3 if on_gpu else 1)
+    parser.add_argument("--steps", type=int, default=10 if on_gpu else 1, help="timed steps of each measurement")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peak_tflops", type=float, default=989.0, help="dense bf16 peak of the GPU, for MFU")
+    parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options)))
+        return
+
+    options.batch_size = options.batch_size or largest_batch(options)
+    runs = {side: [] for side in SIDES}
+    for _ in range(options.repeats):
+        for side, results in runs.items():
+            results.append(run(options, side, options.batch_size, options.warmup, options.steps))
+            memory = f", peak {results[-1]['peak_gb']:.2f} GB" if side != "floor" else ""
+            print(f"{side:>24}: {results[-1]['seconds']:.3f} s a step{memory}", flush=True)
+    first = {side: results[0]["losses"][0] for side, results in runs.items() if side != "floor"}
+    for loss in first.values():
+        assert abs(loss - first["plain"]) <= (1e-2 if on_gpu else 1e-4) * first["plain"], f"other losses: {first}"
+    seconds = {side: statistics.median(result["seconds"] for result in results) for side, results in runs.items()}
+    peaks = {
+        side: statistics.median(r["peak_gb"] for r in results) for side, results in runs.items() if side != "floor"
+    }
+    ratios = {
+        "time_over_plain": seconds["ours"] / seconds["plain"],
+        "memory_over_plain": peaks["ours"] / peaks["plain"],
+        "time_over_floor": seconds["ours"] / seconds["floor"],
+        "time_over_floor_nothing_recomputed": seconds["ours, nothing recomputed"] / seconds["floor"],
+    }
+    print(
+        f"over the plain step: time {ratios['time_over_plain']:.2f} (at most 0.8), "
+        f"peak memory {ratios['memory_over_plain']:.2f} (at most 0.6)\n"
+        f"over the floor: {ratios['time_over_floor_nothing_recomputed']:.2f} (at most 1.2), "
+        f"with activation checkpointing {ratios['time_over_floor']:.2f}"
+    )
+    speed = {}
+    for side in seconds:
+        speed[side] = {"tokens_per_second": options.batch_size * options.length / seconds[side]}
+        if on_gpu:
+            speed[side]["mfu"] = operations(options) / seconds[side] / (options.peak_tflops * 1e12)
+        print(f"{side:>24}: " + ", ".join(f"{name} {value:.3g}" for name, value in speed[side].items()))
+    settings = {name: value for name, value in vars(options).items() if name != "measure"}
+    content = {"runs": runs, "seconds": seconds, "peak_gb": peaks, "ratio": ratios, "speed": speed}
+    write_result("distillation_step", {"settings": settings, **content})
+
+
+if __name__ == "__main__":
+    main()

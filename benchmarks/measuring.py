@@ -1,0 +1,81 @@
+"""What the benchmarks of training share: peak memory of a call, the machine, and where results go."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+
+class PeakMemory:
+    """The most bytes that the process (the GPU, if there is one) held while the context was open.
+
+    `bytes` are above what it held at the start, `total` with it.
+    """
+
+    def __enter__(self):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+            return self
+        self.start = self.bytes_held()
+        self.highest, self.open = self.start, True
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while self.open:
+            self.highest = max(self.highest, self.bytes_held())
+            time.sleep(0.002)
+
+    @staticmethod
+    def bytes_held() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def __exit__(self, *error):
+        if torch.cuda.is_available():
+            self.highest = torch.cuda.max_memory_allocated()
+        else:
+            self.open = False
+            self.thread.join()
+        self.total, self.bytes = self.highest, self.highest - self.start
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def memory_available() -> int:
+    """Bytes that a process could still take, on the GPU if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+
+
+def in_its_own_process(module: str, *words: str) -> dict:
+    """What `python -m module words` prints as its last line, JSON."""
+    output = subprocess.check_output([sys.executable, "-m", module, *words], text=True)
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def write_result(name: str, content: dict):
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**content, "machine": machine, "versions": versions}, indent=2) + "\n")
