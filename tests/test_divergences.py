@@ -55,6 +55,7 @@ def plain(kind, student, teacher, tau, beta):
 @pytest.fixture(params=[1, 3, 100], ids=lambda rows: f"{rows}_rows_a_chunk")
 def chunk(request, monkeypatch):
     monkeypatch.setitem(divergences.CHUNK, "cpu", request.param * V)
+    monkeypatch.setattr(divergences, "CPU_COLUMNS", 5)
 
 
 @pytest.mark.parametrize("mask", [MASK, None])
