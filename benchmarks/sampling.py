@@ -193,6 +193,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--plain_steps", type=int, default=16, help="Steps of the plain side that are timed.")
     result.add_argument("--compile", action="store_true", help="Time `generate(compile=True)` too.")
     result.add_argument("--memory", action="store_true", help="Peak memory instead of time; on the CPU.")
+    result.add_argument("--output", help="The result file; under benchmarks/results/ by default.")
     result.add_argument("--measure", help=argparse.SUPPRESS)
     return result
 
@@ -237,8 +238,8 @@ def main():
             "transformers": transformers.__version__,
         },
     }
-    path = Path(__file__).parent / "results" / name
-    path.parent.mkdir(exist_ok=True)
+    path = Path(options.output or Path(__file__).parent / "results" / name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 

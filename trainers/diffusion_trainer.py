@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
 from trainers.checkpoints import fault_of, last_whole_checkpoint, write_manifest
@@ -75,6 +76,18 @@ def pick_cpu_backend(arguments: TrainingArguments):
             arguments.ddp_backend, arguments.use_cpu = arguments.ddp_backend or "gloo", False
     else:
         arguments.use_cpu = True
+
+
+def register_head(model: torch.nn.Module):
+    """Tells ZeRO-3 that the model itself reads the head's parameters (`hidden_rows`), beside the head's own forward.
+
+    Left to itself it learns this when it finds them partitioned, which on a resumed run is only after it has recorded the
+    order of all parameters: the next step then fails on that record.
+    """
+    import deepspeed
+
+    for parameter in model.get_output_embeddings().parameters():
+        deepspeed.zero.register_external_parameter(model, parameter)
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -255,6 +268,8 @@ class DiffusionTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if is_deepspeed_zero3_enabled():
+            register_head(self.accelerator.unwrap_model(self.model))
         if resume_from_checkpoint is not None:
             for name, follower in self.followers.items():
                 follower.load(os.path.join(resume_from_checkpoint, name))
