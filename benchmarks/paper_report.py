@@ -39,7 +39,7 @@ def write_tables(
     ablation = [method for method in methods if method.split(",")[0] in (*second, "MCD R1", "teacher")]
     target = held_out_row(results, next(row for row in results if row["steps"] is not None))
     caption = (
-        f"Generative perplexity ± standard deviation over {len(options.seeds)} seeds (of training; of sampling for a "
+        f"Generative perplexity ± standard deviation over {len(options.seeds)} seeds of training (3 of sampling for a "
         f"teacher), in brackets the entropy (nats, {target['entropy_unit']}, or trigrams where the line says so); "
         f"{options.samples} samples a seed of {target['length']} tokens, float64 draws unless the line says otherwise. Every training: {compute} trunk "
         f"forwards ({options.rounds} rounds; Table 2 one of them). Judge: {target['judge']}. Held-out text: "

@@ -10,8 +10,9 @@ The budget is counted in trunk forwards of a batch: 3 for a step of the student 
 All methods get the same number, so SDTT makes fewer steps than MCD, and the control that goes on with the NELBO more.
 
 The command stops after `--minutes` and says so; started again it goes on where it was, as often as needed: a training is
-killed and resumes from its last checkpoint, an evaluation loses at most one cell. Then it writes
-`benchmarks/results/paper_tables_NAME.{md,json,png}`.
+killed and resumes from its last checkpoint, an evaluation loses at most one cell. Seed by seed it writes
+`benchmarks/results/paper_tables_NAME.{md,json,png}`. All that it measured is in `eval.json` of its output folder: a network
+with all its cells there is not trained again, so a copy of that one file goes on with the work on another machine.
 """
 
 import argparse
@@ -100,7 +101,7 @@ class Network:
 
     @property
     def precisions(self) -> dict:
-        return PRECISIONS if self.teacher == "teacher" else {"": {}}
+        return PRECISIONS if self.teacher == "teacher" and self.sweep else {"": {}}
 
     @property
     def label(self) -> str:
@@ -112,6 +113,7 @@ class Tables:
         self.options, self.extra = options, extra
         self.deadline = time.monotonic() + 60 * options.minutes
         self.folder = Path(options.output_dir or ROOT / "runs" / f"paper_tables_{options.recipes}").resolve()
+        self.report = load_report(self.folder)
         self.runs = [run for run in RUNS if options.methods is None or run.label in options.methods]
         self.recipe = self.read_recipe("{}.yaml")
         self.teachers = {"teacher": self.path(self.recipe["teacher"])}
@@ -134,9 +136,12 @@ class Tables:
         if time.monotonic() > self.deadline:
             sys.exit(f"{self.options.minutes:g} minutes are over; start the same command again to go on")
 
+    def save(self, rows: tuple[dict, ...] = (), **about):
+        self.report = save_results(self.folder, rows, **about)
+
     def train(self, script: str, output: Path, *words):
-        """Runs an entry point until it ends or time is over. A run whose loss is not finite leaves `failed.txt`."""
-        if (output / "model.safetensors").exists() or (output / "failed.txt").exists():
+        """Runs an entry point until it ends or time is over. A loss that is not finite is written down as a failure."""
+        if (output / "model.safetensors").exists():
             return
         self.stop_in_time()
         print(f"training {output.name}", flush=True)
@@ -158,55 +163,89 @@ class Tables:
             last_line = error.stderr.strip().splitlines()[-1]
             if "is nan" not in last_line and "is inf" not in last_line:
                 raise SystemExit(f"{output.name}: {last_line}") from None
-            (output / "failed.txt").write_text(last_line + "\n", encoding="utf-8")
+            self.save(failures=self.report.get("failures", {}) | {output.name: last_line})
 
-    def make_assets(self):
-        for label, folder in self.teachers.items():
-            self.train("run_mdlm.py", folder, self.recipe_path(f"{{}}_{label.replace(' ', '_')}.yaml"))
+    def make_judge(self):
         self.train("run_judge.py", self.path(self.recipe["judge"]), self.recipe_path("{}_judge.yaml"))
 
-    def make_students(self):
-        options = self.options
-        for seed in options.seeds:
-            for run in self.runs:
-                rounds = 1 if run.first_round_only else options.rounds
-                steps = round(options.steps_per_round * MCD_COST / run.cost)
-                words = [self.recipe_path(run.recipe), "--seed", seed, "--report_to", "none", "--disable_tqdm", "true"]
-                words += ["--logging_steps", 1, "--save_steps", max(1, steps // 5), *run.words]
-                if run.recipe.endswith("teacher.yaml"):
-                    words += ["--model", self.teachers[run.teacher], "--max_steps", rounds * steps]
-                    words += ["--eval_strategy", "no", "--lr_scheduler_type", "constant_with_warmup"]
-                    words += ["--weight_decay", 0, "--adam_beta2", 0.999]
-                    same = ("learning_rate", "warmup_steps", "per_device_train_batch_size", "ema_decay")
-                    words += [word for name in same for word in (f"--{name}", self.recipe[name])]
-                    self.train("run_mdlm.py", self.student_folder(run, seed), *words)
-                else:
-                    words += ["--teacher", self.teachers[run.teacher], "--judge", "null"]
-                    words += ["--num_rounds", rounds, "--steps_per_round", steps]
-                    self.train("run_mcd.py", self.student_folder(run, seed), *words)
+    def make_teacher(self, label: str):
+        self.train("run_mdlm.py", self.teachers[label], self.recipe_path(f"{{}}_{label.replace(' ', '_')}.yaml"))
+
+    def make_student(self, run: Run, seed: int):
+        options, folder = self.options, self.student_folder(run, seed)
+        rounds = 1 if run.first_round_only else options.rounds
+        steps = round(options.steps_per_round * MCD_COST / run.cost)
+        words = [self.recipe_path(run.recipe), "--seed", seed, "--report_to", "none", "--disable_tqdm", "true"]
+        words += ["--logging_steps", 1, "--save_steps", max(1, steps // 5), *run.words]
+        if run.recipe.endswith("teacher.yaml"):
+            words += ["--model", self.teachers[run.teacher], "--max_steps", rounds * steps]
+            words += ["--eval_strategy", "no", "--lr_scheduler_type", "constant_with_warmup"]
+            words += ["--weight_decay", 0, "--adam_beta2", 0.999]
+            same = ("learning_rate", "warmup_steps", "per_device_train_batch_size", "ema_decay")
+            words += [word for name in same for word in (f"--{name}", self.recipe[name])]
+            self.train("run_mdlm.py", folder, *words)
+        else:
+            words += ["--teacher", self.teachers[run.teacher], "--judge", "null"]
+            words += ["--num_rounds", rounds, "--steps_per_round", steps]
+            self.train("run_mcd.py", folder, *words)
+        self.save(trainings=self.report.get("trainings", {}) | {folder.name: self.measured_in(folder)})
 
     def student_folder(self, run: Run, seed: int) -> Path:
         return self.folder / f"{run.label.replace(' ', '_')}-{seed}"
 
-    def networks(self) -> list[Network]:
-        networks = [Network(folder, label) for label, folder in self.teachers.items()]
-        for run in self.runs:
-            for seed in self.options.seeds:
-                folder = self.student_folder(run, seed)
-                if (folder / "failed.txt").exists():
-                    continue
-                if run.recipe.endswith("teacher.yaml"):
-                    networks.append(Network(folder, run.teacher, run, seed=seed))
-                    continue
-                last = 1 if run.first_round_only else self.options.rounds
-                for number in range(1, last + 1):
-                    place = folder / f"round-{number}"
-                    networks.append(
-                        Network(place, run.teacher, run, number, seed, sweep=run.label == "MCD" or number == last)
-                    )
-        return networks
+    @staticmethod
+    def measured_in(folder: Path) -> dict:
+        """What a training logged: its first loss, its largest loss and gradient norm; {} if it failed before a checkpoint."""
+        states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+        history = [x for state in states[-1:] for x in json.loads(state.read_text())["log_history"] if "loss" in x]
+        if not history:
+            return {}
+        return {
+            "loss at step 1": history[0]["loss"],
+            "largest loss": max(entry["loss"] for entry in history),
+            "largest gradient norm": max(entry["grad_norm"] for entry in history),
+        }
 
-    def judge(self):
+    def students(self, run: Run, seed: int) -> list[Network]:
+        folder = self.student_folder(run, seed)
+        if folder.name in self.report.get("failures", {}):
+            return []
+        if run.recipe.endswith("teacher.yaml"):
+            return [Network(folder, run.teacher, run, seed=seed)]
+        last = 1 if run.first_round_only else self.options.rounds
+        return [
+            Network(folder / f"round-{i}", run.teacher, run, i, seed, sweep=run.label == "MCD" or i == last)
+            for i in range(1, last + 1)
+        ]
+
+    def temperatures(self, network: Network, suffix: str) -> list[float]:
+        return self.options.temperatures if network.sweep and not suffix else [1.0]
+
+    def is_judged(self, network: Network) -> bool:
+        rows = [row for row in self.report["results"] if row["samples"] == self.options.samples]
+        known = {(row["model"], row["steps"], row["temperature"]) for row in rows}
+        return all(
+            (network.label + suffix, steps, temperature) in known
+            for suffix in network.precisions
+            for temperature in self.temperatures(network, suffix)
+            for steps in self.options.steps
+        )
+
+    def make_and_judge(self, seed: int):
+        """A teacher is made when something that rests on it is still to be judged."""
+        for label, folder in self.teachers.items():
+            todo = [run for run in self.runs if run.teacher == label and not self.is_done(run, seed)]
+            if todo or not self.is_judged(Network(folder, label)):
+                self.make_teacher(label)
+                self.judge([Network(folder, label)])
+            for run in todo:
+                self.make_student(run, seed)
+                self.judge(self.students(run, seed))
+
+    def is_done(self, run: Run, seed: int) -> bool:
+        return all(map(self.is_judged, self.students(run, seed)))
+
+    def judge(self, networks: list[Network]):
         options, recipe = self.options, self.recipe
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = AutoTokenizer.from_pretrained(self.teachers["teacher"])
@@ -219,51 +258,49 @@ class Tables:
             vocabulary=vocabulary_of(read_texts(train)) if train.exists() else None,
             batch_size=options.batch_size,
         )
-        rows = load_report(self.folder)["results"]
-        if not rows:
+        if not self.report["results"]:
             blocks = text_blocks(read_texts(validation), tokenizer, recipe["block_length"], 512)
-            save_results(self.folder, [evaluate_held_out_text(blocks, tokenizer, protocol)])
-        for network in self.networks():
+            self.save([evaluate_held_out_text(blocks, tokenizer, protocol)])
+        for network in networks:
             model = load_model(str(network.folder)).to(device)
             for suffix, settings in network.precisions.items():
-                # A teacher is one network: its spread is over as many seeds of sampling as students have of training.
-                seeds = len(options.seeds) if network.run is None else 1
-                how = replace(protocol, seeds=seeds, **settings)
-                temperatures = options.temperatures if network.sweep and not suffix else [1.0]
-                known = load_report(self.folder)["results"]
+                # A teacher is one network: its spread is over seeds of sampling, that of students over seeds of training.
+                how = replace(protocol, seeds=3 if network.run is None else 1, **settings)
+                temperatures, known = self.temperatures(network, suffix), self.report["results"]
                 points = evaluate_model(
                     network.label + suffix, model, tokenizer, how, options.steps, temperatures, known
                 )
                 for row in points:
-                    save_results(self.folder, [row])
+                    self.save([row])
                     self.stop_in_time()
 
-    def explosions(self) -> dict:
-        """What the trainings of Table 2 (and MCD) measured: the loss at the first step, the largest loss and gradient norm."""
+    def explosions(self, seeds: list[int]) -> dict:
+        """Of the trainings of Table 2 (and MCD): the loss at the first step, the largest loss and gradient norm."""
         measured = {}
         for run in self.runs:
-            if not (run.first_round_only or run.label == "MCD"):
-                continue
-            histories = []
-            for seed in self.options.seeds:
-                states = self.student_folder(run, seed).glob("checkpoint-*/trainer_state.json")
-                for state in sorted(states, key=lambda path: int(path.parent.name.split("-")[1]))[-1:]:
-                    histories.append([x for x in json.loads(state.read_text())["log_history"] if "loss" in x])
-            if histories:
-                measured[run.label] = {
-                    "loss at step 1": statistics.fmean(history[0]["loss"] for history in histories),
-                    "largest loss": max(entry["loss"] for history in histories for entry in history),
-                    "largest gradient norm": max(entry["grad_norm"] for history in histories for entry in history),
-                }
+            if run.first_round_only or run.label == "MCD":
+                of_seeds = [self.report["trainings"][self.student_folder(run, seed).name] for seed in seeds]
+                if all(of_seeds):
+                    measured[run.label] = {
+                        name: (statistics.fmean if name == "loss at step 1" else max)(row[name] for row in of_seeds)
+                        for name in of_seeds[0]
+                    }
         return measured
 
-    def failures(self) -> list[str]:
-        folders = [self.student_folder(run, seed) for run in self.runs for seed in self.options.seeds]
-        return [
-            f"{f.name}: FAILED, {(f / 'failed.txt').read_text().strip()}"
-            for f in folders
-            if (f / "failed.txt").exists()
-        ]
+    def write(self, seeds: list[int]):
+        networks = [Network(folder, label) for label, folder in self.teachers.items()]
+        networks += [network for run in self.runs for seed in seeds for network in self.students(run, seed)]
+        options = argparse.Namespace(**vars(self.options) | {"seeds": seeds})
+        write_tables(
+            options,
+            [(n.method + s, n.label + s, n.teacher + s) for n in networks for s in n.precisions],
+            self.report["results"],
+            compute=options.rounds * options.steps_per_round * MCD_COST,
+            second={f"{run.label} R1" for run in RUNS if run.first_round_only},
+            explosions=self.explosions(seeds),
+            failures=[f"{name}: FAILED, {line}" for name, line in self.report.get("failures", {}).items()],
+            trainings=self.extra,
+        )
 
 
 def main():
@@ -274,27 +311,19 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps_per_round", type=int, default=100, help="Of MCD; the others by their cost.")
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128], help="Of sampling, N.")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.9, 0.8, 0.7])
-    parser.add_argument("--samples", type=int, default=32, help="For each network, N and temperature.")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.6])
+    parser.add_argument("--samples", type=int, default=16, help="For each network, N and temperature.")
+    parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=18.0, help="Stop after so many; start again to go on.")
     parser.add_argument("--output_dir", help="Where the runs go; runs/paper_tables_NAME by default.")
     parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="Where the tables go.")
     options, extra = parser.parse_known_args()
     options.temperatures = sorted({1.0, *options.temperatures}, reverse=True)
     tables = Tables(options, extra)
-    tables.make_assets()
-    tables.make_students()
-    tables.judge()
-    labels = [(n.method + s, n.label + s, n.teacher + s) for n in tables.networks() for s in n.precisions]
-    about = {
-        "compute": options.rounds * options.steps_per_round * MCD_COST,
-        "second": {f"{run.label} R1" for run in RUNS if run.first_round_only},
-        "explosions": tables.explosions(),
-        "failures": tables.failures(),
-        "trainings": extra,
-    }
-    write_tables(options, labels, load_report(tables.folder)["results"], **about)
+    tables.make_judge()
+    for number, seed in enumerate(options.seeds, start=1):
+        tables.make_and_judge(seed)
+        tables.write(options.seeds[:number])
 
 
 if __name__ == "__main__":
