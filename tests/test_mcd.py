@@ -30,14 +30,14 @@ def teacher(tmp_path_factory):
     return AutoModel.from_pretrained(folder / "teacher").eval()
 
 
-def make_trainer(teacher, tmp_path, **changes):
+def make_trainer(teacher, tmp_path, eval_dataset=None, **changes):
     student = type(teacher)(teacher.config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(teacher.get_parameter(name) + 0.1 * torch.randn(parameter.shape, generator=generator))
     arguments = MCDTrainingArguments(output_dir=str(tmp_path), **{**SETTINGS, **changes})
-    return MCDTrainer(student, arguments, teacher=teacher)
+    return MCDTrainer(student, arguments, teacher=teacher, eval_dataset=eval_dataset)
 
 
 def blocks():
@@ -245,3 +245,12 @@ def test_evaluation_loss_is_the_same_each_time_and_leaves_training_noise_alone(t
     trainer.eval_dataset = [{"input_ids": row.tolist()} for row in blocks()] * 4
     first, second = (trainer.evaluate()["eval_loss"] for _ in range(2))
     assert first == second and first > 0
+
+
+def test_fewer_validation_blocks_than_one_batch_are_refused_before_training(teacher, tmp_path):
+    few = [{"input_ids": row.tolist()} for row in blocks()][:3]
+    message = "per_device_eval_batch_size is 8, a batch of 8 in all, but the validation set has only 3 blocks"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(teacher, tmp_path, eval_strategy="steps", eval_dataset=few)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(teacher, tmp_path).evaluate(few)

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,6 +132,8 @@ class DiffusionTrainer(Trainer):
 
     def __init__(self, model, args: DiffusionTrainingArguments, *, data_collator=collate_blocks, **kwargs):
         super().__init__(model, args, data_collator, **kwargs)
+        if args.eval_strategy != "no":
+            self.check_evaluation_batch(self.eval_dataset)
         self.model_accepts_loss_kwargs = False
         self.schedule = noise_schedule_of(self.model.config)
         self.mask_token_id = self.model.config.mask_token_id
@@ -224,9 +227,19 @@ class DiffusionTrainer(Trainer):
         self._recorded = recorded
         return loss.detach(), None, None
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        self.check_evaluation_batch(self.eval_dataset if eval_dataset is None else eval_dataset)
         self._noise_step = None
-        return super().evaluate(*args, **kwargs)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def check_evaluation_batch(self, dataset):
+        """Only whole batches are evaluated, so that fewer rows than one would silently give no loss at all."""
+        batch = self.args.eval_batch_size * self.args.world_size
+        if isinstance(dataset, Sized) and not isinstance(dataset, dict) and len(dataset) < batch:
+            raise ValueError(
+                f"per_device_eval_batch_size is {self.args.per_device_eval_batch_size}, a batch of {batch} in all, but the "
+                f"validation set has only {len(dataset)} blocks, and the time strata need a whole batch: make it smaller"
+            )
 
     # Checkpoints: followers first, then the Trainer's own files, the manifest, and the trainer's state last of all.
 
