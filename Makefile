@@ -21,7 +21,7 @@ distill: setup
 # The full figures of the last `make distill`: 512 samples, 3 seeds; at 8 steps a sweep of temperatures for the matched
 # columns. Hours on two cores; killed and started again, it goes on where it was.
 EVALUATE := $(BIN)/python evaluation/run_eval.py teacher=runs/tiny/teacher round-3=runs/tiny/round-3 --output_dir runs/tiny \
-	--judge recipes/tiny/judge --entropy_unit words --samples 512 --seeds 3 --batch_size 64 \
+	--judge recipes/tiny/judge --entropy_unit words --samples 512 --seeds 3 --batch_size 8 \
 	--reference_text recipes/tiny/text/validation --vocabulary_text recipes/tiny/text/train
 
 evaluate: setup
