@@ -17,7 +17,7 @@ from evaluation.generative_perplexity import CONVENTIONS
 from evaluation.reference_text import read_texts, text_blocks
 from evaluation.report import write_report
 from evaluation.results import load_report, save_results
-from modeling_mcd.convert_checkpoints import load_model, read_checkpoint, split_revision
+from modeling_mcd.convert_checkpoints import load_model, read_checkpoint, reason_of, split_revision
 from modeling_mcd.generation_config_mdlm import options_of
 from modeling_mcd.sampling_mdlm import LAST_STEPS, SAMPLERS
 
@@ -167,7 +167,7 @@ def _load(auto_class, what: str, name: str, **options):
         return auto_class.from_pretrained(repository, revision=revision or "main", **options)
     except Exception as error:  # a broken folder raises what its broken file happens to raise
         place = "cannot be loaded" if Path(name).is_dir() else "is no folder here, and cannot be had from the Hub"
-        raise ValueError(f"{what} {name!r} {place}: {str(error).strip().splitlines()[0]}") from None
+        raise ValueError(f"{what} {name!r} {place}: {reason_of(error)}") from None
 
 
 if __name__ == "__main__":

@@ -182,8 +182,12 @@ def download(source: str, revision: str | None) -> Path:
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", *PICKLES]))
         return folder
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"revision {revision!r}: {reason}" if revision else reason) from None
+        raise ValueError(f"revision {revision!r}: {reason_of(error)}" if revision else reason_of(error)) from None
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says; its type when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --- What is in them
@@ -253,12 +257,12 @@ def read_pickle(file: Path, trust: bool) -> Mapping:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"to unpickle, {file.name} needs more than tensors and plain containers, and that can run any code "
-            f"(found: {str(error).splitlines()[0]}); if you trust its author, convert it with --trust-pickle"
+            f"(found: {reason_of(error)}); if you trust its author, convert it with --trust-pickle"
         ) from None
     except ModuleNotFoundError as error:
         raise ValueError(f"to unpickle, {file.name} needs the package {error.name!r}: install it first") from None
     except RuntimeError as error:
-        raise ValueError(f"{cut_off}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{cut_off}: {reason_of(error)}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{file.name} holds no state dict but a {type(content).__name__}")
     return content

@@ -639,11 +639,12 @@ def test_an_option_of_another_method_is_refused_by_name(words, says, tmp_path, c
     assert says.format(recipe=recipe) in line and "\n" not in line
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPE_FOLDER.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "recipe",
+    [path for path in sorted(RECIPE_FOLDER.glob("*.yaml")) if "\nteacher:" in path.read_text()],
+    ids=lambda path: path.name,
+)
 def test_every_distillation_recipe_is_of_its_method(recipe):
-    words = recipe.read_text()
-    if not words.count("\nteacher:"):
-        pytest.skip("no distillation")
     arguments = {name: method[1] for name, method in run_mcd.METHODS.items()}
     shared = (run_mcd.MethodArguments, run_mcd.NetworkArguments, run_mcd.TokenizerArguments, run_mcd.TextArguments)
     method, *_, training = parse_recipe_of(

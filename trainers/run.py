@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from modeling_mcd.convert_checkpoints import reason_of
 from trainers.checkpoints import check_checkpoint, claim_output_dir, last_whole_checkpoint, remove_later_checkpoints
 from trainers.text_blocks import TextArguments, load_blocks
 
@@ -71,9 +72,7 @@ def load_tokenizer(arguments: TokenizerArguments) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"tokenizer {arguments.tokenizer!r} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from None
+        raise FileNotFoundError(f"tokenizer {arguments.tokenizer!r} cannot be loaded: {reason_of(error)}") from None
     if tokenizer.mask_token_id is None and arguments.add_mask_token:
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     if tokenizer.bos_token_id is None:
@@ -217,9 +216,8 @@ def push_to_hub(training: TrainingArguments, api: HfApi):
         retry = ["hf", "upload", repository, training.output_dir, "."]
         retry += [word for pattern in ignored for word in ("--exclude", pattern)]
         retry += ["--private"] if training.hub_private_repo else []
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
         print(
-            f"The push to {repository!r} failed ({type(error).__name__}: {reason}). Nothing is lost: "
+            f"The push to {repository!r} failed ({type(error).__name__}: {reason_of(error)}). Nothing is lost: "
             f"everything is in {training.output_dir}. Try again with\n  {shlex.join(retry)}",
             file=sys.stderr,
         )

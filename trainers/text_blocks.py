@@ -14,6 +14,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value, load_datas
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
+from modeling_mcd.convert_checkpoints import reason_of
+
 
 @dataclass
 class TextArguments:
@@ -134,7 +136,7 @@ def _documents(source: str, text: TextArguments, split: str, streaming: bool):
         documents = _build(load_dataset, source, text.dataset_config, **options)
     except OSError as error:
         raise FileNotFoundError(
-            f"text {source!r} is no file or folder here, and cannot be had from the Hub: {str(error).splitlines()[0]}"
+            f"text {source!r} is no file or folder here, and cannot be had from the Hub: {reason_of(error)}"
         ) from None
     column, columns = text.text_column, documents.column_names
     if columns is not None and column not in columns:
