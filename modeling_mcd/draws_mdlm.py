@@ -83,15 +83,15 @@ def draw_truncated(
 
     Args:
         logits: [rows, V].
-        noise: [rows, V], float32 uniforms in [0, 1).
+        noise: [rows, V], float32 uniforms in [0, 1). Used up.
         reveal: probability that the mask is lifted in this step.
 
     Returns:
         [rows] int64: `mask_token_id` where the token stays masked, and -1 where the logits hold a NaN.
     """
-    weights = (substitute(logits, mask_token_id, torch.float32) / temperature).softmax(dim=-1) * reveal
+    weights = substitute(logits, mask_token_id, torch.float32).div_(temperature).softmax(dim=-1).mul_(reveal)
     weights[:, mask_token_id] += 1 - reveal
-    race = weights / (1e-10 - (noise + 1e-10).log())
+    race = weights.div_(noise.add_(1e-10).log_().neg_().add_(1e-10))
     return race.argmax(dim=-1).where(~race[:, 0].isnan(), -1)
 
 
