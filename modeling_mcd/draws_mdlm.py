@@ -83,7 +83,7 @@ def draw_truncated(
 
     Args:
         logits: [rows, V].
-        noise: [rows, V], float32 uniforms in [0, 1). Used up.
+        noise: [rows, V], float32 uniforms in [0, 1).
         reveal: probability that the mask is lifted in this step.
 
     Returns:
@@ -91,7 +91,7 @@ def draw_truncated(
     """
     weights = substitute(logits, mask_token_id, torch.float32).div_(temperature).softmax(dim=-1).mul_(reveal)
     weights[:, mask_token_id] += 1 - reveal
-    race = weights.div_(noise.add_(1e-10).log_().neg_().add_(1e-10))
+    race = weights.div_(noise.add(1e-10).log_().neg_().add_(1e-10))
     return race.argmax(dim=-1).where(~race[:, 0].isnan(), -1)
 
 
