@@ -9,7 +9,8 @@ from tiny_run import run_python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainers.divergences as divergences
-from trainers.divergences import DIVERGENCES, HeadRows, cross_entropy, divergence, head_rows
+from modeling_mcd.uniform_diffusion_mdlm import uniform_nelbo
+from trainers.divergences import DIVERGENCES, HeadRows, cross_entropy, differentiated, divergence, head_rows
 
 
 V, D, MASK = 13, 5, 11
@@ -71,6 +72,21 @@ def test_values_and_gradients_are_the_plain_formulas(chunk, kind, tau, beta, mas
         for a, b in zip(found, expected, strict=True):
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
     assert all(tensor.grad is None for tensor in leaves(teacher))
+
+
+def test_the_uniform_bound_in_chunks_is_the_one_on_all_logits(chunk):
+    student, generator = make_rows(8, 0, mask=None), torch.Generator().manual_seed(2)
+    z, x = torch.randint(V, (2, 8), generator=generator)
+    alpha, slope = torch.linspace(0.1, 0.9, 8, dtype=torch.float64), torch.full((8,), -1.0, dtype=torch.float64)
+    whole = uniform_nelbo((student.hidden @ student.weight.T + student.bias).log_softmax(-1), z, x, alpha, slope)
+    parts = differentiated(
+        lambda log_p, rows: uniform_nelbo(log_p, z[rows], x[rows], alpha[rows], slope[rows]), student
+    )
+    assert torch.allclose(parts, whole, rtol=1e-10)
+    for upstream in (torch.full((8,), 0.3), torch.linspace(-1, 2, 8)):
+        found, expected = (torch.autograd.grad(y, leaves(student), upstream.double(), True) for y in (parts, whole))
+        for a, b in zip(found, expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0, -1.0, 3.0, 0.0])])

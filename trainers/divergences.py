@@ -220,6 +220,22 @@ def cross_entropy(student: HeadRows, tokens: torch.Tensor, weights: torch.Tensor
     return row_losses(loss, student)
 
 
+def differentiated(function: Callable[[torch.Tensor, slice], torch.Tensor], student: HeadRows) -> torch.Tensor:
+    """Any other function of the student's distribution, [rows], differentiated by autograd within each chunk.
+
+    Args:
+        function: `(log p [chunk, V], the chunk's rows) -> values [chunk]`, differentiable.
+    """
+
+    def loss(log_p: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            values = function(log_p.requires_grad_(), rows)
+            (slope,) = torch.autograd.grad(values.sum(), log_p)
+        return values.detach(), slope.sub_(log_p.detach().exp_().mul_(slope.sum(dim=-1, keepdim=True)))
+
+    return row_losses(loss, student)
+
+
 Loss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 
 

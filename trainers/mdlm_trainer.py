@@ -7,7 +7,7 @@ import torch
 from modeling_mcd.noise_schedule_mdlm import nelbo_weight
 from modeling_mcd.uniform_diffusion_mdlm import corrupt_uniformly, uniform_nelbo
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments, may_be_noised
-from trainers.divergences import cross_entropy
+from trainers.divergences import cross_entropy, differentiated
 from trainers.trajectories import mask_tokens, masked_at
 
 
@@ -50,19 +50,14 @@ class MDLMTrainer(DiffusionTrainer):
         x_0, gamma = inputs["input_ids"], self.schedule.gamma(times)
         z_t = torch.where(maskable, corrupt_uniformly(x_0, gamma, u, self.model.config.vocab_size), x_0)
 
-        logits = model(
-            input_ids=z_t,
-            timesteps=-gamma.log().float(),
-            attention_mask=inputs.get("attention_mask"),
-            logits_rows=maskable,
-        ).logits
-        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-        alpha, slope = (
-            values[:, None].expand_as(u)[maskable].to(log_p.dtype)
-            for values in (gamma, self.schedule.derivative(times))
-        )
-        nelbo = uniform_nelbo(log_p, z_t[maskable], x_0[maskable], alpha, slope)
-        loss = nelbo.sum() / maskable.sum().clamp(min=1)
+        student = self.rows(model, maskable, z_t, gamma, inputs)
+        tokens = [values[maskable] for values in (z_t, x_0)]
+        levels = [values[:, None].expand_as(u)[maskable] for values in (gamma, self.schedule.derivative(times))]
+
+        def nelbo(log_p: torch.Tensor, rows: slice) -> torch.Tensor:
+            return uniform_nelbo(log_p, *(x[rows] for x in tokens), *(x[rows].to(log_p.dtype) for x in levels))
+
+        loss = differentiated(nelbo, student).sum() / maskable.sum().clamp(min=1)
 
         self.record(noised_fraction=(z_t != x_0).double().mean())
         return loss
