@@ -15,6 +15,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from toy_distillers import make_networks  # noqa: E402
 
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion  # noqa: E402
 from trainers.character_tokenizer import character_tokenizer  # noqa: E402
@@ -47,3 +48,8 @@ def model(build) -> MDLMForMaskedDiffusion:
 @pytest.fixture(scope="session")
 def tokenizer():
     return character_tokenizer(model_max_length=32)
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    return make_networks(tmp_path_factory.mktemp("inputs"))

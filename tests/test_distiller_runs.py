@@ -1,0 +1,181 @@
+"""The distillers' options, resume and recipes."""
+
+import copy
+
+import pytest
+import torch
+from tiny_run import BLOCK, write_inputs
+from toy_distillers import METHODS, K, blocks, make_trainer
+from transformers import AutoModel
+
+from trainers import run_mcd
+from trainers.dcd_trainer import DCDTrainingArguments
+from trainers.diffusion_trainer import collate_blocks, may_be_noised
+from trainers.dscd_trainer import DSCDTrainingArguments
+from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
+from trainers.recipe import RECIPE_FOLDER, parse_recipe_of
+from trainers.sdtt_trainer import SDTTTrainingArguments
+
+
+# --- Options
+
+
+@pytest.mark.parametrize(
+    ("arguments_class", "changes", "message"),
+    [
+        (SDTTTrainingArguments, {"teacher_steps": 0}, "teacher_steps must be at least 1, not 0"),
+        (SDTTTrainingArguments, {"delta": 0.5}, r"delta \(0.5\) grows to 32 in 7 rounds"),
+        (DCDTrainingArguments, {"log_snr": [1.0, 4.0]}, r"log_snr must be two falling numbers.*not \[1.0, 4.0\]"),
+        (DSCDTrainingArguments, {"student_ratio": [0.9, 0.4]}, "student_ratio must be two rising numbers"),
+        (DSCDTrainingArguments, {"lambda_end": 1.5}, r"lambda_end must lie in \[0, 1\], not 1.5"),
+        (DSCDTrainingArguments, {"temperature": 0.0}, "temperature must be positive, not 0.0"),
+        (MPDCTrainingArguments, {"delta_end": 0.0}, r"delta_end must lie in \(0, 1\), not 0.0"),
+        (MPDCTrainingArguments, {"anchor_fraction": 2.0}, r"anchor_fraction must lie in \[0, 1\], not 2.0"),
+        (MPDCTrainingArguments, {"num_rounds": 0}, "num_rounds must be at least 1, not 0"),
+    ],
+)
+def test_wrong_settings_name_the_field_and_the_value(arguments_class, changes, message):
+    with pytest.raises(ValueError, match=message):
+        arguments_class(output_dir="unused", **changes)
+
+
+def test_networks_of_the_wrong_kind_are_refused(networks, tmp_path):
+    for method, kind in (("dcd", "absorbing"), ("sdtt", "uniform")):
+        trainer_class, arguments_class, _ = METHODS[method]
+        arguments = arguments_class(output_dir=str(tmp_path), ema_decay=None)
+        with pytest.raises(ValueError, match=f"diffusion_kind is '{kind}', but this trainer is for"):
+            trainer_class(networks[kind][1], arguments)
+
+
+def test_mpdc_refuses_another_teacher(networks, tmp_path):
+    teacher, student = networks["absorbing"]
+    with pytest.raises(ValueError, match="has no teacher but the student itself"):
+        MPDCTrainer(student, MPDCTrainingArguments(output_dir=str(tmp_path), ema_decay=None), teacher=teacher)
+
+
+def test_dscd_clamp_zeroes_the_gradient(networks, tmp_path):
+    """Why it is off by default."""
+    trainer = make_trainer("dscd", networks, tmp_path, clamp=0.01)
+    loss = trainer.compute_loss(trainer.model, {"input_ids": blocks()})
+    assert loss.item() == pytest.approx(0.01)
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, list(trainer.model.parameters())))
+
+
+def test_collating_pads_what_is_shorter_and_adds_nothing_to_equal_blocks():
+    assert list(collate_blocks([{"input_ids": [1, 2]}, {"input_ids": [3, 4]}])) == ["input_ids"]
+    batch = collate_blocks([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert may_be_noised(batch).tolist() == [[False, True, True], [True, False, False]]
+    assert may_be_noised(collate_blocks([{"input_ids": [1, 2]}, {"input_ids": [3]}])).tolist() == [
+        [True] * 2,
+        [True, False],
+    ]
+
+
+# --- Resume
+
+
+@pytest.mark.parametrize("stopped_at", [3, 6])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_bitwise_as_one_that_never_stopped(method, stopped_at, networks, tmp_path):
+    """From before and from after a round's edge, into networks that know nothing of the run: losses, student, followers."""
+
+    def run(folder, checkpoint=None):
+        trainer_class = METHODS[method][0]
+        kept = copy.deepcopy(networks)
+        changes = {
+            "ema_decay": 0.9,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "save_total_limit": 3,
+            "logging_steps": 1,
+        }
+        changes |= {"learning_rate": 1e-2, "warmup_steps": 2, "disable_tqdm": True, "report_to": "none"}
+        if checkpoint is not None:
+            for network in kept[trainer_class.diffusion_kind]:
+                for parameter in network.parameters():
+                    parameter.data.zero_()
+        trainer = make_trainer(method, kept, folder, **changes)
+        trainer.train_dataset = [{"input_ids": row.tolist()} for row in blocks()] * 8
+        trainer.train(checkpoint)
+        measured = [{k: v for k, v in entry.items() if "runtime" not in k} for entry in trainer.state.log_history]
+        followers = {name: follower.model.state_dict() for name, follower in trainer.followers.items()}
+        return measured[:8], {"student": trainer.model.state_dict()} | followers
+
+    logs, weights = run(tmp_path / "whole")
+    again, restored = run(tmp_path / "again", str(tmp_path / "whole" / f"checkpoint-{stopped_at}"))
+    assert len(logs) == 8 and logs == again
+    assert ("teacher" in weights) == METHODS[method][0].has_teacher
+    for name, state in weights.items():
+        for key in state:
+            assert torch.equal(state[key], restored[name][key]), (name, key)
+    start_of_teacher, start = (
+        network.state_dict()["lm_head.weight"] for network in networks[METHODS[method][0].diffusion_kind]
+    )
+    assert not torch.equal(start, weights["student"]["lm_head.weight"])
+    if method == "dscd":  # frozen
+        assert torch.equal(weights["teacher"]["lm_head.weight"], start_of_teacher)
+    elif "teacher" in weights:  # the second round has ended
+        assert all(torch.equal(weights["teacher"][key], weights["student"][key]) for key in weights["student"])
+
+
+# --- The entry point
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_recipe_of_each_method_runs(method, networks, tmp_path, capsys):
+    """`recipes/tiny_*.yaml` on toy networks for two steps: the student, its rounds, and a card that names the method."""
+    inputs = write_inputs(tmp_path)
+    networks[METHODS[method][0].diffusion_kind][0].float().save_pretrained(tmp_path / "teacher")
+    networks[METHODS[method][0].diffusion_kind][0].double()
+    settings = {"teacher": inputs / "teacher", "tokenizer": inputs / "tokenizer", "train_text": inputs / "text.txt"}
+    settings |= {"validation_text": inputs / "text.txt", "block_length": BLOCK, "steps_per_round": 1, "num_rounds": 2}
+    settings |= {"judge": "null", "output_dir": tmp_path / "run", "disable_tqdm": True, "save_steps": 1}
+    settings |= {"logging_steps": 1}
+    recipe = RECIPE_FOLDER / ("tiny.yaml" if method == "mcd" else f"tiny_{method}.yaml")
+    run_mcd.main([str(recipe), *(f"--{key}={value}" for key, value in settings.items())])
+    assert run_mcd.METHODS[method][2] in (tmp_path / "run" / "README.md").read_text()
+    for folder in ("run", "run/round-1", "run/round-2", "run/teacher"):
+        assert AutoModel.from_pretrained(tmp_path / folder).config.vocab_size == K
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["--trainer", "sdtt", "--tau", "0.9"],
+            "'tau' in the command line is no option of trainer 'sdtt', but of mcd",
+        ),
+        (["--trainer=mpdc", "--delta_growth=2"], "'delta_growth' in the command line is no option of trainer 'mpdc'"),
+        (["--trainer", "dscd", "--teacher_steps", "2"], "is no option of trainer 'dscd', but of sdtt"),
+        (["--trainer", "sdttt"], "trainer is 'sdttt', but must be one of mcd, sdtt, dcd, dscd, mpdc"),
+        (["--trainer", "dcd", "--reveals", "x"], "unknown key 'reveals' in the command line"),
+        (["{recipe}"], "'anchor_fraction' in recipe '{recipe}' is no option of trainer 'dcd', but of mpdc"),
+    ],
+)
+def test_an_option_of_another_method_is_refused_by_name(words, says, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("trainer: dcd\nanchor_fraction: 0.1\n")
+    required = [f"--{name}=x" for name in ("teacher", "tokenizer", "train_text", "output_dir")]
+    with pytest.raises(SystemExit) as stop:
+        run_mcd.main([*(word.format(recipe=recipe) for word in words), *required])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip()
+    assert says.format(recipe=recipe) in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [path for path in sorted(RECIPE_FOLDER.glob("*.yaml")) if "\nteacher:" in path.read_text()],
+    ids=lambda path: path.name,
+)
+def test_every_distillation_recipe_is_of_its_method(recipe):
+    arguments = {name: method[1] for name, method in run_mcd.METHODS.items()}
+    shared = (run_mcd.MethodArguments, run_mcd.NetworkArguments, run_mcd.TokenizerArguments, run_mcd.TextArguments)
+    method, *_, training = parse_recipe_of(
+        "trainer", arguments, (*shared, run_mcd.JudgeArguments), [str(recipe), "--bf16=false"]
+    )
+    assert type(training) is run_mcd.METHODS[method.trainer][1]
+    assert method.trainer == (recipe.stem.split("_")[1] if "_" in recipe.stem else "mcd")
+    assert training.max_steps == training.num_rounds * training.steps_per_round

@@ -1,0 +1,67 @@
+"""Small networks, data and trainers of every distillation method, for the tests."""
+
+import torch
+from tiny_run import BLOCK, write_inputs
+from transformers import AutoModel
+
+from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
+from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
+from trainers.diffusion_trainer import collate_blocks
+from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
+from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
+from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
+from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments
+
+
+K, MASK, ROWS, SEED = 48, 47, 4, 11
+METHODS = {
+    "mcd": (MCDTrainer, MCDTrainingArguments, {"delta": 0.125}),
+    "sdtt": (SDTTTrainer, SDTTTrainingArguments, {"delta": 0.125}),
+    "dcd": (DCDTrainer, DCDTrainingArguments, {"delta": 0.125}),
+    "dscd": (DSCDTrainer, DSCDTrainingArguments, {}),
+    "mpdc": (MPDCTrainer, MPDCTrainingArguments, {"anchor_fraction": 0.35}),
+}
+
+
+def make_networks(folder):
+    """Teacher and student of each diffusion kind, float64, with random weights."""
+    masked = AutoModel.from_pretrained(write_inputs(folder) / "teacher")
+    shapes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "conditioning_size": 8}
+    uniform = MDLMForMaskedDiffusion(
+        MDLMConfig(vocab_size=K, max_position_embeddings=BLOCK, diffusion_kind="uniform", hidden_dropout=0.0, **shapes)
+    )
+    generator, pairs = torch.Generator().manual_seed(1), {}
+    for kind, teacher in (("absorbing", masked), ("uniform", uniform)):
+        with torch.no_grad():
+            for parameter in teacher.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            student = type(teacher)(teacher.config)
+            for name, parameter in student.named_parameters():
+                noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(teacher.get_parameter(name) + noise)
+        pairs[kind] = teacher.double().eval(), student.double()
+    return pairs
+
+
+def make_trainer(method, networks, folder, **changes):
+    trainer_class, arguments_class, settings = METHODS[method]
+    teacher, student = networks[trainer_class.diffusion_kind]
+    settings = {"num_rounds": 2, "steps_per_round": 4, "ema_decay": None, "save_strategy": "no"} | settings | changes
+    arguments = arguments_class(output_dir=str(folder), seed=SEED, per_device_train_batch_size=ROWS, **settings)
+    teacher = {"teacher": teacher} if trainer_class.has_teacher else {}
+    trainer = trainer_class(student, arguments, **teacher)
+    trainer.model.train()
+    return trainer
+
+
+def blocks():
+    return torch.randint(0, 46, (ROWS, BLOCK), generator=torch.Generator().manual_seed(2))
+
+
+def prompted():
+    """Four rows of different lengths, the first tokens of each a prompt."""
+    rows = []
+    for i, row in enumerate(blocks().tolist()):
+        length, prompt = BLOCK - 3 * i, 5 + i
+        rows.append({"input_ids": row[:length], "labels": [-100] * prompt + row[prompt:length]})
+    return collate_blocks(rows)
