@@ -4,6 +4,8 @@ import json
 import platform
 import statistics
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from matplotlib.figure import Figure
 
 from evaluation import matched_gen_ppl
 from evaluation.matched_entropy import MATCHED, held_out_row, is_matched
+
+
+PLACES = ("output_dir", "results", "minutes", "no_tables")  # options that say nothing of the figures
 
 
 def write_tables(
@@ -44,7 +49,7 @@ def write_tables(
         f"{options.samples} samples a seed of {target['length']} tokens, float64 draws unless the line says otherwise. Every training: {compute} trunk "
         f"forwards ({options.rounds} rounds; Table 2 one of them). Judge: {target['judge']}. Held-out text: "
         f"{target['gen_ppl']:.2f} ({target['entropy']:.2f}; trigrams {target['trigram_entropy']:.2f}). Matched: log Gen-PPL "
-        f"interpolated over temperatures {options.temperatures} to the entropy of held-out text. Teacher like X: the "
+        f"interpolated over temperatures {[1.0, *options.temperatures]} to the entropy of held-out text. Teacher like X: the "
         "control, the teacher at the temperature where its trigram entropy is that of X at temperature 1. A cell wholly in "
         "brackets is the nearest point of a sweep that does not reach the entropy."
     )
@@ -56,7 +61,7 @@ def write_tables(
         text += [line(label, [f"{value:.4g}" for value in row.values()]) for label, row in explosions.items()]
     text += ["", *failures]
     content = {
-        "options": vars(options),
+        "options": {name: value for name, value in vars(options).items() if name not in PLACES},
         "trainings": trainings,
         "trunk_forwards": compute,
         "cells": [{"method": method, "steps": steps, **cell} for (method, steps), cell in cells.items()],
@@ -80,7 +85,9 @@ def cells_of(labels: list[tuple[str, str, str]], results: list[dict], steps: lis
     cells = {}
     for method, _, teacher in labels:
         for n in steps:
-            rows = [plain[label, n] for other, label, _ in labels if other == method]
+            rows = [plain[label, n] for other, label, _ in labels if other == method and (label, n) in plain]
+            if not rows:
+                continue
             sweep = [row for row in results if (row["model"], row["steps"]) == (teacher, n)]
             cells[method, n] = cell_of(rows, held_out_row(results, rows[0])) | {
                 "teacher": teacher,
@@ -113,25 +120,32 @@ def spread_of(values: list[float]) -> float | None:
 
 def table(methods: list[str], cells: dict, steps: list[int]) -> list[str]:
     """Every method at temperature 1; then the controls; then at the entropies of held-out text."""
+
+    def lines_of(label: str, methods: list[str], cell: Callable[[dict], str]) -> list[str]:
+        """A line for each method that has a cell; "-" where it has none."""
+        rows = {method: [cell(cells[method, n]) if (method, n) in cells else "-" for n in steps] for method in methods}
+        return [line(label.format(method), row) for method, row in rows.items() if set(row) != {"-"}]
+
+    def like(cell: dict) -> str:
+        if cell["teacher_like_this"] is None:
+            return "-"
+        figure, reached = cell["teacher_like_this"]
+        return number(figure, None, reached, abs(reached - cell["trigram_entropy"]) < 1e-9)
+
+    def matched(cell: dict, figure: str, reached: str) -> str:
+        if cell[figure] is None:
+            return "-"
+        return number(cell[figure], cell[f"{figure}_std"], cell[reached], cell[f"{figure}_reached"])
+
+    teacher_of = {method: cell["teacher"] for (method, _), cell in cells.items()}
     lines = [line("Gen-PPL (entropy)", [f"N = {n}" for n in steps]), "| --- |" + " ---: |" * len(steps)]
-    for method in methods:
-        row = [cells[method, n] for n in steps]
-        lines.append(line(method, [number(c["gen_ppl"], c["gen_ppl_std"], c["entropy"]) for c in row]))
-    for method in methods:
-        row = [cells[method, n] for n in steps]
-        if row[0]["teacher"] != method and all(c["teacher_like_this"] for c in row):
-            values = []
-            for c in row:
-                figure, reached = c["teacher_like_this"]
-                values.append(number(figure, None, reached, abs(reached - c["trigram_entropy"]) < 1e-9))
-            lines.append(line(f"{row[0]['teacher']} like {method} (trigrams)", values))
-    for by, (figure, reached) in MATCHED.items():
-        for method in methods:
-            row = [cells[method, n] for n in steps]
-            if all(c[figure] is not None for c in row):
-                values = [number(c[figure], c[f"{figure}_std"], c[reached], c[f"{figure}_reached"]) for c in row]
-                lines.append(line(f"{method}, matched{' (trigrams)' if by == 'trigram_entropy' else ''}", values))
-    return lines
+    lines += lines_of("{}", methods, lambda cell: number(cell["gen_ppl"], cell["gen_ppl_std"], cell["entropy"]))
+    for teacher in dict.fromkeys(teacher_of.values()):
+        students = [method for method in methods if method != teacher and teacher_of[method] == teacher]
+        lines += lines_of(f"{teacher} like {{}} (trigrams)", students, like)
+    lines += lines_of("{}, matched", methods, partial(matched, figure="matched_gen_ppl", reached="matched_entropy"))
+    trigrams = {"figure": "trigram_matched_gen_ppl", "reached": "trigram_matched_entropy"}
+    return lines + lines_of("{}, matched (trigrams)", methods, partial(matched, **trigrams))
 
 
 def number(value: float, spread: float | None, entropy: float, reached: bool = True) -> str:
@@ -148,12 +162,13 @@ def draw(methods: list[str], cells: dict, steps: list[int], target: dict) -> Fig
     figure = Figure(figsize=(17, 5.5), layout="constrained")
     plain, matched, frontier = figure.subplots(1, 3)
     for method in methods:
-        row = [cells[method, n] for n in steps]
+        judged = [n for n in steps if (method, n) in cells]
+        row = [cells[method, n] for n in judged]
         spread = [c["gen_ppl_std"] or 0.0 for c in row]
-        drawn = plain.errorbar(steps, [c["gen_ppl"] for c in row], yerr=spread, fmt="o-", capsize=2, label=method)
+        drawn = plain.errorbar(judged, [c["gen_ppl"] for c in row], yerr=spread, fmt="o-", capsize=2, label=method)
         color = drawn.lines[0].get_color()
         frontier.plot([c["trigram_entropy"] for c in row], [c["gen_ppl"] for c in row], "o-", color=color)
-        swept = [(n, c["trigram_matched_gen_ppl"]) for n, c in zip(steps, row, strict=True)]
+        swept = [(n, c["trigram_matched_gen_ppl"]) for n, c in zip(judged, row, strict=True)]
         swept = [point for point in swept if point[1] is not None]
         if swept:
             matched.plot(*zip(*swept, strict=True), "o-", color=color)

@@ -1,6 +1,6 @@
 """The paper's Tables 1 and 2 and Figure 3 on equal terms: every method from one teacher, with one budget, under one judge.
 
-    python benchmarks/paper_tables.py [--recipes tiny] [--seeds 1 2 3] [--rounds 3] [--steps_per_round 100] [--minutes 18]
+    python benchmarks/paper_tables.py [--recipes tiny] [--seeds 1 2 3] [--rounds 3] [--steps_per_round 50] [--minutes 18]
 
 `--recipes NAME` takes recipes/NAME.yaml, NAME_sdtt.yaml, NAME_dcd.yaml and so on; teacher or judge are trained first when
 their folder does not exist and NAME_teacher.yaml, NAME_uniform_teacher.yaml or NAME_judge.yaml do. What argparse does not
@@ -11,8 +11,9 @@ All methods get the same number, so SDTT makes fewer steps than MCD, and the con
 
 The command stops after `--minutes` and says so; started again it goes on where it was, as often as needed: a training is
 killed and resumes from its last checkpoint, an evaluation loses at most one cell. Seed by seed it writes
-`benchmarks/results/paper_tables_NAME.{md,json,png}`. All that it measured is in `eval.json` of its output folder: a network
-with all its cells there is not trained again, so a copy of that one file goes on with the work on another machine.
+`benchmarks/results/paper_tables_NAME.{md,json,png}`, or with `--no_tables` only does the work. All that it measured is in
+`eval.json` of its output folder: a network with all its cells there is not trained again, so a copy of that one file goes on
+with the work on another machine. Several commands for different `--seeds` or `--methods` may share the folder.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from filelock import FileLock
 from paper_report import write_tables
 from transformers import AutoTokenizer
 
@@ -58,6 +60,7 @@ class Run:
         cost: trunk forwards of a step.
         words: what it changes in its recipe.
         teacher: label of the network that it starts from.
+        has_rounds: whether its rounds are rows of their own; else only its last student is.
         first_round_only: a row of Table 2.
     """
 
@@ -66,17 +69,18 @@ class Run:
     cost: int
     words: tuple[str, ...] = ()
     teacher: str = "teacher"
+    has_rounds: bool = True
     first_round_only: bool = False
 
 
 RUNS = (
     Run("MCD", "{}.yaml", MCD_COST),
     Run("SDTT", "{}_sdtt.yaml", 5),
-    Run("DSCD", "{}_dscd.yaml", 4),
-    Run("MPDC", "{}_mpdc.yaml", 4),
-    Run("NELBO goes on", "{}_teacher.yaml", 3),
+    Run("DSCD", "{}_dscd.yaml", 4, has_rounds=False),
+    Run("MPDC", "{}_mpdc.yaml", 4, has_rounds=False),
+    Run("NELBO goes on", "{}_teacher.yaml", 3, has_rounds=False),
     Run("DCD", "{}_dcd.yaml", 4, teacher="uniform teacher"),
-    Run("uniform NELBO goes on", "{}_uniform_teacher.yaml", 3, teacher="uniform teacher"),
+    Run("uniform NELBO goes on", "{}_uniform_teacher.yaml", 3, teacher="uniform teacher", has_rounds=False),
     Run("student-first only", "{}.yaml", MCD_COST, ("--reveal", "divergence"), first_round_only=True),
     Run("teacher-first", "{}.yaml", MCD_COST, ("--divergence", "teacher_student"), first_round_only=True),
 )
@@ -84,20 +88,26 @@ RUNS = (
 
 @dataclass(frozen=True)
 class Network:
-    """One network to judge: a teacher (no run), or the student of a run after a round, for one seed."""
+    """One network to judge: a teacher (no run), or the student of a run after a round, for one seed.
+
+    Args:
+        whole: judged at every N; otherwise only at those of the sweeps.
+        sweep: judged at every temperature, and with the original code's draws.
+    """
 
     folder: Path
     teacher: str
     run: Run | None = None
     round: int = 0
     seed: int = 0
+    whole: bool = True
     sweep: bool = True
 
     @property
     def method(self) -> str:
         if self.run is None:
             return self.teacher
-        return self.run.label if self.run.recipe.endswith("teacher.yaml") else f"{self.run.label} R{self.round}"
+        return f"{self.run.label} R{self.round}" if self.run.has_rounds else self.run.label
 
     @property
     def precisions(self) -> dict:
@@ -136,8 +146,12 @@ class Tables:
         if time.monotonic() > self.deadline:
             sys.exit(f"{self.options.minutes:g} minutes are over; start the same command again to go on")
 
-    def save(self, rows: tuple[dict, ...] = (), **about):
-        self.report = save_results(self.folder, rows, **about)
+    def save(self, rows: tuple[dict, ...] = (), **about: dict):
+        """Adds to the report rows, and entries to the dictionaries beside them. Another command may be adding too."""
+        with FileLock(self.folder.with_suffix(".lock")):
+            known = load_report(self.folder)
+            about = {name: known.get(name, {}) | entries for name, entries in about.items()}
+            self.report = save_results(self.folder, rows, **about)
 
     def train(self, script: str, output: Path, *words):
         """Runs an entry point until it ends or time is over. A loss that is not finite is written down as a failure."""
@@ -163,7 +177,7 @@ class Tables:
             last_line = error.stderr.strip().splitlines()[-1]
             if "is nan" not in last_line and "is inf" not in last_line:
                 raise SystemExit(f"{output.name}: {last_line}") from None
-            self.save(failures=self.report.get("failures", {}) | {output.name: last_line})
+            self.save(failures={output.name: last_line})
 
     def make_judge(self):
         self.train("run_judge.py", self.path(self.recipe["judge"]), self.recipe_path("{}_judge.yaml"))
@@ -188,7 +202,7 @@ class Tables:
             words += ["--teacher", self.teachers[run.teacher], "--judge", "null"]
             words += ["--num_rounds", rounds, "--steps_per_round", steps]
             self.train("run_mcd.py", folder, *words)
-        self.save(trainings=self.report.get("trainings", {}) | {folder.name: self.measured_in(folder)})
+        self.save(trainings={folder.name: self.measured_in(folder)})
 
     def student_folder(self, run: Run, seed: int) -> Path:
         return self.folder / f"{run.label.replace(' ', '_')}-{seed}"
@@ -214,21 +228,32 @@ class Tables:
             return [Network(folder, run.teacher, run, seed=seed)]
         last = 1 if run.first_round_only else self.options.rounds
         return [
-            Network(folder / f"round-{i}", run.teacher, run, i, seed, sweep=run.label == "MCD" or i == last)
-            for i in range(1, last + 1)
+            Network(
+                folder / f"round-{i}",
+                run.teacher,
+                run,
+                i,
+                seed,
+                whole=i == last and not run.first_round_only,
+                sweep=i == last or run.label == "MCD" and i == 1,  # MCD R1 is the hybrid of Table 2
+            )
+            for i in range(1 if run.has_rounds else last, last + 1)
         ]
 
-    def temperatures(self, network: Network, suffix: str) -> list[float]:
-        return self.options.temperatures if network.sweep and not suffix else [1.0]
+    def grid(self, network: Network, suffix: str) -> dict[float, list[int]]:
+        """Temperature -> the numbers of steps to judge a network at."""
+        options = self.options
+        steps = options.steps if network.whole and not suffix else options.swept_steps
+        return {1.0: steps} | {t: options.swept_steps for t in options.temperatures if network.sweep and not suffix}
 
     def is_judged(self, network: Network) -> bool:
         rows = [row for row in self.report["results"] if row["samples"] == self.options.samples]
         known = {(row["model"], row["steps"], row["temperature"]) for row in rows}
         return all(
-            (network.label + suffix, steps, temperature) in known
+            (network.label + suffix, n, temperature) in known
             for suffix in network.precisions
-            for temperature in self.temperatures(network, suffix)
-            for steps in self.options.steps
+            for temperature, steps in self.grid(network, suffix).items()
+            for n in steps
         )
 
     def make_and_judge(self, seed: int):
@@ -266,13 +291,12 @@ class Tables:
             for suffix, settings in network.precisions.items():
                 # A teacher is one network: its spread is over seeds of sampling, that of students over seeds of training.
                 how = replace(protocol, seeds=3 if network.run is None else 1, **settings)
-                temperatures, known = self.temperatures(network, suffix), self.report["results"]
-                points = evaluate_model(
-                    network.label + suffix, model, tokenizer, how, options.steps, temperatures, known
-                )
-                for row in points:
-                    self.save([row])
-                    self.stop_in_time()
+                for temperature, steps in self.grid(network, suffix).items():
+                    known = self.report["results"]
+                    points = evaluate_model(network.label + suffix, model, tokenizer, how, steps, [temperature], known)
+                    for row in points:
+                        self.save([row])
+                        self.stop_in_time()
 
     def explosions(self, seeds: list[int]) -> dict:
         """Of the trainings of Table 2 (and MCD): the loss at the first step, the largest loss and gradient norm."""
@@ -309,21 +333,29 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=[run.label for run in RUNS], help="All by default.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="Of training.")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps_per_round", type=int, default=100, help="Of MCD; the others by their cost.")
+    parser.add_argument("--steps_per_round", type=int, default=50, help="Of MCD; the others by their cost.")
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128], help="Of sampling, N.")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.6])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.8, 0.6], help="Of the sweeps, besides 1.")
+    parser.add_argument(
+        "--swept_steps",
+        type=int,
+        nargs="+",
+        default=[2, 4, 8, 16, 32],
+        help="N of the sweeps, the original code's draws, Table 2 and the rounds before the last.",
+    )
     parser.add_argument("--samples", type=int, default=16, help="For each network, N and temperature.")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=18.0, help="Stop after so many; start again to go on.")
     parser.add_argument("--output_dir", help="Where the runs go; runs/paper_tables_NAME by default.")
+    parser.add_argument("--no_tables", action="store_true", help="Only train and judge.")
     parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="Where the tables go.")
     options, extra = parser.parse_known_args()
-    options.temperatures = sorted({1.0, *options.temperatures}, reverse=True)
     tables = Tables(options, extra)
     tables.make_judge()
     for number, seed in enumerate(options.seeds, start=1):
         tables.make_and_judge(seed)
-        tables.write(options.seeds[:number])
+        if not options.no_tables:
+            tables.write(options.seeds[:number])
 
 
 if __name__ == "__main__":
