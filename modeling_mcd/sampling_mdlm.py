@@ -124,7 +124,10 @@ def legacy_ancestral(canvas: Canvas, *, steps: int, last_step: str | None = None
     generators = [torch.Generator().manual_seed(key) for key in canvas.keys.tolist()]
 
     def draw(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        noise = torch.stack([torch.rand(logits.shape[-1], generator=generators[row]) for row in rows.tolist()])
+        there, counts = (values.tolist() for values in rows.unique_consecutive(return_counts=True))
+        noise = torch.cat(
+            [torch.rand(n, logits.shape[-1], generator=generators[row]) for row, n in zip(there, counts, strict=True)]
+        )
         return draw_truncated(
             logits, noise.to(logits.device), canvas.mask_token_id, chance, canvas.draw["temperature"]
         )
