@@ -19,6 +19,7 @@ HELD_OUT_TEXT = "held-out text"
 KEY = ("model", "steps", "temperature", "sampler")
 # Rows are comparable when these agree, and held-out text gives the entropy to match when the first four do.
 COMPARABLE = ("judge", "convention", "entropy_unit", "length")
+FIGURES = ("nfe", "gen_ppl", "gen_ppl_std", "judge_nll", "entropy", "distinct_3", "known_words", "example")
 SETTINGS = (*COMPARABLE, "samples", "seeds", "precision", "vocabulary_words")
 
 

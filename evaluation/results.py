@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from evaluation.evaluate_model import KEY
+from evaluation.evaluate_model import FIGURES, KEY, SETTINGS
 from evaluation.matched_entropy import add_matched
 
 
@@ -23,7 +23,7 @@ def load_report(folder: str | Path) -> dict:
         return {"results": []}
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        if not all(set(KEY) <= set(row) for row in report["results"]):
+        if not all({*KEY, *FIGURES, *SETTINGS} <= set(row) for row in report["results"]):
             raise KeyError("results")
     except (ValueError, KeyError, TypeError):
         raise ValueError(

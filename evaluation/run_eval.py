@@ -6,6 +6,7 @@ Every finished row is saved at once. Killed and started again with the same comm
 """
 
 import argparse
+import difflib
 from pathlib import Path
 
 import torch
@@ -17,12 +18,21 @@ from evaluation.generative_perplexity import CONVENTIONS
 from evaluation.reference_text import read_texts, text_blocks
 from evaluation.report import write_report
 from evaluation.results import load_report, save_results
+from modeling_mcd import MDLMConfig
 from modeling_mcd.convert_checkpoints import load_model, read_checkpoint, reason_of, split_revision
 from modeling_mcd.generation_config_mdlm import options_of
 from modeling_mcd.sampling_mdlm import LAST_STEPS, SAMPLERS
 
 
 class OneLineParser(argparse.ArgumentParser):
+    def parse_args(self, arguments: list[str] | None = None) -> argparse.Namespace:
+        options, unknown = super().parse_known_args(arguments)
+        for word in unknown:
+            key = word.split("=")[0]
+            nearest = difflib.get_close_matches(key, self._option_string_actions, n=1, cutoff=0.0)
+            self.error(f"unknown argument {key!r}; the nearest valid one is {nearest[0]!r}")
+        return options
+
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
@@ -90,7 +100,13 @@ def run(options: argparse.Namespace):
     folder = Path(options.output_dir or first)
     # Everything that can be wrong is looked at before the first sample is drawn and the first byte written.
     known_rows = load_report(folder)["results"]
-    lengths = {label: _length(path, options.length) for label, path in paths.items()}
+    lengths, tokenizers = {}, {}
+    for label, path in paths.items():
+        config = read_checkpoint(path).config
+        lengths[label] = _length(path, config, options.length)
+        name = options.tokenizer or path
+        tokenizers[label] = _load(AutoTokenizer, "tokenizer" if options.tokenizer else "model", name)
+        check_tokenizer(tokenizers[label], config)
     vocabulary = options.vocabulary_text and vocabulary_of(read_texts(options.vocabulary_text))
     reference = options.reference_text and read_texts(options.reference_text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,9 +123,9 @@ def run(options: argparse.Namespace):
     own = folder.resolve() == Path(first).resolve()
     label = list(labelled_paths(options.models[:1], options.rounds))[-1] if own else None
     report = None
+    folder.mkdir(parents=True, exist_ok=True)
     for name, path in paths.items():
-        tokenizer = _load(AutoTokenizer, "tokenizer" if options.tokenizer else "model", options.tokenizer or path)
-        model = load_model(path).to(device)
+        tokenizer, model = tokenizers[name], load_model(path).to(device)
         if reference and report is None:
             blocks = text_blocks(reference, tokenizer, lengths[name], options.samples)
             report = save_results(folder, [evaluate_held_out_text(blocks, tokenizer, protocol)], label=label)
@@ -148,9 +164,20 @@ def split_label(model: str) -> tuple[str, str]:
     return (label, path) if equals else ("", model)
 
 
-def _length(path: str, length: int | None) -> int:
-    """Tokens in a sample of a model, after a look at its configuration and the shapes of its weights."""
-    config = read_checkpoint(path).config
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: MDLMConfig):
+    """Raises ValueError unless all tokens are in the model's vocabulary, and its [MASK], if it has one, is the model's."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {config.vocab_size}"
+        )
+    if None not in (tokenizer.mask_token_id, config.mask_token_id) and tokenizer.mask_token_id != config.mask_token_id:
+        raise ValueError(
+            f"the tokenizer's mask token has the id {tokenizer.mask_token_id}, the model's mask_token_id is {config.mask_token_id}"
+        )
+
+
+def _length(path: str, config: MDLMConfig, length: int | None) -> int:
+    """Tokens in a sample of a model."""
     if length is not None and length > config.max_position_embeddings:
         raise ValueError(f"length is {length}, but the context of {path!r} is {config.max_position_embeddings} tokens")
     return length or config.max_position_embeddings

@@ -101,10 +101,12 @@ def _caption(row: dict, target: dict | None, swept: bool) -> str:
         f"{row['sampler']}, {row['precision']} draws, temperature {row['temperature']:g}."
     )
     if target is not None:
-        caption += (
-            f" Held-out text itself: {_number(target['gen_ppl'])} ({target['entropy']:.2f}), {_words_title(target)} "
-            f"{_words_cell(target)}."
-        )
+        caption += f" Held-out text itself: {_number(target['gen_ppl'])} ({target['entropy']:.2f})"
+        if target["known_words"] is not None:
+            caption += f", known words {target['known_words']:.1%}"
+        if target["samples"] == row["samples"]:  # distinct-3 falls with the amount of text
+            caption += f", distinct-3 {target['distinct_3']:.3f}"
+        caption += "."
     if swept:
         caption += (
             " Matched: log Gen-PPL interpolated over temperatures to the entropy of held-out text (in trigrams: to "

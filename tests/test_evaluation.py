@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from evaluation import (
     EvaluationProtocol,
@@ -357,6 +357,7 @@ def test_run_eval_writes_everything_and_goes_on_where_it_was(folders, capsys):
         (["--length", "64"], "length is 64, but the context of"),
         (["--reference_text", "nowhere.txt"], "text 'nowhere.txt': no such file or folder"),
         (["--convention", "macro"], "argument --convention: invalid choice: 'macro'"),
+        (["--sampels=3"], "unknown argument '--sampels'; the nearest valid one is '--samples'"),
     ],
 )
 def test_run_eval_refuses_bad_input_in_one_line_and_writes_nothing(folders, capsys, changes, message):
@@ -378,18 +379,28 @@ def test_run_eval_refuses_bad_input_in_one_line_and_writes_nothing(folders, caps
         (["judge", "--rounds"], "'judge' holds no round-* folder"),
         (["a=run", "a=run/teacher"], "two models would have the row label 'a'"),
         (["broken"], "model 'broken' cannot be loaded"),
+        (["run", "bare", "--output_dir", "out"], "model 'bare' cannot be loaded"),
+        (["run", "--tokenizer", "larger"], "the tokenizer has 49 tokens, more than the model's vocab_size 48"),
+        (["run", "--tokenizer", "permuted"], "mask token has the id 4, the model's mask_token_id is 47"),
+        (["run", "--output_dir", "held_out.txt"], "File exists: 'held_out.txt'"),
     ],
 )
 def test_run_eval_refuses_models_that_it_cannot_judge(folders, capsys, monkeypatch, models, message):
     monkeypatch.chdir(folders)
+    MDLMForMaskedDiffusion.from_pretrained("run").save_pretrained("bare")
+    larger = AutoTokenizer.from_pretrained("run")
+    larger.add_tokens("one more")
+    larger.save_pretrained("larger")
+    AutoTokenizer.from_pretrained("run", mask_token="d").save_pretrained("permuted")
     (folders / "broken").mkdir()
     (folders / "broken" / "config.json").write_text("{")
+    capsys.readouterr()
     before = sorted(folders.rglob("*"))
     with pytest.raises(SystemExit) as exit:
         main([*models, "--steps", "2", "--judge", "judge"])
     error = capsys.readouterr().err
     assert exit.value.code == 2
-    assert message in error and error.count("\n") == 1
+    assert message in error.splitlines()[-1] and "Traceback" not in error
     assert sorted(folders.rglob("*")) == before
 
 
