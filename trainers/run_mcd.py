@@ -1,6 +1,6 @@
 """Distillation: from a diffusion teacher to a student that needs fewer steps, by the method that `trainer` names.
 
-    accelerate launch trainers/run_mcd.py recipes/tiny.yaml [--trainer sdtt] [--key value ...]
+    accelerate launch trainers/run_mcd.py recipes/tiny.yaml [--key value ...]
 
 Killed and started again with the same command, it goes on from the last whole checkpoint.
 """
