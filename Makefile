@@ -49,6 +49,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.divergence
 	$(BIN)/python -m benchmarks.distillation_step
 
+# Not the runs: they take hours to make again.
 clean:
-	rm -rf build *.egg-info .pytest_cache .ruff_cache runs
+	rm -rf build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
