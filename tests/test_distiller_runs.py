@@ -28,9 +28,12 @@ from trainers.sdtt_trainer import SDTTTrainingArguments
         (DCDTrainingArguments, {"log_snr": [1.0, 4.0]}, r"log_snr must be two falling numbers.*not \[1.0, 4.0\]"),
         (DSCDTrainingArguments, {"student_ratio": [0.9, 0.4]}, "student_ratio must be two rising numbers"),
         (DSCDTrainingArguments, {"lambda_end": 1.5}, r"lambda_end must lie in \[0, 1\], not 1.5"),
-        (DSCDTrainingArguments, {"temperature": 0.0}, "temperature must be positive, not 0.0"),
+        (DCDTrainingArguments, {"log_snr": [float("nan"), 1.0]}, "log_snr must be two falling numbers"),
+        (DSCDTrainingArguments, {"temperature": 0.0}, "temperature must be positive and finite, not 0.0"),
         (MPDCTrainingArguments, {"delta_end": 0.0}, r"delta_end must lie in \(0, 1\), not 0.0"),
         (MPDCTrainingArguments, {"anchor_fraction": 2.0}, r"anchor_fraction must lie in \[0, 1\], not 2.0"),
+        (SDTTTrainingArguments, {"sampling_epsilon": 1.0}, r"sampling_epsilon must lie in \(0, 1\), not 1.0"),
+        (DSCDTrainingArguments, {"clamp": -5.0}, "clamp must be positive and finite, not -5.0"),
         (MPDCTrainingArguments, {"num_rounds": 0}, "num_rounds must be at least 1, not 0"),
     ],
 )
