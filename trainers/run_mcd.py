@@ -137,10 +137,12 @@ def finish(trainer: DistillationTrainer, student, report: RunReport | None):
         if rows:
             row = min(rows, key=lambda row: abs(row["steps"] - 8))
             print(f"\n{name}, {row['steps']} steps:\n  {row['example']}")
+    # No plot without a judge, no round before its end, and neither teacher nor early rounds after another folder's checkpoint.
+    rounds = [f"round-{k + 1}" for k in range(trainer.args.num_rounds)]
+    names = [name for name in ("eval.json", "eval.md", "eval.png", "teacher", *rounds) if (folder / name).exists()]
     print(
-        f"\nSaved in {folder}: the student (model.safetensors, config.json), its card (README.md), eval.json, eval.md, eval.png, "
-        f"the teacher and every round's student (teacher/, round-*/), checkpoints and logs.\n"
-        f"  AutoModel.from_pretrained({str(folder)!r}).generate(steps=16)"
+        f"\nSaved in {folder}: the student (model.safetensors, config.json), its card (README.md), {', '.join(names)}.\n"
+        f"  AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True).generate(steps=16)"
     )
 
 
