@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
 from test_text_blocks import hub_dataset  # noqa: F401
-from tiny_run import BLOCK, ROOT, mcd_arguments, save_teacher, write_inputs
+from tiny_run import BLOCK, ROOT, mcd_arguments, save_judge, save_teacher, write_inputs
 
 from modeling_mcd import MDLMForMaskedDiffusion
 from trainers import run_judge, run_mcd, run_mdlm, text_blocks
@@ -44,13 +44,35 @@ def mdlm_arguments(inputs: Path, output: Path) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
-ENTRIES = {"run_mcd": (run_mcd.main, mcd_arguments), "run_mdlm": (run_mdlm.main, mdlm_arguments)}
-both = pytest.mark.parametrize("entry", ENTRIES)
+def judge_arguments(inputs: Path, output: Path) -> list[str]:
+    settings = {
+        "tokenizer": inputs / "tokenizer",
+        "train_text": inputs / "text.txt",
+        "block_length": BLOCK,
+        "hidden_size": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "max_steps": 1,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "output_dir": output,
+    }
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
-def contents(folder: Path) -> dict[str, bytes] | None:
-    if not folder.exists():
-        return None
+ENTRIES = {
+    "run_mcd": (run_mcd.main, mcd_arguments),
+    "run_mdlm": (run_mdlm.main, mdlm_arguments),
+    "run_judge": (run_judge.main, judge_arguments),
+}
+every = pytest.mark.parametrize("entry", ENTRIES)
+both = pytest.mark.parametrize("entry", ["run_mcd", "run_mdlm"])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Nothing for an empty folder too, which the Trainer makes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -78,6 +100,14 @@ def refusal(inputs, output, capsys):
 
 
 # --- Text
+
+
+@every
+@pytest.mark.parametrize("field", ["train_text", "validation_text"])
+def test_the_name_of_a_text_that_is_empty_is_not_the_current_folder(refusal, tmp_path, monkeypatch, entry, field):
+    (tmp_path / "a.txt").write_text("a text that was not asked for. " * 99)
+    monkeypatch.chdir(tmp_path)
+    assert f"{field} is empty: give a text file" in refusal(entry, **{field: ""})
 
 
 @both
@@ -127,6 +157,9 @@ def test_of_a_folder_the_bad_file_is_named(refusal, tmp_path, entry):
     (folder / "a.txt").write_text("a good one. " * 20)
     (folder / "b.txt").write_bytes(b"cut off in the middle of a character: \xc3")
     assert f"{folder / 'b.txt'} is not UTF-8: byte 0xc3 at offset 38" in refusal(entry, train_text=folder)
+    (folder / "b.txt").unlink()
+    (folder / "b.txt").mkdir()
+    assert f"{folder / 'b.txt'}: Is a directory" in refusal(entry, train_text=folder)
 
 
 @both
@@ -255,6 +288,20 @@ def assert_named_when_absent(refusal, tmp_path, entry, field, place):
         ({"evaluation_steps": -4}, "evaluation_steps must be one or more numbers of at least 1, not [-4]"),
         ({"tau": 0}, "tau must be one or more positive temperatures, not [0.0]"),
         ({"ema_decay": 1}, "ema_decay must lie in [0, 1) or be null, not 1.0"),
+        ({"delta": "nan"}, "delta (nan) and delta_growth (2.0) must be positive"),
+        ({"delta_growth": "nan"}, "delta (0.125) and delta_growth (nan) must be positive"),
+        ({"tau": "nan"}, "tau must be one or more positive temperatures, not [nan]"),
+        ({"learning_rate": "nan"}, "learning_rate must be positive and finite, not nan"),
+        ({"learning_rate": -1}, "learning_rate must be positive and finite, not -1.0"),
+        ({"adam_beta1": 2}, "adam_beta1 must lie in [0, 1), not 2.0"),
+        ({"weight_decay": "inf"}, "weight_decay must be at least 0 and finite, not inf"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, not 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, not 0"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers must be at least 0 and finite, not -1"),
+        ({"max_steps": 0}, "max_steps must be at least 1, or -1 to count epochs, not 0"),
+        ({"max_steps": 13}, "max_steps (13) goes beyond the last round, which ends at num_rounds * steps_per_round"),
+        ({"seed": -1}, "seed must lie in [0, 2^32), not -1"),
+        ({"validation_text": "/nowhere", "max_validation_blocks": 0}, "max_validation_blocks must be at least 1"),
         ({"save_steps": 3, "logging_steps": 2}, "save_steps (3) must be a multiple of logging_steps (2)"),
         ({"learning_rate": "fast"}, "learning-rate: invalid float value: 'fast'"),
         ({"divergence": "jeffreys"}, "argument --divergence: invalid choice: 'jeffreys'"),
@@ -267,6 +314,25 @@ def assert_named_when_absent(refusal, tmp_path, entry, field, place):
 )
 def test_numbers_and_keys(refusal, changes, says):
     assert says in refusal("run_mcd", **{"teacher": "/nowhere", "tokenizer": "/nowhere", **changes})
+
+
+@pytest.mark.parametrize(
+    "entry, changes, says",
+    [
+        ("run_mdlm", {"num_hidden_layers": -1}, "num_hidden_layers must be at least 1, not -1"),
+        ("run_mdlm", {"num_attention_heads": 0}, "num_attention_heads must be at least 1, not 0"),
+        ("run_mdlm", {"hidden_size": 0}, "hidden_size must be at least 1, not 0"),
+        ("run_mdlm", {"conditioning_size": -1}, "conditioning_size must be at least 1, not -1"),
+        ("run_mdlm", {"hidden_dropout": "nan"}, "hidden_dropout must lie in [0, 1), not nan"),
+        ("run_mdlm", {"noise_schedule": "sigmoid"}, "noise-schedule: invalid choice: 'sigmoid'"),
+        ("run_mdlm", {"sampling_epsilon": 0}, "sampling_epsilon must lie in (0, 1), not 0.0"),
+        ("run_judge", {"num_heads": 0}, "num_heads must be at least 1, not 0"),
+        ("run_judge", {"num_heads": 3}, "hidden_size (16) must be a multiple of num_heads (3)"),
+        ("run_judge", {"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, not 0"),
+    ],
+)
+def test_shapes(refusal, entry, changes, says):
+    assert says in refusal(entry, tokenizer="/nowhere", **changes)
 
 
 def test_one_bad_number_of_steps_among_good_ones(refusal):
@@ -303,6 +369,46 @@ def test_recipes(inputs, output, tmp_path, capsys, entry, recipe, says):
     assert len(lines) == 1 and lines[0].startswith("error: ") and says.format(recipe=path) in lines[0]
 
 
+# --- What a run needs together. The folder is not claimed yet: the right command may have it.
+
+
+def judge_of_other_ids(folder: Path) -> Path:
+    save_judge(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    content["model"]["vocab"] = dict(zip(words, reversed(words.values()), strict=True))
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "entry, changes, says",
+    [
+        *[
+            (
+                entry,
+                {"per_device_train_batch_size": 20, "gradient_accumulation_steps": 4},
+                "per_device_train_batch_size is 20, a global batch of 80 (processes: 1, accumulated: 4), but the training "
+                "text has only 66 blocks",
+            )
+            for entry in ENTRIES
+        ],
+        ("run_mcd", {"per_device_train_batch_size": 99, "streaming": True}, "the training text has only 66 blocks"),
+        ("run_mcd", {"eval_strategy": "steps"}, "eval_strategy"),
+        ("run_mdlm", {"optim_args": "foo"}, "optim_args foo"),
+        ("run_mcd", {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": '{"foo": 1}'}, "lr_scheduler_kwargs {'foo': 1}"),
+        ("run_mcd", {"judge": judge_of_other_ids, "convention": "raw_ids"}, "raw_ids needs a judge with the model's own"),
+    ],
+)  # fmt: skip
+def test_a_refusal_leaves_the_folder_to_the_right_command(refusal, inputs, output, tmp_path, entry, changes, says):
+    if "judge" in changes:
+        changes = {**changes, "judge": changes["judge"](tmp_path / "judge"), "validation_text": inputs / "text.txt"}
+    assert says in refusal(entry, **changes)
+    main, arguments_of = ENTRIES[entry]
+    main([*arguments_of(inputs, output), "--disable_tqdm=true"])
+    assert (output / "model.safetensors").is_file()
+
+
 # --- Where a run reports to
 
 
@@ -334,7 +440,7 @@ def finished(inputs, tmp_path_factory) -> Path:
     return folder
 
 
-@both
+@every
 def test_an_output_folder_with_another_run(refusal, finished, output, entry):
     shutil.copytree(finished, output)
     line = refusal(entry, **({"learning_rate": 2e-2, "num_rounds": 1} if entry == "run_mcd" else {}))
@@ -343,17 +449,57 @@ def test_an_output_folder_with_another_run(refusal, finished, output, entry):
         assert "learning_rate was 0.01 there and is 0.02 here" in line
 
 
-@both
+@every
 def test_an_output_folder_with_foreign_files(refusal, output, entry):
     output.mkdir()
     (output / "thesis.tex").write_text("years of work")
     assert f"output_dir '{output}' is not empty and holds no run of ours" in refusal(entry)
 
 
-@both
-def test_an_output_folder_that_is_a_file(refusal, tmp_path, entry):
-    (tmp_path / "file").write_text("not a folder")
-    assert f"output_dir '{tmp_path / 'file'}' is a file" in refusal(entry, output_dir=tmp_path / "file")
+@every
+def test_an_output_folder_that_cannot_be_made(refusal, tmp_path, entry):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    for folder in (file, file / "run"):
+        assert f"output_dir '{folder}': '{file}' is a file" in refusal(entry, output_dir=folder)
+    if Path("/sys").is_dir():  # where nobody may make a folder
+        assert refusal(entry, output_dir="/sys/run").startswith("error: /sys/run: ")
+
+
+def test_a_folder_in_which_a_run_was_killed_at_its_first_write(inputs, output):
+    output.mkdir()
+    (output / "run.json.tmp").write_text('{"adam_be')
+    run_mdlm.main([*mdlm_arguments(inputs, output), "--disable_tqdm=true"])
+    assert (output / "model.safetensors").is_file() and not (output / "run.json.tmp").exists()
+
+
+UNREADABLE = pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"], ids=["cut off", "a list", "not UTF-8"])
+
+
+@every
+@UNREADABLE
+def test_an_output_folder_whose_run_cannot_be_read(refusal, output, entry, content):
+    output.mkdir()
+    (output / "run.json").write_bytes(content)
+    line = refusal(entry)
+    assert f"output_dir '{output}' holds another run" in line and "run.json is cut off, or no JSON object" in line
+    assert "choose another output_dir, or remove that folder" in line
+
+
+@UNREADABLE
+@pytest.mark.parametrize("file", ["manifest.json", "trainer_state.json"])
+def test_a_checkpoint_whose_manifest_cannot_be_read(refusal, finished, output, file, content):
+    shutil.copytree(finished, output)
+    (output / "checkpoint-4" / file).write_bytes(content)
+    line = refusal("run_mcd", num_rounds=1, resume_from_checkpoint=output / "checkpoint-4")
+    assert f"cannot resume from {output / 'checkpoint-4'}: {file} is cut off, or no JSON object" in line
+    assert last_whole_checkpoint(output).name == "checkpoint-2"
+
+
+def test_the_training_of_a_judge_stores_no_token(inputs, output):
+    run_judge.main([*judge_arguments(inputs, output), "--hub_token=hf_secret"])
+    assert {"model.safetensors", "training_args.bin", "run.json"} <= contents(output).keys()
+    assert not [name for name, content in contents(output).items() if b"hf_secret" in content]
 
 
 def test_a_checkpoint_of_another_run(refusal, finished):

@@ -1,13 +1,19 @@
-"""The distillers' options, resume and recipes."""
+"""The distillers' options, resume, recipes, and a whole run with its judge."""
 
+import contextlib
 import copy
+import io
+import json
+import math
+import re
 
 import pytest
 import torch
-from tiny_run import BLOCK, write_inputs
+from tiny_run import BLOCK, mcd_arguments, run_python, save_judge, write_inputs
 from toy_distillers import METHODS, K, blocks, make_trainer
 from transformers import AutoModel
 
+from evaluation.evaluate_model import KEY, SETTINGS, fingerprint
 from trainers import run_mcd
 from trainers.dcd_trainer import DCDTrainingArguments
 from trainers.diffusion_trainer import collate_blocks, may_be_noised
@@ -28,9 +34,12 @@ from trainers.sdtt_trainer import SDTTTrainingArguments
         (DCDTrainingArguments, {"log_snr": [1.0, 4.0]}, r"log_snr must be two falling numbers.*not \[1.0, 4.0\]"),
         (DSCDTrainingArguments, {"student_ratio": [0.9, 0.4]}, "student_ratio must be two rising numbers"),
         (DSCDTrainingArguments, {"lambda_end": 1.5}, r"lambda_end must lie in \[0, 1\], not 1.5"),
-        (DSCDTrainingArguments, {"temperature": 0.0}, "temperature must be positive, not 0.0"),
+        (DCDTrainingArguments, {"log_snr": [float("nan"), 1.0]}, "log_snr must be two falling numbers"),
+        (DSCDTrainingArguments, {"temperature": 0.0}, "temperature must be positive and finite, not 0.0"),
         (MPDCTrainingArguments, {"delta_end": 0.0}, r"delta_end must lie in \(0, 1\), not 0.0"),
         (MPDCTrainingArguments, {"anchor_fraction": 2.0}, r"anchor_fraction must lie in \[0, 1\], not 2.0"),
+        (SDTTTrainingArguments, {"sampling_epsilon": 1.0}, r"sampling_epsilon must lie in \(0, 1\), not 1.0"),
+        (DSCDTrainingArguments, {"clamp": -5.0}, "clamp must be positive and finite, not -5.0"),
         (MPDCTrainingArguments, {"num_rounds": 0}, "num_rounds must be at least 1, not 0"),
     ],
 )
@@ -138,6 +147,65 @@ def test_the_recipe_of_each_method_runs(method, networks, tmp_path, capsys):
     assert run_mcd.METHODS[method][2] in (tmp_path / "run" / "README.md").read_text()
     for folder in ("run", "run/round-1", "run/round-2", "run/teacher"):
         assert AutoModel.from_pretrained(tmp_path / folder).config.vocab_size == K
+
+
+@pytest.fixture(scope="module")
+def judged_run(tmp_path_factory):
+    """A run of two rounds with a judge: its folder, and what it printed."""
+    home = tmp_path_factory.mktemp("judged")
+    inputs, judge = write_inputs(home), save_judge(home / "judge")
+    settings = {"num_rounds": 2, "steps_per_round": 2, "judge": judge, "evaluation_samples": 3}
+    settings |= {"validation_text": inputs / "text.txt", "convention": "raw_ids"}
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run_mcd.main([*mcd_arguments(inputs, home / "run", **settings), "--evaluation_steps", "2", "4"])
+    return home / "run", out.getvalue()
+
+
+def test_a_run_judges_its_teacher_and_every_round(judged_run):
+    folder, _ = judged_run
+    rows = json.loads((folder / "eval.json").read_text())["results"]
+    assert [(row["model"], row["steps"]) for row in rows] == [
+        ("held-out text", None),
+        *[(name, steps) for name in ("teacher", "round-1", "round-2") for steps in (2, 4)],
+    ]
+    for row in rows:
+        assert {*KEY, *SETTINGS, "gen_ppl", "entropy", "trigram_entropy", "distinct_3", "nfe", "example"} <= row.keys()
+        assert row["gen_ppl"] > 1 and 0 < row["entropy"] < math.log(BLOCK)
+        assert (row["samples"], row["seeds"], row["length"]) == (66 if row["steps"] is None else 3, 1, BLOCK)
+        assert row["nfe"] is None if row["steps"] is None else 0 < row["nfe"] <= row["steps"]
+    weights = {
+        name: {row["weights"] for row in rows if row["model"] == name} for name in ("teacher", "round-1", "round-2")
+    }
+    for name, digests in weights.items():
+        assert digests == {fingerprint(AutoModel.from_pretrained(folder / name))}
+    assert (
+        weights["round-2"] == {fingerprint(AutoModel.from_pretrained(folder))}
+        and len(set.union(*weights.values())) == 3
+    )
+    assert (folder / "eval.png").read_bytes().startswith(b"\x89PNG")
+    card = (folder / "README.md").read_text()
+    assert "Masked Consistency Distillation" in card and (folder / "eval.md").read_text().strip() in card
+
+
+def test_a_run_prints_its_table_at_each_round_s_end_and_no_gen_ppl_without_entropy(judged_run):
+    _, printed = judged_run
+    lines = printed.splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("| Gen-PPL (entropy) |")]
+    tables = [[line for line in lines[i + 2 : i + 5] if line.startswith("| ")] for i in heads]
+    names = [[line.split("|")[1].strip() for line in table] for table in tables]
+    assert names == [["teacher"], ["teacher", "round-1"], *[["teacher", "round-1", "round-2"]] * 2]
+    for cell in (cell.strip() for table in tables for line in table for cell in line.split("|")[2:-1]):
+        assert re.fullmatch(r"[\d.,]+ \(\d\.\d\d\)", cell), cell
+
+
+def test_what_a_run_says_it_saved_is_there_and_its_last_line_works(judged_run, tmp_path, capsys):
+    folder, printed = judged_run
+    *_, saved, line = printed.strip().splitlines()
+    assert saved.endswith("(README.md), eval.json, eval.md, eval.png, teacher, round-1, round-2.")
+    result = run_python(f"from transformers import AutoModel; print({line.strip()}.shape)")
+    assert f"torch.Size([1, {BLOCK}])" in result.stdout, result.stderr
+    run_mcd.main(mcd_arguments(write_inputs(tmp_path), tmp_path / "run", max_steps=2))
+    assert "(README.md), eval.json, eval.md, teacher.\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """The MCD loss against the formula of the paper written out token by token, its identities, and its schedules."""
 
+import copy
 import math
 
 import pytest
 import torch
 from tiny_run import BLOCK, save_teacher, write_inputs
-from transformers import AutoModel
+from transformers import AutoModel, TrainerCallback
 
+from trainers.checkpoints import fault_of
 from trainers.divergences import cross_entropy, head_rows
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
@@ -219,6 +221,62 @@ def test_non_finite_loss_stops_with_step_and_round(teacher, tmp_path):
     trainer.train_dataset = [{"input_ids": row.tolist()} for row in blocks()] * 6
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 3 \(round 2 of 3\)"):
         trainer.train()
+
+
+def data(rounds: int = 6):
+    return [{"input_ids": row.tolist()} for row in blocks()] * rounds
+
+
+def test_the_ema_is_the_recursion_with_warm_up(teacher, tmp_path):
+    """EMA_k = d EMA_(k-1) + (1 - d) student_k with d = min(decay, k / (9 + k)): 1/10, 2/11, 3/12, then the decay 0.3."""
+    changes = {"ema_decay": 0.3, "max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 0}
+    trainer = make_trainer(teacher, tmp_path, **changes)
+    students = [copy.deepcopy(trainer.model.state_dict())]
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            students.append(copy.deepcopy(model.state_dict()))
+
+    trainer.add_callback(Watch())
+    trainer.train_dataset = data()
+    trainer.train()
+    assert len(students) == 7
+    for name, value in trainer.whole_student().named_parameters():
+        expected = students[0][name].double()
+        for decay, student in zip((1 / 10, 2 / 11, 3 / 12, 0.3, 0.3, 0.3), students[1:], strict=True):
+            expected = decay * expected + (1 - decay) * student[name].double()
+        assert torch.allclose(value.double(), expected, atol=1e-6), name
+        assert not torch.allclose(value, students[-1][name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient norm"])
+def test_a_run_that_is_stopped_by_nan_goes_on_from_its_last_checkpoint(teacher, tmp_path, fault):
+    changes = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "max_steps": 6, "ema_decay": 0.9}
+
+    def trainer_of(folder):
+        trainer = make_trainer(teacher, tmp_path / folder, learning_rate=1e-2, warmup_steps=0, **changes)
+        trainer.train_dataset = data()
+        return trainer
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            bias = model.lm_head.bias
+            if state.global_step == 3 and fault == "loss":
+                bias.data[0] = math.nan
+            if state.global_step == 3 and fault == "gradient norm":
+                bias.register_hook(lambda gradient: gradient * math.nan)
+
+    broken = trainer_of("broken")
+    broken.add_callback(Break())
+    with pytest.raises(FloatingPointError, match=rf"{fault} is nan at step 3 \(round 1 of 3\)"):
+        broken.train()
+    assert [path.name for path in (tmp_path / "broken").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert fault_of(tmp_path / "broken" / "checkpoint-2") is None
+    resumed, whole = trainer_of("broken"), trainer_of("whole")
+    resumed.train(True)
+    whole.train()
+    for one, other in ((resumed.model, whole.model), (resumed.whole_student(), whole.whole_student())):
+        assert all(torch.equal(value, other.get_parameter(name)) for name, value in one.named_parameters())
 
 
 def test_mdlm_loss_equals_the_nelbo_by_hand(teacher, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from trainers.recipe import RECIPE_FOLDER, parse_recipe
+from trainers import run_judge, run_mcd, run_mdlm
+from trainers.recipe import RECIPE_FOLDER, parse_recipe, parse_recipe_of
 from trainers.text_blocks import TextArguments
 
 
@@ -147,6 +148,16 @@ def test_a_recipe_of_the_library_is_found_by_its_name(tmp_path, monkeypatch, cap
     assert "unknown key" in line and "'recipes/tiny_judge.yaml'" in line, "the file was read"
 
 
+@pytest.mark.parametrize("recipe", sorted(RECIPE_FOLDER.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_of_the_library_is_read_by_its_entry_point(recipe, tmp_path):
+    """To the end, and by the entry point itself: the tokenizer, which is looked for next, is not there."""
+    keys = yaml.safe_load(recipe.read_text()).keys()
+    entry = run_mcd if "teacher" in keys else run_judge if "num_heads" in keys else run_mdlm
+    with pytest.raises(SystemExit) as stop:
+        entry.main([str(recipe), "--tokenizer=/nowhere", f"--output_dir={tmp_path / 'run'}", "--bf16=false"])
+    assert str(stop.value.code).startswith("error: tokenizer '/nowhere' cannot be loaded")
+
+
 # --- Refusals
 
 
@@ -171,6 +182,7 @@ def test_a_recipe_of_the_library_is_found_by_its_name(tmp_path, monkeypatch, cap
         ("", ("--width", "wide"), "argument --width: invalid int value: 'wide'"),
         ("", ("stray",), "unexpected argument 'stray' on the command line"),
         ("width: [1, 2", (), "recipe '{recipe}' is not valid YAML: "),
+        ("width: 3\nrate: 1\nwidth: 4", (), "recipe '{recipe}' is not valid YAML: key 'width' stands twice"),
         ("width: 3\n\tkind: x", (), "recipe '{recipe}' is not valid YAML: "),
         ("- width\n- 3", (), "recipe '{recipe}' must be a mapping of keys to values, not a list"),
         ("just words", (), "recipe '{recipe}' must be a mapping of keys to values, not a str"),
@@ -194,7 +206,12 @@ def test_a_missing_recipe_is_refused_with_the_ones_there_are(tmp_path, capsys):
 
 
 def test_a_missing_required_value_is_named(tmp_path, capsys):
-    assert "train_text" in refusal(capsys, lambda: parse_recipe((TextArguments,), []))
+    for call in (
+        lambda: parse_recipe((TextArguments,), []),
+        lambda: parse_recipe_of("kind", {"absorbing": Teaching}, (Model, TextArguments), []),
+    ):
+        line = refusal(capsys, call)
+        assert "train_text" in line and "give a RECIPE.yaml that has them, or --key value" in line
 
 
 # --- With the arguments of transformers' Trainer

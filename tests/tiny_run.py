@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from trainers.character_tokenizer import character_tokenizer
@@ -46,6 +46,15 @@ def save_teacher(folder: Path, vocab_size: int = 48):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+
+
+def save_judge(folder: Path) -> Path:
+    """A causal language model of random weights that reads the same characters."""
+    set_seed(0)
+    config = GPT2Config(vocab_size=48, n_positions=BLOCK, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    character_tokenizer(model_max_length=BLOCK).save_pretrained(folder)
+    return folder
 
 
 def mcd_arguments(inputs: Path, output_dir: Path, **changes) -> list[str]:

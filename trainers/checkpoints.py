@@ -28,15 +28,26 @@ def write_manifest(folder: Path):
     write_json(folder / MANIFEST, files)
 
 
+def read_object(path: Path) -> dict:
+    """Raises ValueError, which names the file, unless it holds a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON, or not even UTF-8
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is cut off, or no JSON object")
+    return content
+
+
 def fault_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None when it is whole."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        files = read_object(folder / MANIFEST)
+        read_object(folder / TRAINER_STATE)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing: it was never written to the end"
-    except json.JSONDecodeError:
-        return "its manifest or its trainer state is cut off"
+    except ValueError as error:
+        return str(error)
     for name, size in files.items():
         path = folder / name
         if not path.is_file():
@@ -67,7 +78,10 @@ def difference(output_dir: Path, settings: dict) -> str | None:
     """The first setting in which the run of a folder is not ours, in words; None when it is ours, or there is no run."""
     if not (output_dir / RUN).is_file():
         return None
-    other = json.loads((output_dir / RUN).read_text(encoding="utf-8"))
+    try:
+        other = read_object(output_dir / RUN)
+    except ValueError as error:
+        return f"of which nothing is known, for {error}"
     for key in sorted(settings.keys() | other.keys()):
         if settings.get(key) != other.get(key):
             return f"{key} was {other.get(key)!r} there and is {settings.get(key)!r} here"
@@ -81,21 +95,27 @@ def check_checkpoint(folder: Path, settings: dict):
         raise ValueError(f"cannot resume from {folder}: " + (fault or f"it belongs to another run: {other}"))
 
 
-def claim_output_dir(output_dir: Path, settings: dict):
-    """Marks a folder as this run's. Raises ValueError when it is another's, naming the first setting that differs."""
-    path = output_dir / RUN
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir {str(output_dir)!r} is a file; choose another one")
+def check_output_dir(output_dir: Path, settings: dict):
+    """Raises ValueError when a folder cannot be this run's; for another run's it names the first setting that differs."""
+    place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"output_dir {str(output_dir)!r}: {str(place)!r} is a file; choose another one")
     other = difference(output_dir, settings)
     if other is not None:
         raise ValueError(
             f"output_dir {str(output_dir)!r} holds another run: {other}; choose another output_dir, or remove that folder"
         )
-    if path.is_file():
-        return
-    if output_dir.is_dir() and any(output_dir.iterdir()):
+    # A run that was killed in its very first write has left `run.json.tmp` alone.
+    names = {path.name for path in output_dir.iterdir()} if place == output_dir else set()
+    if RUN not in names and names - {f"{RUN}.tmp"}:
         raise ValueError(
             f"output_dir {str(output_dir)!r} is not empty and holds no run of ours ({RUN}); choose another one"
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+
+
+def claim_output_dir(output_dir: Path, settings: dict):
+    """Marks a folder as this run's. Raises ValueError when it cannot be."""
+    check_output_dir(output_dir, settings)
+    if not (output_dir / RUN).is_file():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / RUN, settings)

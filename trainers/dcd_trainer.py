@@ -11,6 +11,7 @@ No Gaussian is drawn: the argmax is x_0 while u <= F_Y(a_t / s_t), and from then
 one uniform u and one other token for each position give both canvases, exactly (`duality.py`).
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,7 +43,10 @@ class DCDTrainingArguments(WideningGapArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.log_snr is not None and (len(self.log_snr) != 2 or self.log_snr[0] <= self.log_snr[1]):
+        falling = self.log_snr is None or (
+            len(self.log_snr) == 2 and math.inf > self.log_snr[0] > self.log_snr[1] > -math.inf
+        )
+        if not falling:
             raise ValueError(f"log_snr must be two falling numbers, at t = 0 and at t = 1, not {self.log_snr}")
 
 

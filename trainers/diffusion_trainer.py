@@ -5,21 +5,35 @@ import os
 import shutil
 from collections.abc import Sized
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
 from trainers.checkpoints import fault_of, last_whole_checkpoint, write_manifest
 from trainers.divergences import HeadRows, head_rows
+from trainers.recipe import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, check_numbers
 from trainers.teacher import EMACallback, Follower
 from trainers.trajectories import step_noise
 
 
 EVALUATION_STEP = 2**63  # no training step: evaluation has a stream of noise of its own
+
+# What `TrainingArguments` takes as it comes, to fail on it in the middle of a run, or to train nothing.
+TRAINING_NUMBERS = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), AT_LEAST_1),
+    "gradient_accumulation_steps": AT_LEAST_1,
+    **dict.fromkeys(("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps"), POSITIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), BELOW_1),
+    **dict.fromkeys(("adam_epsilon", "weight_decay", "max_grad_norm", "warmup_steps"), NOT_NEGATIVE),
+    "dataloader_num_workers": NOT_NEGATIVE,
+    "max_steps": ("be at least 1, or -1 to count epochs", lambda value: value == -1 or value >= 1),
+    "seed": ("lie in [0, 2^32)", lambda value: 0 <= value < 2**32),
+}
 
 
 @dataclass
@@ -46,8 +60,7 @@ class DiffusionTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         pick_cpu_backend(self)
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1) or be null, not {self.ema_decay}")
+        check_numbers(self, **TRAINING_NUMBERS, ema_decay=("lie in [0, 1) or be null", BELOW_1[1]))
         super().__post_init__()
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes > 1 and (self.world_size != processes or self.distributed_state.distributed_type == "NO"):
@@ -121,6 +134,19 @@ def may_be_noised(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return maskable
 
 
+def check_training_batch(arguments: TrainingArguments, dataset):
+    """Raises ValueError for less text than one global batch: with `dataloader_drop_last`, nothing at all would be trained."""
+    processes, accumulation = arguments.world_size, arguments.gradient_accumulation_steps
+    batch = arguments.train_batch_size * processes * accumulation
+    blocks = len(dataset) if isinstance(dataset, Sized) else sum(1 for _ in islice(dataset, batch))
+    if blocks < batch:
+        raise ValueError(
+            f"per_device_train_batch_size is {arguments.per_device_train_batch_size}, a global batch of {batch} "
+            f"(processes: {processes}, accumulated: {accumulation}), but the training text has only {blocks} blocks: "
+            "make it smaller, or give more text"
+        )
+
+
 class DiffusionTrainer(Trainer):
     """A Trainer whose loss is drawn from keyed noise, and whose checkpoints hold every network that the run needs.
 
@@ -132,6 +158,9 @@ class DiffusionTrainer(Trainer):
 
     def __init__(self, model, args: DiffusionTrainingArguments, *, data_collator=collate_blocks, **kwargs):
         super().__init__(model, args, data_collator, **kwargs)
+        self.check_optimizer()
+        if self.train_dataset is not None:
+            check_training_batch(args, self.train_dataset)
         if args.eval_strategy != "no":
             self.check_evaluation_batch(self.eval_dataset)
         self.model_accepts_loss_kwargs = False
@@ -144,6 +173,19 @@ class DiffusionTrainer(Trainer):
             self.add_callback(EMACallback(self.followers["ema"], args.ema_decay))
         self._recorded: dict[str, list[torch.Tensor]] = {}
         self._noise_step, self._micro_step = None, 0
+
+    def check_optimizer(self):
+        """Raises ValueError for what the Trainer would find out only in `train`, when a run has claimed its folder."""
+        args = self.args
+        try:
+            self.get_optimizer_cls_and_kwargs(args, self.model)
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+            get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, args.lr_scheduler_kwargs)
+        except (ImportError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"optim {args.optim.value!r} with optim_args {args.optim_args}, or lr_scheduler_type "
+                f"{args.lr_scheduler_type.value!r} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}, cannot be had: {error}"
+            ) from None
 
     def whole_student(self) -> torch.nn.Module:
         """The network that the run hands on, whole on every rank: the EMA if one is kept, else a copy of the student."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
 from trainers.divergences import MASK_LOGIT, HeadRows, cross_entropy, divergence
+from trainers.recipe import AT_LEAST_1, check_numbers
 from trainers.teacher import Follower
 
 
@@ -23,12 +24,16 @@ class DistillationArguments(DiffusionTrainingArguments):
     warmup_steps: float = field(default=500, metadata={"help": "Steps of linear warm-up."})
 
     def __post_init__(self):
-        for name in ("num_rounds", "steps_per_round"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_steps <= 0:
-            self.max_steps = self.num_rounds * self.steps_per_round
         super().__post_init__()
+        check_numbers(self, num_rounds=AT_LEAST_1, steps_per_round=AT_LEAST_1)
+        steps = self.num_rounds * self.steps_per_round
+        if self.max_steps == -1:
+            self.max_steps = steps
+        if self.max_steps > steps:
+            raise ValueError(
+                f"max_steps ({self.max_steps}) goes beyond the last round, which ends at num_rounds * steps_per_round = "
+                f"{self.num_rounds} * {self.steps_per_round} = {steps}: make it smaller, or give more or longer rounds"
+            )
 
     # Round, gap and all that follows from them are functions of the step alone: there is nothing to save or to restore.
 
@@ -45,10 +50,10 @@ class WideningGapArguments(DistillationArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.delta <= 0 or self.delta_growth <= 0:
+        if not (self.delta > 0 and self.delta_growth > 0):  # NaN is refused too
             raise ValueError(f"delta ({self.delta}) and delta_growth ({self.delta_growth}) must be positive")
         widest = self.delta * max(1.0, self.delta_growth ** (self.num_rounds - 1))
-        if widest >= 1:
+        if not widest < 1:
             raise ValueError(
                 f"delta ({self.delta}) grows to {widest:g} in {self.num_rounds} rounds, but t - s must stay below 1: "
                 "take a smaller delta, delta_growth or num_rounds"

@@ -20,6 +20,7 @@ import torch
 from trainers.diffusion_trainer import may_be_noised
 from trainers.distillation_trainer import DistillationArguments, DistillationTrainer, at_temperature
 from trainers.divergences import cross_entropy, divergence
+from trainers.recipe import BELOW_1, POSITIVE, WITHIN_0_1, check_numbers
 from trainers.trajectories import mask_tokens, most_masked
 
 
@@ -54,13 +55,8 @@ class DSCDTrainingArguments(DistillationArguments):
         for name in ("student_ratio", "teacher_share", "teacher_ratio"):
             if len(getattr(self, name)) != 2 or not 0 <= getattr(self, name)[0] <= getattr(self, name)[1] <= 1:
                 raise ValueError(f"{name} must be two rising numbers in [0, 1], not {getattr(self, name)}")
-        for name in ("lambda_start", "lambda_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
-        if not 0 <= self.lambda_hold < 1:
-            raise ValueError(f"lambda_hold must lie in [0, 1), not {self.lambda_hold}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, not {self.temperature}")
+        check_numbers(self, lambda_start=WITHIN_0_1, lambda_end=WITHIN_0_1, lambda_hold=BELOW_1)
+        check_numbers(self, temperature=POSITIVE, clamp=POSITIVE)
 
     def lambda_of(self, step: int) -> float:
         falling = max(0.0, step / self.max_steps - self.lambda_hold) / (1 - self.lambda_hold)

@@ -18,6 +18,7 @@ from torch import nn
 from trainers.diffusion_trainer import may_be_noised
 from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments, divergence_from_token
 from trainers.divergences import cross_entropy, divergence
+from trainers.recipe import BELOW_1, POSITIVE, check_numbers
 from trainers.teacher import TeacherCallback
 from trainers.trajectories import mask_tokens, masked_at
 
@@ -52,10 +53,9 @@ class MCDTrainingArguments(WideningGapArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.tau or min(self.tau) <= 0:
+        if not self.tau or not all(map(POSITIVE[1], self.tau)):
             raise ValueError(f"tau must be one or more positive temperatures, not {self.tau}")
-        if not 0 <= self.teacher_ema_decay < 1:
-            raise ValueError(f"teacher_ema_decay must lie in [0, 1), not {self.teacher_ema_decay}")
+        check_numbers(self, teacher_ema_decay=BELOW_1)
 
     def tau_of(self, round: int) -> float:
         return self.tau[min(round, len(self.tau) - 1)]

@@ -8,6 +8,7 @@ from modeling_mcd.noise_schedule_mdlm import nelbo_weight
 from modeling_mcd.uniform_diffusion_mdlm import corrupt_uniformly, uniform_nelbo
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments, may_be_noised
 from trainers.divergences import cross_entropy, differentiated
+from trainers.recipe import INSIDE_0_1, check_numbers
 from trainers.trajectories import mask_tokens, masked_at
 
 
@@ -18,6 +19,10 @@ class MDLMTrainingArguments(DiffusionTrainingArguments):
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=2500, metadata={"help": "Steps of linear warm-up."})
     sampling_epsilon: float = field(default=1e-3, metadata={"help": "Times are drawn from [sampling_epsilon, 1)."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers(self, sampling_epsilon=INSIDE_0_1)
 
 
 class MDLMTrainer(DiffusionTrainer):

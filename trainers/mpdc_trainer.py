@@ -21,6 +21,7 @@ from modeling_mcd.noise_schedule_mdlm import nelbo_weight
 from trainers.diffusion_trainer import may_be_noised
 from trainers.distillation_trainer import DistillationArguments, DistillationTrainer, divergence_from_token
 from trainers.divergences import cross_entropy, divergence
+from trainers.recipe import INSIDE_0_1, WITHIN_0_1, check_numbers
 from trainers.trajectories import mask_tokens, masked_at
 
 
@@ -38,11 +39,7 @@ class MPDCTrainingArguments(DistillationArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("delta", "delta_end"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in (0, 1), not {getattr(self, name)}")
-        if not 0 <= self.anchor_fraction <= 1:
-            raise ValueError(f"anchor_fraction must lie in [0, 1], not {self.anchor_fraction}")
+        check_numbers(self, delta=INSIDE_0_1, delta_end=INSIDE_0_1, anchor_fraction=WITHIN_0_1)
 
     def delta_of(self, step: int) -> float:
         return self.delta + (self.delta_end - self.delta) * min(step / max(self.max_steps - 1, 1), 1.0)

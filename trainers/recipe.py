@@ -3,9 +3,11 @@
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -14,6 +16,33 @@ from transformers import HfArgumentParser
 
 
 RECIPE_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+
+# What a number may be: in words, and as a condition, written so that NaN does not meet it.
+AT_LEAST_1 = "be at least 1", lambda value: value >= 1
+NOT_NEGATIVE = "be at least 0 and finite", lambda value: 0 <= value < math.inf
+POSITIVE = "be positive and finite", lambda value: 0 < value < math.inf
+BELOW_1 = "lie in [0, 1)", lambda value: 0 <= value < 1
+INSIDE_0_1 = "lie in (0, 1)", lambda value: 0 < value < 1
+WITHIN_0_1 = "lie in [0, 1]", lambda value: 0 <= value <= 1
+
+
+def check_numbers(settings, **rules: tuple[str, Callable]):
+    """Raises ValueError, which names field and value, when a dataclass breaks one of these rules; None breaks no rule."""
+    for name, (words, allows) in rules.items():
+        value = getattr(settings, name)
+        if value is not None and not allows(value):
+            raise ValueError(f"{name} must {words}, not {value}")
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML in which a key stands once: PyYAML silently takes the last of several."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class RecipeParser(HfArgumentParser):
@@ -36,6 +65,8 @@ class RecipeParser(HfArgumentParser):
                     action.choices = [*action.choices, None]
 
     def error(self, message: str):
+        if "arguments are required" in message:
+            message += "; give a RECIPE.yaml that has them, or --key value"
         self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
@@ -75,7 +106,7 @@ def parse_recipe_of(key: str, choices: dict[str, type], dataclass_types, argumen
     parser, chosen = RecipeParser(dataclass_types, allow_abbrev=False), next(iter(choices))
     if arguments and not arguments[0].startswith("-"):
         chosen = _read_recipe(parser, arguments[0])[0].get(key) or chosen
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         if word.split("=")[0] == f"--{key}":
             chosen = word.split("=", 1)[1] if "=" in word else following
     if chosen not in choices:
@@ -98,7 +129,7 @@ def _read_recipe(parser: HfArgumentParser, name: str) -> tuple[dict, Path]:
             f"recipe {name!r} does not exist; the library's own are {sorted(p.name for p in RECIPE_FOLDER.glob('*.yaml'))}"
         )
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        recipe = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"recipe {name!r} is not valid YAML: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):

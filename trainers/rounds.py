@@ -20,6 +20,7 @@ from evaluation import (
 )
 from evaluation.diversity import ENTROPY_UNITS
 from evaluation.generative_perplexity import CONVENTIONS
+from trainers.recipe import AT_LEAST_1, check_numbers
 from trainers.run import save_model
 
 
@@ -47,9 +48,8 @@ class JudgeArguments:
             raise ValueError(
                 f"evaluation_steps must be one or more numbers of at least 1, not {self.evaluation_steps}"
             )
-        for name in ("evaluation_samples", "evaluation_seeds", "evaluation_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        names = ("evaluation_samples", "evaluation_seeds", "evaluation_batch_size")
+        check_numbers(self, **dict.fromkeys(names, AT_LEAST_1))
 
 
 class RunReport:
@@ -58,6 +58,8 @@ class RunReport:
     Args:
         judge: the judge and its tokenizer, as `load_judge` returns them.
         text: where the training text lies; its words count as known when it is a file or a folder.
+
+    `held_out` is the row of the held-out text, if there is one: for the caller to save, nothing is written yet.
     """
 
     def __init__(
@@ -79,11 +81,12 @@ class RunReport:
             vocabulary=vocabulary_of(read_texts(text)) if Path(text).exists() else None,
             batch_size=arguments.evaluation_batch_size,
         )
+        self.held_out = []
         if validation is not None:
             count = min(len(validation), 512)
             chosen = torch.linspace(0, len(validation) - 1, count).round().long().tolist()
             blocks = torch.tensor(validation.select(chosen)["input_ids"])
-            save_results(self.folder, [evaluate_held_out_text(blocks, tokenizer, self.protocol)])
+            self.held_out = [evaluate_held_out_text(blocks, tokenizer, self.protocol)]
 
     def judge(self, name: str, model: PreTrainedModel) -> str:
         """Adds a model's rows, saved one by one, and returns the whole table."""

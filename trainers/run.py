@@ -16,7 +16,13 @@ from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from modeling_mcd.convert_checkpoints import reason_of
-from trainers.checkpoints import check_checkpoint, claim_output_dir, last_whole_checkpoint, remove_later_checkpoints
+from trainers.checkpoints import (
+    check_checkpoint,
+    check_output_dir,
+    claim_output_dir,
+    last_whole_checkpoint,
+    remove_later_checkpoints,
+)
 from trainers.text_blocks import TextArguments, load_blocks
 
 
@@ -48,6 +54,8 @@ def one_line_errors(main):
                 # Of a copy, `filename` is what was read, and `filename2` what could not be written.
                 file = getattr(error, "filename2", None) or getattr(error, "filename", None) or f"a file ({error})"
                 line = f"no space left on the disk while writing {file}: free some and start again"
+            elif isinstance(error, OSError) and error.filename is not None:  # no permission, a file for a folder, ...
+                line = f"{error.filename}: {error.strerror}"
             elif isinstance(error, (ValueError, FileNotFoundError, FloatingPointError)):
                 line = str(error)
             else:
@@ -128,25 +136,32 @@ def recipe_text(training: TrainingArguments, *arguments) -> str:
     return yaml.safe_dump(settings, sort_keys=False)
 
 
-def prepare_output_dir(training: TrainingArguments, *arguments) -> str | None:
-    """Claims the output folder for this run, and returns the checkpoint to resume from, if there is one.
+def find_checkpoint(training: TrainingArguments, settings: dict) -> str | None:
+    """The checkpoint to resume from, if there is one. Nothing is written yet.
 
     Raises:
-        ValueError: when the folder holds another run.
+        ValueError: when the checkpoint or the output folder is not of this run.
     """
     output_dir = Path(training.output_dir)
     with training.main_process_first(local=False):
         if training.process_index == 0:
-            settings = run_settings(training, *arguments)
             if training.resume_from_checkpoint is not None:
                 check_checkpoint(Path(training.resume_from_checkpoint), settings)
+            check_output_dir(output_dir, settings)
+        checkpoint = training.resume_from_checkpoint or last_whole_checkpoint(output_dir)
+    return None if checkpoint is None else str(checkpoint)
+
+
+def start_run(training: TrainingArguments, settings: dict, checkpoint: str | None):
+    """Makes the output folder this run's, the first thing that is written, when all that can be refused has been."""
+    output_dir = Path(training.output_dir)
+    with training.main_process_first(local=False):
+        if training.process_index == 0:
             claim_output_dir(output_dir, settings)
             if training.resume_from_checkpoint is None:
-                remove_later_checkpoints(output_dir, last_whole_checkpoint(output_dir))
-        checkpoint = training.resume_from_checkpoint or last_whole_checkpoint(output_dir)
+                remove_later_checkpoints(output_dir, checkpoint and Path(checkpoint))
     if checkpoint is not None:
         transformers.utils.logging.get_logger(__name__).warning(f"resuming from {checkpoint}")
-    return None if checkpoint is None else str(checkpoint)
 
 
 def save_model(

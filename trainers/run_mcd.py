@@ -25,14 +25,16 @@ from trainers.run import (
     TokenizerArguments,
     check_block_length,
     check_tokenizer,
+    find_checkpoint,
     load_data,
     load_tokenizer,
     one_line_errors,
-    prepare_output_dir,
     push_to_hub,
     recipe_text,
+    run_settings,
     save_model,
     short_name,
+    start_run,
     take_hub_api,
 )
 from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments
@@ -69,6 +71,8 @@ def main(arguments: list[str] | None = None):
     )
     trainer_class, _, title = METHODS[method.trainer]
     hub = take_hub_api(training)  # we push once, when everything is saved
+    settings = run_settings(training, method, networks, tokenizer_arguments, text)
+    checkpoint = find_checkpoint(training, settings)
     set_seed(training.seed)
     tokenizer = load_tokenizer(tokenizer_arguments)
     teacher = load_model(networks.teacher)
@@ -82,8 +86,6 @@ def main(arguments: list[str] | None = None):
     if judging.judge is not None and training.process_index == 0:
         judge = load_judge(judging.judge, judging.judge_dtype, training.device)
     train, validation = load_data(text, tokenizer, training)
-    checkpoint = prepare_output_dir(training, method, networks, tokenizer_arguments, text)
-
     trainer = trainer_class(
         student,
         training,
@@ -91,20 +93,24 @@ def main(arguments: list[str] | None = None):
         train_dataset=train,
         eval_dataset=validation,
     )
+    report = None
+    if judge is not None:
+        report = RunReport(judging, judge, tokenizer, validation, text.train_text, training.output_dir)
+
+    start_run(training, settings, checkpoint)
     first = trainer.teacher if trainer.has_teacher else trainer.whole_student()  # whole, even under ZeRO-3
     if checkpoint is None:
         save_model(first, tokenizer, training, "teacher")
-    report = None
     if training.process_index == 0:
         save_results(
             training.output_dir,
+            [] if report is None else report.held_out,
             recipe=recipe_text(training, method, networks, tokenizer_arguments, text, judging),
             data=f"Distilled on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
             method=f"Distilled from {short_name(networks.teacher)} by {title}.",
             repository=training.hub_model_id,
         )
-        if judge is not None:
-            report = RunReport(judging, judge, tokenizer, validation, text.train_text, training.output_dir)
+        if report is not None:
             print(f"\n{report.judge('teacher', first)}\n", flush=True)
     trainer.add_callback(RoundCallback(trainer, tokenizer, report))
     trainer.train(checkpoint)
@@ -131,10 +137,12 @@ def finish(trainer: DistillationTrainer, student, report: RunReport | None):
         if rows:
             row = min(rows, key=lambda row: abs(row["steps"] - 8))
             print(f"\n{name}, {row['steps']} steps:\n  {row['example']}")
+    # No plot without a judge, no round before its end, and neither teacher nor early rounds after another folder's checkpoint.
+    rounds = [f"round-{k + 1}" for k in range(trainer.args.num_rounds)]
+    names = [name for name in ("eval.json", "eval.md", "eval.png", "teacher", *rounds) if (folder / name).exists()]
     print(
-        f"\nSaved in {folder}: the student (model.safetensors, config.json), its card (README.md), eval.json, eval.md, eval.png, "
-        f"the teacher and every round's student (teacher/, round-*/), checkpoints and logs.\n"
-        f"  AutoModel.from_pretrained({str(folder)!r}).generate(steps=16)"
+        f"\nSaved in {folder}: the student (model.safetensors, config.json), its card (README.md), {', '.join(names)}.\n"
+        f"  AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True).generate(steps=16)"
     )
 
 

@@ -13,19 +13,21 @@ from evaluation import save_results, validation_nelbo, write_report
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.convert_checkpoints import load_model
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
-from trainers.recipe import parse_recipe
+from trainers.recipe import AT_LEAST_1, BELOW_1, check_numbers, parse_recipe
 from trainers.run import (
     TokenizerArguments,
     check_block_length,
     check_tokenizer,
+    find_checkpoint,
     load_data,
     load_tokenizer,
     one_line_errors,
-    prepare_output_dir,
     push_to_hub,
     recipe_text,
+    run_settings,
     save_model,
     short_name,
+    start_run,
     take_hub_api,
 )
 from trainers.text_blocks import TextArguments
@@ -43,11 +45,17 @@ class ModelArguments:
     num_attention_heads: int = field(default=12, metadata={"help": "Attention heads."})
     conditioning_size: int = field(default=128, metadata={"help": "Width of the noise embedding."})
     hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout."})
-    noise_schedule: str = field(default="log_linear", metadata={"help": "log_linear or cosine."})
+    noise_schedule: Literal["log_linear", "cosine"] = field(
+        default="log_linear", metadata={"help": "What of a text is still visible at which time."}
+    )
     diffusion_kind: Literal["absorbing", "uniform"] | None = field(
         default=None,
         metadata={"help": "Noise turns a token into [MASK] (MDLM; the default), or into any token (Duo)."},
     )
+
+    def __post_init__(self):
+        shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "conditioning_size")
+        check_numbers(self, **dict.fromkeys(shape, AT_LEAST_1), hidden_dropout=BELOW_1)
 
 
 def build_model(arguments: ModelArguments, tokenizer, context: int) -> MDLMForMaskedDiffusion:
@@ -78,15 +86,17 @@ def main(arguments: list[str] | None = None):
         (ModelArguments, TokenizerArguments, TextArguments, MDLMTrainingArguments), arguments
     )
     hub = take_hub_api(training)  # we push once, when everything is saved
+    settings = run_settings(training, model_arguments, tokenizer_arguments, text)
+    checkpoint = find_checkpoint(training, settings)
     tokenizer = load_tokenizer(tokenizer_arguments)
     set_seed(training.seed)
     model = build_model(model_arguments, tokenizer, text.block_length)
     check_tokenizer(tokenizer, model.config)
     check_block_length(text.block_length, "model", model.config)
     train, validation = load_data(text, tokenizer, training)
-    checkpoint = prepare_output_dir(training, model_arguments, tokenizer_arguments, text)
-
     trainer = MDLMTrainer(model, training, train_dataset=train, eval_dataset=validation)
+
+    start_run(training, settings, checkpoint)
     trainer.train(checkpoint)
     model = trainer.whole_student()
     save_model(model, tokenizer, training)

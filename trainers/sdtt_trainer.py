@@ -23,6 +23,7 @@ from modeling_mcd.noise_schedule_mdlm import NoiseSchedule
 from trainers.diffusion_trainer import may_be_noised
 from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
 from trainers.divergences import HeadRows, divergence
+from trainers.recipe import AT_LEAST_1, INSIDE_0_1, check_numbers
 from trainers.teacher import TeacherCallback
 from trainers.trajectories import mask_tokens, masked_at
 
@@ -47,8 +48,7 @@ class SDTTTrainingArguments(WideningGapArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.teacher_steps < 1:
-            raise ValueError(f"teacher_steps must be at least 1, not {self.teacher_steps}")
+        check_numbers(self, teacher_steps=AT_LEAST_1, sampling_epsilon=INSIDE_0_1)
 
 
 def step_starts(t: torch.Tensor, delta: float, steps: int, time_grid: str) -> list[torch.Tensor]:

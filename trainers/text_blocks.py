@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from modeling_mcd.convert_checkpoints import reason_of
+from trainers.recipe import AT_LEAST_1, check_numbers
 
 
 @dataclass
@@ -37,6 +38,14 @@ class TextArguments:
     )
     block_length: int = field(default=1024, metadata={"help": "Tokens in a block, BOS and EOS included."})
     max_validation_blocks: int | None = field(default=None, metadata={"help": "Use only the first so many."})
+
+    def __post_init__(self):
+        check_numbers(self, max_validation_blocks=AT_LEAST_1)
+        for name in ("train_text", "validation_text"):
+            if getattr(self, name) == "":  # as a path, it would be the current folder
+                raise ValueError(
+                    f"{name} is empty: give a text file, a folder of .txt files, or the name of a dataset"
+                )
 
 
 def load_blocks(
