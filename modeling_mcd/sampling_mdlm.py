@@ -121,7 +121,8 @@ def legacy_ancestral(canvas: Canvas, *, steps: int, last_step: str | None = None
     There [MASK] takes part in the race, so that the truncation changes who is revealed as well: every masked position
     needs the head in every step, and fresh noise of the size of the vocabulary.
     """
-    generators = [torch.Generator().manual_seed(key) for key in canvas.keys.tolist()]
+    # A block has its own first step, and so its own noise.
+    generators = [torch.Generator().manual_seed(key + canvas.step) for key in canvas.keys.tolist()]
 
     def draw(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         there, counts = (values.tolist() for values in rows.unique_consecutive(return_counts=True))

@@ -254,6 +254,15 @@ def test_float32_draws_are_near_those_of_float64_and_legacy_draws_have_their_own
     assert torch.equal(model.generate(seed=0, steps=8, precision="legacy_float32"), legacy.sequences[:1])
 
 
+def test_every_block_of_the_legacy_draw_has_its_own_noise_and_the_first_that_of_the_canvas(model):
+    """Before a network that ignores its canvas, so that noise alone makes the difference."""
+    model.lm_head.weight.data.zero_()
+    arguments = {"steps": 8, "seed": 0, "precision": "legacy_float32"}
+    first, second, third = model.generate(length=30, block_length=10, **arguments)[0].split(10)
+    assert torch.equal(first, model.generate(length=10, **arguments)[0])
+    assert all((a != b).sum() > 5 for a, b in itertools.combinations((first, second, third), 2))
+
+
 # --- Guidance
 
 
