@@ -13,10 +13,10 @@ from transformers.utils import ModelOutput, logging
 from .canvas_mdlm import Canvas
 from .draws_mdlm import PRECISIONS
 from .generation_config_mdlm import MDLMGenerationConfig, options_of
-from .noise_mdlm import row_keys
+from .noise_mdlm import row_keys, uniforms
 from .noise_schedule_mdlm import noise_schedule_of
 from .sampling_mdlm import SAMPLERS, legacy_ancestral
-from .uniform_diffusion_mdlm import uniform_ancestral
+from .uniform_diffusion_mdlm import pick_uniformly, uniform_ancestral
 
 
 logger = logging.get_logger(__name__)
@@ -90,6 +90,9 @@ class MDLMGenerationMixin:
         options = self._options(generation_config, kwargs)
         tokens, fillable, mask = self._canvas(input_ids, attention_mask, options)
         keys = self._keys(seed, generator, len(tokens))
+        if self.config.diffusion_kind == "uniform":
+            noise = pick_uniformly(uniforms(keys, mask.cumsum(dim=1) - 1, 0)[0], self.config.vocab_size)
+            tokens = torch.where(fillable.to(tokens.device), noise.to(tokens.device), tokens)
         given = mask & ~fillable
         if options.guidance_scale is not None and not given.any(dim=1).all():
             raise ValueError(f"guidance_scale ({options.guidance_scale}) needs a prompt in every row to guide by")
