@@ -76,7 +76,8 @@ class MDLMGenerationMixin:
                 and its logits `(n, vocab_size)` before anything else looks at them.
             streamer (*optional*): Receives the first canvas: `put_draft` after each step, `put` and `end` at the end.
             callback (*optional*): Called after each step that changed something with its number, from 0, and the canvas
-                `(batch_size * num_return_sequences, length)`, which goes on changing.
+                `(batch_size * num_return_sequences, length)`, which goes on changing; and once more after the last step
+                of a block behind which `stop_at_eos` padded a row.
             progress (`bool`, *optional*): Show a progress bar.
             kwargs: Any option of [`MDLMGenerationConfig`], for this call only.
 
@@ -99,12 +100,15 @@ class MDLMGenerationMixin:
         sampler, head = self._sampler(options), self._head(logits_processor, options)
         nfe, reveal_steps = torch.zeros(len(tokens), dtype=torch.long), torch.full(tokens.shape, -1)
 
-        def on_step():
-            tokens.scatter_(1, there, torch.where(shown, canvas.tokens, window))
+        def show(step: int):
             if streamer is not None:
                 streamer.put_draft(tokens[:1])
             if callback is not None:
-                callback(canvas.step, tokens)
+                callback(step, tokens)
+
+        def on_step():
+            tokens.scatter_(1, there, torch.where(shown, canvas.tokens, window))
+            show(canvas.step)
 
         was_training = self.training
         self.eval()
@@ -137,8 +141,8 @@ class MDLMGenerationMixin:
                 canvas.denoise(logging.tqdm(sampler(canvas), desc=label, unit="step", disable=not progress), on_step)
                 nfe += canvas.nfe
                 reveal_steps.scatter_reduce_(1, columns, canvas.reveal_steps, "amax")
-                if options.stop_at_eos:
-                    self._stop(tokens, fillable, reveal_steps, options)
+                if options.stop_at_eos and self._stop(tokens, fillable, reveal_steps, options):
+                    show(canvas.step - 1)
         finally:
             self.train(was_training)
         if streamer is not None:
@@ -205,7 +209,7 @@ class MDLMGenerationMixin:
             raise ValueError(
                 "output_reveal_steps needs return_dict_in_generate=True, since ids alone have no place for it"
             )
-        if options.stop_at_eos and self._end_of_sequence(options)[0] is None:
+        if options.stop_at_eos and not self._end_of_sequence(options)[0]:
             raise ValueError("stop_at_eos needs an eos_token_id, in the call or in the model's configuration")
 
     def _samplers(self) -> dict[str, Callable]:
@@ -339,23 +343,22 @@ class MDLMGenerationMixin:
 
         return head
 
-    def _end_of_sequence(self, options: MDLMGenerationConfig) -> tuple[torch.Tensor | None, int | None]:
+    def _end_of_sequence(self, options: MDLMGenerationConfig) -> tuple[list[int], int | None]:
         """The ids that end a sequence, and the one that pads it."""
         eos = self.config.eos_token_id if options.eos_token_id is None else options.eos_token_id
-        if eos is None:
-            return None, None
-        eos = torch.tensor(eos, device=self.device).flatten()
-        pads = (options.pad_token_id, self.config.pad_token_id, eos[0].item())
-        return eos, next(pad for pad in pads if pad is not None)
+        eos = list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+        pads = (options.pad_token_id, self.config.pad_token_id, *eos)
+        return eos, next((pad for pad in pads if pad is not None), None)
 
-    def _stop(self, tokens, fillable, reveal_steps, options: MDLMGenerationConfig):
-        """Pads the rows in which an end of sequence was revealed, and fills them no more."""
+    def _stop(self, tokens, fillable, reveal_steps, options: MDLMGenerationConfig) -> bool:
+        """Pads the rows in which an end of sequence was revealed, and fills them no more. Whether there is such a row."""
         eos, pad = self._end_of_sequence(options)
-        ends = torch.isin(tokens, eos).cpu() & (reveal_steps >= 0)
+        ends = torch.isin(tokens, torch.tensor(eos, device=tokens.device)).cpu() & (reveal_steps >= 0)
         behind = (ends.cumsum(dim=1) - ends.long() > 0) & fillable
         tokens[behind.to(tokens.device)] = pad
         reveal_steps[behind] = -1
         fillable &= ~behind
+        return bool(behind.any())
 
     def adjust_generation_fn(
         self,

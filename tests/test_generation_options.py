@@ -370,6 +370,33 @@ def test_a_row_stops_at_its_end_of_sequence_and_costs_nothing_more(model):
     assert default.sequences.shape == (8, 32)
 
 
+def test_whoever_watches_sees_the_padding_behind_an_end_of_sequence(model):
+    class Streamer:
+        drafts = []
+
+        def put_draft(self, value):
+            self.drafts.append(value.clone())
+
+        def put(self, value):
+            pass
+
+        def end(self):
+            pass
+
+    seen, ends = [], {"stop_at_eos": True, "eos_token_id": list(range(30)), "pad_token_id": 31}
+    sequence = model.generate(
+        steps=2,
+        seed=0,
+        block_length=16,
+        callback=lambda step, canvas: seen.append((step, canvas.clone())),
+        streamer=Streamer(),
+        **ends,
+    )
+    assert (sequence[0, 16:] == 31).all()
+    assert [step for step, _ in seen] == [0, 1, 1] and (seen[1][1] != MASK).sum() == 16
+    assert torch.equal(seen[-1][1], sequence) and torch.equal(Streamer.drafts[-1], sequence)
+
+
 # --- Refusals
 
 
