@@ -96,7 +96,9 @@ class MDLMGenerationConfig(GenerationConfig):
             if getattr(self, name) not in (None, True, False):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         tokens = self.suppress_tokens
-        if tokens is not None and not (isinstance(tokens, list | tuple) and all(isinstance(x, int) for x in tokens)):
+        if tokens is not None and not (
+            isinstance(tokens, list | tuple) and all(isinstance(x, int) and number(x) for x in tokens)
+        ):
             raise ValueError(f"suppress_tokens must be a list of token ids, not {tokens!r}")
         self._validate_together()
 

@@ -21,6 +21,8 @@ from .uniform_diffusion_mdlm import pick_uniformly, uniform_ancestral
 
 logger = logging.get_logger(__name__)
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 @dataclass
 class MDLMGenerationOutput(ModelOutput):
@@ -200,17 +202,26 @@ class MDLMGenerationMixin:
             ):
                 if wrong:
                     raise ValueError(f"{name} ({getattr(options, name)!r}) needs a [MASK]; this model is uniform")
-        for token in options.suppress_tokens or ():
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(
-                    f"suppress_tokens hold {token}, but the vocabulary is 0 .. {self.config.vocab_size - 1}"
-                )
+        suppressed = set(options.suppress_tokens or ())
+        for token in suppressed - set(range(self.config.vocab_size)):
+            raise ValueError(f"suppress_tokens hold {token}, but the vocabulary is 0 .. {self.config.vocab_size - 1}")
+        if suppressed and len(suppressed | {self.config.mask_token_id} - {None}) == self.config.vocab_size:
+            raise ValueError(f"suppress_tokens hold all {len(suppressed)} tokens, but must leave one to draw")
         if options.output_reveal_steps and not options.return_dict_in_generate:
             raise ValueError(
                 "output_reveal_steps needs return_dict_in_generate=True, since ids alone have no place for it"
             )
-        if options.stop_at_eos and not self._end_of_sequence(options)[0]:
+        eos, pad = self._end_of_sequence(options)
+        if options.stop_at_eos and not eos:
             raise ValueError("stop_at_eos needs an eos_token_id, in the call or in the model's configuration")
+        if options.stop_at_eos or asked & {"eos_token_id", "pad_token_id"}:
+            for name, tokens in (("eos_token_id", eos), ("pad_token_id", [] if pad is None else [pad])):
+                for token in tokens:
+                    if not whole(token, self.config.vocab_size) or token == self.config.mask_token_id:
+                        raise ValueError(
+                            f"{name} is {token!r}, but must be a token other than the mask "
+                            f"({self.config.mask_token_id}) of the vocabulary 0 .. {self.config.vocab_size - 1}"
+                        )
 
     def _samplers(self) -> dict[str, Callable]:
         return {"ancestral": uniform_ancestral} if self.config.diffusion_kind == "uniform" else SAMPLERS
@@ -231,8 +242,12 @@ class MDLMGenerationMixin:
         mask_token_id = -1 if uniform else self.config.mask_token_id  # -1, no token at all, stands for noise to come
         if input_ids is None:
             input_ids = torch.empty(1, 0, dtype=torch.long, device=self.device)
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must have the shape (batch_size, width), not {tuple(input_ids.shape)}")
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in INTEGERS:
+            raise ValueError(f"input_ids must be a tensor of integers, not {input_ids!r}")
+        if input_ids.ndim != 2 or not len(input_ids):
+            raise ValueError(
+                f"input_ids must have the shape (batch_size, width) and at least one row, not {tuple(input_ids.shape)}"
+            )
         if input_ids.numel() and not (0 <= input_ids.min() and input_ids.max() < self.config.vocab_size):
             raise ValueError(
                 f"input_ids hold {input_ids.min().item()} .. {input_ids.max().item()}, but the vocabulary is "
@@ -250,6 +265,8 @@ class MDLMGenerationMixin:
             raise ValueError(f"input_ids are {width} tokens wide, but length is {length}")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if not isinstance(attention_mask, torch.Tensor):
+            raise ValueError(f"attention_mask must be a tensor, not {attention_mask!r}")
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask has the shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
@@ -269,6 +286,11 @@ class MDLMGenerationMixin:
     def _keys(seed: int | Sequence[int] | None, generator: torch.Generator | None, rows: int) -> torch.LongTensor:
         if seed is not None and generator is not None:
             raise ValueError("give a seed or a generator, not both")
+        if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
+            raise ValueError(f"generator must be a torch.Generator on the CPU, not {generator!r}")
+        numbers = seed if isinstance(seed, Sequence) else [] if seed is None else [seed]
+        if not all(whole(number, 2**64) for number in numbers):
+            raise ValueError(f"seed must be an integer in 0 .. 2**64 - 1 or a sequence of them, not {seed!r}")
         if not isinstance(seed, Sequence):
             return row_keys(rows, generator if seed is None else torch.Generator().manual_seed(seed))
         if len(seed) != rows:
@@ -330,6 +352,8 @@ class MDLMGenerationMixin:
         return trunk
 
     def _head(self, logits_processor: LogitsProcessorList | None, options: MDLMGenerationConfig) -> Callable:
+        if not isinstance(logits_processor, list | None):
+            raise ValueError(f"logits_processor must be a LogitsProcessorList, not {logits_processor!r}")
         processors = LogitsProcessorList(logits_processor or [])
         if options.suppress_tokens:
             processors.append(SuppressTokensLogitsProcessor(list(options.suppress_tokens), device=self.device))
@@ -397,6 +421,11 @@ class MDLMGenerationMixin:
             )
         except OSError:
             logger.info("no generation_config.json beside the model: the library's defaults hold")
+
+
+def whole(value, end: int) -> bool:
+    """Whether `value` is an integer of 0 .. end - 1; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < end
 
 
 __all__ = ["MDLMGenerationConfig", "MDLMGenerationMixin", "MDLMGenerationOutput"]
