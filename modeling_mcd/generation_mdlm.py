@@ -74,8 +74,9 @@ class MDLMGenerationMixin:
             seed (`int` or a sequence of them, *optional*): Fixes the result; a sequence gives each row its own, and a
                 row is then the same in any batch. By default the global random state of torch decides.
             generator (`torch.Generator`, *optional*): On the CPU; instead of a seed.
-            logits_processor (`LogitsProcessorList`, *optional*): Called with the canvas of each position `(n, length)`
-                and its logits `(n, vocab_size)` before anything else looks at them.
+            logits_processor (`LogitsProcessorList`, *optional*): Called with the canvas of each position `(n, width)`
+                and its logits `(n, vocab_size)` before anything else looks at them. The canvas is what the network sees
+                of the row, without its padding; a row that is shorter than others ends in copies of its first token.
             streamer (*optional*): Receives the first canvas: `put_draft` after each step, `put` and `end` at the end.
             callback (*optional*): Called after each step that changed something with its number, from 0, and the canvas
                 `(batch_size * num_return_sequences, length)`, which goes on changing; and once more after the last step
