@@ -49,7 +49,8 @@ class MDLMGenerationConfig(GenerationConfig):
             `without + scale * (with - without)`. Two forwards a step. None by default.
         length (`int`, *optional*): Tokens in a canvas; see `generate` for the default.
         block_length (`int`, *optional*): Fill the canvas in blocks of this many tokens, from left to right. Needed for
-            a length beyond the model's context, of which a block then sees the last part.
+            a length beyond the model's context, of which a block then sees the last part. Each row is cut from its own
+            first mask on.
         stop_at_eos (`bool`, *optional*): After each block, a row that holds an end-of-sequence token is done, and what
             follows it becomes padding. The ids are `eos_token_id` and `pad_token_id` here, or those of the model.
         compile (`bool`, *optional*): Run the trunk through `torch.compile`, with CUDA graphs on a GPU. Every row then
@@ -96,7 +97,9 @@ class MDLMGenerationConfig(GenerationConfig):
             if getattr(self, name) not in (None, True, False):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         tokens = self.suppress_tokens
-        if tokens is not None and not (isinstance(tokens, list | tuple) and all(isinstance(x, int) for x in tokens)):
+        if tokens is not None and not (
+            isinstance(tokens, list | tuple) and all(isinstance(x, int) and number(x) for x in tokens)
+        ):
             raise ValueError(f"suppress_tokens must be a list of token ids, not {tokens!r}")
         self._validate_together()
 

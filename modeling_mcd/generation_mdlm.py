@@ -2,23 +2,26 @@
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput, logging
 
 from .canvas_mdlm import Canvas
 from .draws_mdlm import PRECISIONS
 from .generation_config_mdlm import MDLMGenerationConfig, options_of
-from .noise_mdlm import row_keys
+from .noise_mdlm import row_keys, uniforms
 from .noise_schedule_mdlm import noise_schedule_of
 from .sampling_mdlm import SAMPLERS, legacy_ancestral
-from .uniform_diffusion_mdlm import uniform_ancestral
+from .uniform_diffusion_mdlm import pick_uniformly, uniform_ancestral
 
 
 logger = logging.get_logger(__name__)
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass
@@ -29,7 +32,8 @@ class MDLMGenerationOutput(ModelOutput):
         nfe (`torch.LongTensor` of shape `(batch_size * num_return_sequences,)`): Forwards of the network per sequence.
         reveal_steps (`torch.LongTensor` of shape `(batch_size * num_return_sequences, length)`, *optional*): With
             `output_reveal_steps`: the step, from 0, that revealed each token (the last one, if it was remasked); -1 for
-            those that were given.
+            those that were given. A row's k-th block begins at step k (steps + 1), or, under a sampler without `steps`,
+            k block_length: no other row changes the number.
     """
 
     sequences: torch.LongTensor | None = None
@@ -70,11 +74,13 @@ class MDLMGenerationMixin:
             seed (`int` or a sequence of them, *optional*): Fixes the result; a sequence gives each row its own, and a
                 row is then the same in any batch. By default the global random state of torch decides.
             generator (`torch.Generator`, *optional*): On the CPU; instead of a seed.
-            logits_processor (`LogitsProcessorList`, *optional*): Called with the canvas of each position `(n, length)`
-                and its logits `(n, vocab_size)` before anything else looks at them.
+            logits_processor (`LogitsProcessorList`, *optional*): Called with the canvas of each position `(n, width)`
+                and its logits `(n, vocab_size)` before anything else looks at them. The canvas is what the network sees
+                of the row, without its padding; a row that is shorter than others ends in copies of its first token.
             streamer (*optional*): Receives the first canvas: `put_draft` after each step, `put` and `end` at the end.
             callback (*optional*): Called after each step that changed something with its number, from 0, and the canvas
-                `(batch_size * num_return_sequences, length)`, which goes on changing.
+                `(batch_size * num_return_sequences, length)`, which goes on changing; and once more after the last step
+                of a block behind which `stop_at_eos` padded a row.
             progress (`bool`, *optional*): Show a progress bar.
             kwargs: Any option of [`MDLMGenerationConfig`], for this call only.
 
@@ -88,33 +94,42 @@ class MDLMGenerationMixin:
         options = self._options(generation_config, kwargs)
         tokens, fillable, mask = self._canvas(input_ids, attention_mask, options)
         keys = self._keys(seed, generator, len(tokens))
+        if self.config.diffusion_kind == "uniform":
+            noise = pick_uniformly(uniforms(keys, mask.cumsum(dim=1) - 1, 0)[0], self.config.vocab_size)
+            tokens = torch.where(fillable.to(tokens.device), noise.to(tokens.device), tokens)
         given = mask & ~fillable
-        if options.guidance_scale is not None and not given.any():
-            raise ValueError(f"guidance_scale ({options.guidance_scale}) needs a prompt to guide by")
+        if options.guidance_scale is not None and not given.any(dim=1).all():
+            raise ValueError(f"guidance_scale ({options.guidance_scale}) needs a prompt in every row to guide by")
         sampler, head = self._sampler(options), self._head(logits_processor, options)
-        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        nfe, reveal_steps, done = torch.zeros(len(tokens), dtype=torch.long), torch.full(tokens.shape, -1), 0
+        nfe, reveal_steps = torch.zeros(len(tokens), dtype=torch.long), torch.full(tokens.shape, -1)
 
-        def on_step():
+        def show(step: int):
             if streamer is not None:
                 streamer.put_draft(tokens[:1])
             if callback is not None:
-                callback(canvas.step, tokens)
+                callback(step, tokens)
+
+        def on_step():
+            tokens.scatter_(1, there, torch.where(shown, canvas.tokens, window))
+            show(canvas.step)
 
         was_training = self.training
         self.eval()
         try:
-            for block, window in self._blocks(fillable, options):
-                inside = torch.zeros_like(fillable)
-                inside[:, block] = fillable[:, block]
+            for step, block, places, columns, seen in self._blocks(fillable, mask, options):
+                inside = (block & fillable).gather(1, columns)
                 if not inside.any():
                     continue
+                trunk = self._trunk(seen, given.gather(1, columns), options)
+                there, shown = columns.to(tokens.device), seen.to(tokens.device)
+                window = tokens.gather(1, there)
+                # Padding shows the row's first token once more: no logits processor finds a token that is padding's alone.
                 canvas = Canvas(
-                    tokens[:, window],
-                    inside[:, window],
+                    torch.where(shown, window, window[:, :1]),
+                    inside,
                     keys,
-                    places[:, window],
-                    trunk=self._trunk(mask[:, window], given[:, window], options),
+                    places,
+                    trunk=trunk,
                     head=head,
                     schedule=noise_schedule_of(self.config),
                     vocab_size=self.config.vocab_size,
@@ -123,15 +138,14 @@ class MDLMGenerationMixin:
                     | {"dtype": PRECISIONS.get(options.precision, torch.float64)},
                     forwards=1 if options.guidance_scale is None else 2,
                     whole=options.compile,
-                    step=done,
+                    step=step,
                 )
-                label = f"tokens {block.start} to {block.stop - 1}"
+                label = f"from step {step}"
                 canvas.denoise(logging.tqdm(sampler(canvas), desc=label, unit="step", disable=not progress), on_step)
                 nfe += canvas.nfe
-                reveal_steps[:, window] = torch.where(inside[:, window], canvas.reveal_steps, reveal_steps[:, window])
-                done = canvas.step
-                if options.stop_at_eos:
-                    self._stop(tokens, fillable, reveal_steps, block.stop, options)
+                reveal_steps.scatter_reduce_(1, columns, canvas.reveal_steps, "amax")
+                if options.stop_at_eos and self._stop(tokens, fillable, reveal_steps, options):
+                    show(canvas.step - 1)
         finally:
             self.train(was_training)
         if streamer is not None:
@@ -189,17 +203,26 @@ class MDLMGenerationMixin:
             ):
                 if wrong:
                     raise ValueError(f"{name} ({getattr(options, name)!r}) needs a [MASK]; this model is uniform")
-        for token in options.suppress_tokens or ():
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(
-                    f"suppress_tokens hold {token}, but the vocabulary is 0 .. {self.config.vocab_size - 1}"
-                )
+        suppressed = set(options.suppress_tokens or ())
+        for token in suppressed - set(range(self.config.vocab_size)):
+            raise ValueError(f"suppress_tokens hold {token}, but the vocabulary is 0 .. {self.config.vocab_size - 1}")
+        if suppressed and len(suppressed | {self.config.mask_token_id} - {None}) == self.config.vocab_size:
+            raise ValueError(f"suppress_tokens hold all {len(suppressed)} tokens, but must leave one to draw")
         if options.output_reveal_steps and not options.return_dict_in_generate:
             raise ValueError(
                 "output_reveal_steps needs return_dict_in_generate=True, since ids alone have no place for it"
             )
-        if options.stop_at_eos and self._end_of_sequence(options)[0] is None:
+        eos, pad = self._end_of_sequence(options)
+        if options.stop_at_eos and not eos:
             raise ValueError("stop_at_eos needs an eos_token_id, in the call or in the model's configuration")
+        if options.stop_at_eos or asked & {"eos_token_id", "pad_token_id"}:
+            for name, tokens in (("eos_token_id", eos), ("pad_token_id", [] if pad is None else [pad])):
+                for token in tokens:
+                    if not whole(token, self.config.vocab_size) or token == self.config.mask_token_id:
+                        raise ValueError(
+                            f"{name} is {token!r}, but must be a token other than the mask "
+                            f"({self.config.mask_token_id}) of the vocabulary 0 .. {self.config.vocab_size - 1}"
+                        )
 
     def _samplers(self) -> dict[str, Callable]:
         return {"ancestral": uniform_ancestral} if self.config.diffusion_kind == "uniform" else SAMPLERS
@@ -220,8 +243,12 @@ class MDLMGenerationMixin:
         mask_token_id = -1 if uniform else self.config.mask_token_id  # -1, no token at all, stands for noise to come
         if input_ids is None:
             input_ids = torch.empty(1, 0, dtype=torch.long, device=self.device)
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must have the shape (batch_size, width), not {tuple(input_ids.shape)}")
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in INTEGERS:
+            raise ValueError(f"input_ids must be a tensor of integers, not {input_ids!r}")
+        if input_ids.ndim != 2 or not len(input_ids):
+            raise ValueError(
+                f"input_ids must have the shape (batch_size, width) and at least one row, not {tuple(input_ids.shape)}"
+            )
         if input_ids.numel() and not (0 <= input_ids.min() and input_ids.max() < self.config.vocab_size):
             raise ValueError(
                 f"input_ids hold {input_ids.min().item()} .. {input_ids.max().item()}, but the vocabulary is "
@@ -233,10 +260,14 @@ class MDLMGenerationMixin:
             raise ValueError(
                 f"length is {length}, but the model's context is {context} tokens; block_length goes beyond it"
             )
+        if (options.block_length or 0) > context:
+            raise ValueError(f"block_length is {options.block_length}, but the model's context is {context} tokens")
         if width > length:
             raise ValueError(f"input_ids are {width} tokens wide, but length is {length}")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if not isinstance(attention_mask, torch.Tensor):
+            raise ValueError(f"attention_mask must be a tensor, not {attention_mask!r}")
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask has the shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
@@ -256,52 +287,74 @@ class MDLMGenerationMixin:
     def _keys(seed: int | Sequence[int] | None, generator: torch.Generator | None, rows: int) -> torch.LongTensor:
         if seed is not None and generator is not None:
             raise ValueError("give a seed or a generator, not both")
+        if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
+            raise ValueError(f"generator must be a torch.Generator on the CPU, not {generator!r}")
+        numbers = seed if isinstance(seed, Sequence) else [] if seed is None else [seed]
+        if not all(whole(number, 2**64) for number in numbers):
+            raise ValueError(f"seed must be an integer in 0 .. 2**64 - 1 or a sequence of them, not {seed!r}")
         if not isinstance(seed, Sequence):
             return row_keys(rows, generator if seed is None else torch.Generator().manual_seed(seed))
         if len(seed) != rows:
             raise ValueError(f"seed holds {len(seed)} numbers, but there are {rows} rows")
         return torch.cat([row_keys(1, torch.Generator().manual_seed(number)) for number in seed])
 
-    def _blocks(self, fillable: torch.BoolTensor, options: MDLMGenerationConfig) -> list[tuple[slice, slice]]:
-        """The columns to fill one after the other, and those that the network sees meanwhile.
+    def _blocks(
+        self, fillable: torch.BoolTensor, mask: torch.BoolTensor, options: MDLMGenerationConfig
+    ) -> Iterator[tuple[int, torch.BoolTensor, torch.LongTensor, torch.LongTensor, torch.BoolTensor]]:
+        """Blocks to fill one after the other, and what the network sees meanwhile, for each row by itself.
 
-        It sees the whole canvas as far as the context goes (LLaDA, arXiv 2502.09992, Sec. 2.4); beyond that, the
-        context's last tokens up to the block's end (MDLM's semi-autoregressive sampler).
+        A row is cut from its first mask on, its padding left out: it has the same blocks in any batch. The network sees
+        the whole canvas as far as the context goes (LLaDA, arXiv 2502.09992, Sec. 2.4); beyond that, the context's last
+        tokens up to the block's end (MDLM's semi-autoregressive sampler).
+
+        Yields, on the CPU:
+            the number of the block's first step, whatever the blocks before took; the block [B, length]; the places of
+            the tokens that the network sees, [B, W], in their row and in the canvas; and which of them are no padding.
         """
         length, context = fillable.shape[1], self.config.max_position_embeddings
         size = options.block_length or length
-        if size > context:
-            raise ValueError(f"block_length is {size}, but the model's context is {context} tokens")
-        blocks = []
-        for start in range(int(fillable.any(dim=0).nonzero()[0]), length, size):
-            stop = min(start + size, length)
-            # Under uniform noise there is no token for what is still to come.
-            right = stop if self.config.diffusion_kind == "uniform" else min(length, max(stop, context))
-            blocks.append((slice(start, stop), slice(max(0, right - context), right)))
-        return blocks
+        # Room for a last step; without `steps`, each step of a row reveals something.
+        stride = options.steps + 1 if "steps" in options_of(self._samplers()[options.sampler]) else size
+        order = (~mask).long().argsort(dim=1, stable=True)  # the columns of a row's tokens, then those of its padding
+        place, end = mask.cumsum(dim=1) - 1, mask.sum(dim=1, keepdim=True)
+        first = place.gather(1, fillable.long().argmax(dim=1, keepdim=True))
+        blocks = torch.where(fillable, (place - first) // size, -1)
+        for number in range(int(blocks.max()) + 1):
+            right = first + (number + 1) * size
+            if self.config.diffusion_kind == "absorbing":  # uniform noise has no token for what is still to come
+                right = right.clamp(min=context)
+            right = right.minimum(end)
+            left = (right - context).clamp(min=0)
+            places = left + torch.arange(int((right - left).max()))
+            yield number * stride, blocks == number, places, order.gather(1, places), places < right
 
-    def _trunk(self, mask: torch.BoolTensor, given: torch.BoolTensor, options: MDLMGenerationConfig) -> Callable:
-        """What a `Canvas` asks: the trunk, twice with guidance, on rows with their padding and their own positions."""
-        schedule, guided, padded = noise_schedule_of(self.config), options.guidance_scale is not None, not mask.all()
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        mask, positions, given = (x.to(self.device) for x in (mask, positions, given))
+    def _trunk(self, seen: torch.BoolTensor, given: torch.BoolTensor, options: MDLMGenerationConfig) -> Callable:
+        """What a `Canvas` asks: the trunk on the tokens that each row sees, and with guidance on the masked prompt too."""
+        schedule, guided, padded = noise_schedule_of(self.config), options.guidance_scale is not None, not seen.all()
+        seen, given = seen.to(self.device), given.to(self.device)
         network = torch.compile(self.model, mode="reduce-overhead", dynamic=False) if options.compile else self.model
 
         def trunk(tokens: torch.Tensor, rows: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            sigma = -schedule.gamma(time).log().float()
-            inputs = {"input_ids": tokens, "timesteps": sigma.to(tokens.device, non_blocking=True)}
-            if padded:
-                inputs |= {"attention_mask": mask[rows], "position_ids": positions[rows]}
-            if not guided:
-                return network(**inputs).last_hidden_state
-            without = tokens.masked_fill(given[rows], self.config.mask_token_id)
-            inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
-            inputs["input_ids"] = torch.cat([tokens, without])
-            return network(**inputs).last_hidden_state.unflatten(0, (2, -1)).movedim(0, 2)
+            sigma = (-schedule.gamma(time).log().float()).to(tokens.device, non_blocking=True)
+            if guided:
+                without = tokens.masked_fill(given[rows], self.config.mask_token_id)
+                tokens, rows, sigma = torch.cat([tokens, without]), rows.repeat(2), sigma.repeat(2)
+            attention_mask = None
+            if padded:  # made here, since the model would ask the device whether there is padding at all
+                attention_mask = create_bidirectional_mask(
+                    config=self.config,
+                    inputs_embeds=tokens.new_empty(*tokens.shape, 0, dtype=self.dtype),
+                    attention_mask=seen[rows],
+                    allow_is_bidirectional_skip=False,
+                )
+            hidden = network(input_ids=tokens, timesteps=sigma, attention_mask=attention_mask).last_hidden_state
+            return hidden.unflatten(0, (2, -1)).movedim(0, 2) if guided else hidden
 
         return trunk
 
     def _head(self, logits_processor: LogitsProcessorList | None, options: MDLMGenerationConfig) -> Callable:
+        if not isinstance(logits_processor, list | None):
+            raise ValueError(f"logits_processor must be a LogitsProcessorList, not {logits_processor!r}")
         processors = LogitsProcessorList(logits_processor or [])
         if options.suppress_tokens:
             processors.append(SuppressTokensLogitsProcessor(list(options.suppress_tokens), device=self.device))
@@ -315,24 +368,22 @@ class MDLMGenerationMixin:
 
         return head
 
-    def _end_of_sequence(self, options: MDLMGenerationConfig) -> tuple[torch.Tensor | None, int | None]:
+    def _end_of_sequence(self, options: MDLMGenerationConfig) -> tuple[list[int], int | None]:
         """The ids that end a sequence, and the one that pads it."""
         eos = self.config.eos_token_id if options.eos_token_id is None else options.eos_token_id
-        if eos is None:
-            return None, None
-        eos = torch.tensor(eos, device=self.device).flatten()
-        pads = (options.pad_token_id, self.config.pad_token_id, eos[0].item())
-        return eos, next(pad for pad in pads if pad is not None)
+        eos = list(eos) if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+        pads = (options.pad_token_id, self.config.pad_token_id, *eos)
+        return eos, next((pad for pad in pads if pad is not None), None)
 
-    def _stop(self, tokens, fillable, reveal_steps, end: int, options: MDLMGenerationConfig):
-        """Pads the rows in which a token before `end` was filled with an end of sequence, and fills them no more."""
+    def _stop(self, tokens, fillable, reveal_steps, options: MDLMGenerationConfig) -> bool:
+        """Pads the rows in which an end of sequence was revealed, and fills them no more. Whether there is such a row."""
         eos, pad = self._end_of_sequence(options)
-        ends = torch.isin(tokens, eos).cpu() & fillable
-        ends[:, end:] = False
+        ends = torch.isin(tokens, torch.tensor(eos, device=tokens.device)).cpu() & (reveal_steps >= 0)
         behind = (ends.cumsum(dim=1) - ends.long() > 0) & fillable
         tokens[behind.to(tokens.device)] = pad
         reveal_steps[behind] = -1
         fillable &= ~behind
+        return bool(behind.any())
 
     def adjust_generation_fn(
         self,
@@ -371,6 +422,11 @@ class MDLMGenerationMixin:
             )
         except OSError:
             logger.info("no generation_config.json beside the model: the library's defaults hold")
+
+
+def whole(value, end: int) -> bool:
+    """Whether `value` is an integer of 0 .. end - 1; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < end
 
 
 __all__ = ["MDLMGenerationConfig", "MDLMGenerationMixin", "MDLMGenerationOutput"]

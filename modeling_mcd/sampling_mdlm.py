@@ -121,7 +121,8 @@ def legacy_ancestral(canvas: Canvas, *, steps: int, last_step: str | None = None
     There [MASK] takes part in the race, so that the truncation changes who is revealed as well: every masked position
     needs the head in every step, and fresh noise of the size of the vocabulary.
     """
-    generators = [torch.Generator().manual_seed(key) for key in canvas.keys.tolist()]
+    # A block has its own first step, and so its own noise.
+    generators = [torch.Generator().manual_seed(key + canvas.step) for key in canvas.keys.tolist()]
 
     def draw(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         there, counts = (values.tolist() for values in rows.unique_consecutive(return_counts=True))
@@ -234,22 +235,28 @@ def remdm(
     """Remasking diffusion (ReMDM, arXiv 2503.00307): a visible token is masked again with probability sigma.
 
     A masked one is revealed with (gamma_s - (1 - sigma) gamma_t) / (1 - gamma_t), which keeps the number of visible
-    tokens on its schedule for every sigma up to sigma_max = min(1, (1 - gamma_s) / gamma_t). `remasking` says which:
+    tokens on its schedule for every sigma up to sigma_max = min(1, (1 - gamma_s) / gamma_t) that all tokens share.
+    `remasking` says which:
 
     - "cap": min(eta, sigma_max), eta 0.008 by default.
     - "rescale": eta sigma_max, eta 0.015 by default.
     - "confidence": sigma_max, shared out over the visible tokens by the softmax of minus the probability that each had
-      when it was revealed.
+      when it was revealed. At a masked token it is 0, so that the number of visible tokens falls behind its schedule.
     - "loop": gamma rises to `alpha_on` until t = `t_on`, rests there until `t_off` with sigma = eta, 0.02 by default, and
-      rises to 1.
+      rises to 1. The network is told the time at which the schedule has that gamma.
 
     Worth it at a hundred steps and more. At most `steps` forwards a row; a step that only remasks needs none.
     """
     eta = {"cap": 0.008, "rescale": 0.015, "loop": 0.02}.get(remasking) if eta is None else eta
     times = step_times(steps, last_step)
-    gamma = loop_profile(times, t_on, t_off, alpha_on) if remasking == "loop" else canvas.schedule.gamma(times)
+    gamma, told = canvas.schedule.gamma(times), times
+    if remasking == "loop":
+        gamma = loop_profile(times, t_on, t_off, alpha_on)
+        told = canvas.schedule.inverse(gamma).clamp(max=1)  # at gamma = 0 the inverse lies beyond 1
     chances = torch.zeros(canvas.tokens.shape, dtype=torch.float64)  # of each visible token, when it was revealed
-    for time, (gamma_t, gamma_s) in zip(times.tolist(), pairwise(gamma.tolist()), strict=False):
+    for time, told_time, (gamma_t, gamma_s) in zip(
+        times.tolist(), told.tolist(), pairwise(gamma.tolist()), strict=False
+    ):
         sigma = min(1.0, (1 - gamma_s) / gamma_t) if gamma_t > 0 else 1.0
         if remasking == "cap":
             sigma = min(eta, sigma)
@@ -260,7 +267,7 @@ def remdm(
         else:
             visible = canvas.fillable & ~canvas.masked
             sigma = sigma * (-chances).masked_fill(~visible, -torch.inf).softmax(dim=1).nan_to_num(0)
-        answer = correct(canvas, time, gamma_t, gamma_s, sigma)
+        answer = correct(canvas, told_time, gamma_t, gamma_s, sigma)
         if remasking == "confidence" and answer is not None:
             tokens = canvas.tokens[tuple(map(canvas.send, answer.where.nonzero().unbind(dim=1)))]
             measure = functools.partial(probability_of, mask_token_id=canvas.mask_token_id)

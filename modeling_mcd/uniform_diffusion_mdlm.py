@@ -85,12 +85,11 @@ def draw_posterior(
 
 
 def uniform_ancestral(canvas: Canvas, *, steps: int, last_step: str = "ancestral") -> Iterator[None]:
-    """Ancestral sampling of a uniform-state model (Duo): noise, then `steps` draws from the posterior, then a last step.
+    """Ancestral sampling of a uniform-state model (Duo): from noise, `steps` draws from the posterior and a last step.
 
     The last step takes what little noise is left at t = 1e-5: "ancestral" draws from the posterior of t = 0, "greedy"
     takes the network's likeliest token at every position (Duo's greedy tail), "none" leaves it, and saves a forward.
     """
-    canvas.write(canvas.fillable, canvas.send(pick_uniformly(canvas.when, canvas.vocab_size)[canvas.fillable]))
     where, columns = canvas.fillable, tuple(map(canvas.send, canvas.fillable.nonzero().unbind(dim=1)))
     times = torch.linspace(1, TAIL, steps + 1, dtype=torch.float64).tolist()
     for t, s in pairwise([*times, 0.0] if last_step == "ancestral" else times):

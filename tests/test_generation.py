@@ -6,6 +6,7 @@ would fail a right sampler once in a hundred thousand times.
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
@@ -427,6 +428,23 @@ def test_generation_configuration_round_trip(tmp_path):
         ({"stepz": 3}, r"unknown arguments \['stepz'\].*'steps'"),
         ({"max_new_tokens": 3}, r"unknown arguments \['max_new_tokens'\]"),
         ({"seed": 1, "generator": torch.Generator()}, "a seed or a generator, not both"),
+        ({"seed": 1.5}, r"seed must be an integer in 0 .. 2\*\*64 - 1 or a sequence of them, not 1.5"),
+        ({"seed": True}, "seed must be .* not True"),
+        ({"seed": -1}, "seed must be .* not -1"),
+        ({"seed": 2**70}, "seed must be .* not 1180591620717411303424"),
+        ({"seed": "7"}, "seed must be .* not '7'"),
+        ({"seed": [1.5]}, r"seed must be .* not \[1.5\]"),
+        ({"seed": torch.tensor([1])}, r"seed must be .* not tensor\(\[1\]\)"),
+        ({"seed": np.array([1])}, r"seed must be .* not array\(\[1\]\)"),
+        ({"generator": 7}, "generator must be a torch.Generator on the CPU, not 7"),
+        ({"input_ids": [[1, MASK]]}, r"input_ids must be a tensor of integers, not \[\[1, 47\]\]"),
+        ({"input_ids": torch.tensor([[1.7, 47.0]])}, r"input_ids must be a tensor of integers, not tensor\(\[\[ 1.7"),
+        ({"input_ids": torch.tensor([[True]])}, r"input_ids must be a tensor of integers, not tensor\(\[\[True"),
+        ({"input_ids": torch.empty(0, 5, dtype=torch.long)}, r"input_ids .* at least one row, not \(0, 5\)"),
+        (
+            {"input_ids": torch.tensor([[1, MASK]]), "attention_mask": [[1, 1]]},
+            r"attention_mask must be a tensor, not \[\[1, 1\]\]",
+        ),
         ({"input_ids": torch.tensor([1, MASK])}, r"input_ids must have the shape .* not \(2,\)"),
         ({"input_ids": torch.tensor([[1, MASK, 48]])}, r"input_ids hold 1 .. 48, but the vocabulary is 0 .. 47"),
         ({"input_ids": torch.tensor([[-1, MASK]])}, r"input_ids hold -1 .. 47"),

@@ -26,21 +26,83 @@ def rows_of(output) -> list[tuple]:
 # --- Rows
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_row_has_the_same_tokens_alone_in_a_batch_and_beside_shorter_prompts(model, case):
-    """In float32 on this machine, with a network whose logits differ in their last bits between batches."""
+class NoRepeat(LogitsProcessor):
+    """Makes every token that stands on the canvas less likely."""
+
+    def __call__(self, input_ids, scores):
+        return scores - 2 * scores.new_zeros(scores.shape).scatter(1, input_ids, 1.0)
+
+
+BLOCKS = {"block_length": 6}
+ROWS = [(case, options) for case in CASES for options in ({}, BLOCKS)] + [
+    (case, options)
+    for case in ("ancestral", "adaptive", "remdm, confidence")
+    for options in (
+        {"guidance_scale": 2.0},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "suppress_tokens": [1, 2, 3]},
+        {"logits_processor": LogitsProcessorList([NoRepeat()])},
+        {"stop_at_eos": True, "eos_token_id": [5, 15, 25, 35], "pad_token_id": 0} | BLOCKS,
+        {"guidance_scale": 2.0, "logits_processor": LogitsProcessorList([NoRepeat()])} | BLOCKS,
+    )
+]
+ROWS += [("ancestral", {"precision": "legacy_float32"} | options) for options in ({}, BLOCKS, {"last_step": "greedy"})]
+
+
+def assert_rows_do_not_feel_each_other(model, masks: int, arguments: dict):
+    """Prompts of four lengths, each followed by so many masks, in one batch and one by one."""
     make_context_matter(model)
     prompts = [torch.randint(0, 46, (n,), generator=torch.Generator().manual_seed(n)) for n in (12, 5, 9, 1)]
     ids, mask = torch.full((4, 12), 9), torch.zeros(4, 12, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, 12 - len(prompt) :], mask[row, 12 - len(prompt) :] = prompt, 1
-    arguments, seeds = arguments_of(case), [11, 12, 13, 14]
-    together = rows_of(model.generate(ids, attention_mask=mask, length=28, seed=seeds, **arguments))
+    seeds = [11, 12, 13, 14]
+    together = rows_of(model.generate(ids, attention_mask=mask, length=12 + masks, seed=seeds, **arguments))
     for row, prompt in enumerate(prompts):
-        alone = rows_of(model.generate(prompt[None], length=16 + len(prompt), seed=seeds[row], **arguments))[0]
+        alone = rows_of(model.generate(prompt[None], length=masks + len(prompt), seed=seeds[row], **arguments))[0]
         sequence, nfe, steps = together[row]
         assert (sequence[12 - len(prompt) :], nfe, steps[12 - len(prompt) :]) == alone
-        assert MASK not in alone[0]
+        assert sequence[: 12 - len(prompt)] == [9] * (12 - len(prompt)) and min(alone[0]) >= 0
+        assert MASK not in alone[0] or model.config.diffusion_kind == "uniform"
+
+
+@pytest.mark.parametrize("case, options", ROWS)
+def test_a_row_has_the_same_tokens_alone_in_a_batch_and_beside_shorter_prompts(model, case, options):
+    """In float32 on this machine, with a network whose logits differ in their last bits between batches.
+
+    The context is 32: with blocks some rows reach beyond it, each in another block, and see its last part.
+    """
+    masks = 16 if options.get("block_length") is None else 26
+    assert_rows_do_not_feel_each_other(model, masks, arguments_of(case) | options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"last_step": "greedy"},
+        BLOCKS,
+        {"top_k": 20, "logits_processor": LogitsProcessorList([NoRepeat()])} | BLOCKS,
+        {"stop_at_eos": True, "eos_token_id": [5, 15, 25, 35], "pad_token_id": 0} | BLOCKS,
+    ],
+)
+def test_a_row_of_a_uniform_model_does_not_feel_the_others(build, options):
+    masks = 16 if options.get("block_length") is None else 26
+    arguments = {"steps": 4, "return_dict_in_generate": True, "output_reveal_steps": True} | options
+    assert_rows_do_not_feel_each_other(build(diffusion_kind="uniform"), masks, arguments)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_infills_in_blocks_do_not_feel_each_other(model, case):
+    """Holes that begin in different places, and blocks in which only some rows have any."""
+    make_context_matter(model)
+    ids = torch.randint(0, 46, (3, 30), generator=torch.Generator().manual_seed(0))
+    for row, holes in enumerate(([(2, 5), (24, 30)], [(9, 23)], [(2, 4), (8, 12)])):
+        for start, stop in holes:
+            ids[row, start:stop] = MASK
+    arguments = arguments_of(case) | BLOCKS
+    together = rows_of(model.generate(ids, seed=[11, 12, 13], **arguments))
+    for row in range(3):
+        assert together[row] == rows_of(model.generate(ids[row : row + 1], seed=11 + row, **arguments))[0]
 
 
 def test_a_prompt_padded_on_the_right_or_in_the_middle_is_the_prompt(model):
@@ -102,10 +164,10 @@ def test_reveal_steps_and_the_callback_tell_the_same_story(model, case):
 
 def test_a_progress_bar_on_request(model, capsys):
     model.generate(seed=0, steps=3)
-    assert "tokens" not in capsys.readouterr().err
+    assert "step" not in capsys.readouterr().err
     model.generate(seed=0, steps=3, length=20, block_length=10, progress=True)
     printed = capsys.readouterr().err
-    assert "tokens 0 to 9: 3step" in printed and "tokens 10 to 19: 3step" in printed
+    assert "from step 0: 3step" in printed and "from step 4: 3step" in printed
 
 
 def test_a_replay_holds_every_canvas_and_opens_without_anything_else(model, tokenizer, tmp_path):
@@ -192,6 +254,15 @@ def test_float32_draws_are_near_those_of_float64_and_legacy_draws_have_their_own
     assert torch.equal(model.generate(seed=0, steps=8, precision="legacy_float32"), legacy.sequences[:1])
 
 
+def test_every_block_of_the_legacy_draw_has_its_own_noise_and_the_first_that_of_the_canvas(model):
+    """Before a network that ignores its canvas, so that noise alone makes the difference."""
+    model.lm_head.weight.data.zero_()
+    arguments = {"steps": 8, "seed": 0, "precision": "legacy_float32"}
+    first, second, third = model.generate(length=30, block_length=10, **arguments)[0].split(10)
+    assert torch.equal(first, model.generate(length=10, **arguments)[0])
+    assert all((a != b).sum() > 5 for a, b in itertools.combinations((first, second, third), 2))
+
+
 # --- Guidance
 
 
@@ -246,16 +317,18 @@ def test_within_the_context_a_block_sees_the_whole_canvas_and_beyond_it_the_last
         assert seen == (sequence[: 8 * block] + [MASK] * 32)[right - 32 : right]
 
 
-def test_one_block_is_the_canvas_and_infills_are_cut_by_columns(model):
+def test_one_block_is_the_canvas_and_a_row_is_cut_from_its_first_mask_on(model):
     ids = torch.randint(0, 47, (3, 20), generator=torch.Generator().manual_seed(0))
     holes = torch.rand(3, 20, generator=torch.Generator().manual_seed(1)) < 0.5
     ids[holes] = MASK
     assert torch.equal(model.generate(ids, seed=0, steps=4, block_length=20), model.generate(ids, seed=0, steps=4))
-    output = model.generate(ids, seed=0, steps=4, block_length=5, return_dict_in_generate=True)
+    arguments = {"return_dict_in_generate": True, "output_reveal_steps": True}
+    output = model.generate(ids, seed=0, steps=4, block_length=5, **arguments)
     assert torch.equal(output.sequences[~holes], ids[~holes]) and (output.sequences != MASK).all()
-    first = holes.any(dim=0).nonzero()[0].item()
-    blocks = [holes[:, start : start + 5] for start in range(first, 20, 5)]
-    assert (output.nfe <= sum(block.sum(dim=1).clamp(max=4) for block in blocks)).all()
+    first = holes.long().argmax(dim=1, keepdim=True)
+    assert len(first.unique()) > 1, "the rows begin together"
+    block = (torch.arange(20) - first) // 5
+    assert (output.reveal_steps[holes] // (4 + 1) == block[holes]).all(), "a block has its own step numbers"
 
 
 def test_uniform_models_go_beyond_the_context_too(build):
@@ -297,6 +370,33 @@ def test_a_row_stops_at_its_end_of_sequence_and_costs_nothing_more(model):
     assert default.sequences.shape == (8, 32)
 
 
+def test_whoever_watches_sees_the_padding_behind_an_end_of_sequence(model):
+    class Streamer:
+        drafts = []
+
+        def put_draft(self, value):
+            self.drafts.append(value.clone())
+
+        def put(self, value):
+            pass
+
+        def end(self):
+            pass
+
+    seen, ends = [], {"stop_at_eos": True, "eos_token_id": list(range(30)), "pad_token_id": 31}
+    sequence = model.generate(
+        steps=2,
+        seed=0,
+        block_length=16,
+        callback=lambda step, canvas: seen.append((step, canvas.clone())),
+        streamer=Streamer(),
+        **ends,
+    )
+    assert (sequence[0, 16:] == 31).all()
+    assert [step for step, _ in seen] == [0, 1, 1] and (seen[1][1] != MASK).sum() == 16
+    assert torch.equal(seen[-1][1], sequence) and torch.equal(Streamer.drafts[-1], sequence)
+
+
 # --- Refusals
 
 
@@ -313,6 +413,19 @@ def test_a_row_stops_at_its_end_of_sequence_and_costs_nothing_more(model):
         ({"guidance_scale": 2.0}, r"guidance_scale \(2.0\) needs a prompt"),
         ({"stop_at_eos": "yes"}, "stop_at_eos must be True or False, not 'yes'"),
         ({"suppress_tokens": [48]}, "suppress_tokens hold 48, but the vocabulary is 0 .. 47"),
+        ({"suppress_tokens": [True]}, r"suppress_tokens must be a list of token ids, not \[True\]"),
+        ({"suppress_tokens": list(range(47))}, "suppress_tokens hold all 47 tokens, but must leave one to draw"),
+        ({"suppress_tokens": list(range(48))}, "suppress_tokens hold all 48 tokens"),
+        ({"logits_processor": NoRepeat()}, "logits_processor must be a LogitsProcessorList, not <.*NoRepeat"),
+        ({"pad_token_id": 48}, r"pad_token_id is 48, but must be a token other than the mask \(47\) .* 0 .. 47"),
+        ({"pad_token_id": MASK, "stop_at_eos": True}, "pad_token_id is 47, but must be a token other than the mask"),
+        ({"eos_token_id": [5, 48], "stop_at_eos": True}, "eos_token_id is 48, but must be"),
+        ({"eos_token_id": -1}, "eos_token_id is -1, but must be"),
+        ({"eos_token_id": 1.5}, "eos_token_id is 1.5, but must be"),
+        (
+            {"input_ids": torch.tensor([[1, MASK], [MASK, MASK]]), "guidance_scale": 2.0},
+            r"guidance_scale \(2.0\) needs a prompt in every row",
+        ),
         ({"suppress_tokens": "all"}, "suppress_tokens must be a list of token ids, not 'all'"),
         ({"eta": 0.1}, r"eta \(0.1\) is not used by the sampler 'ancestral', which takes \['steps', 'last_step'\]"),
         ({"sampler": "first_hitting", "steps": 4}, r"steps \(4\) is not used by the sampler 'first_hitting'"),

@@ -11,7 +11,7 @@ def test_the_examples_of_the_generation_page_run(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     session = {}
     for block in blocks:
         exec(compile(block.replace("/tmp/", f"{tmp_path}/"), "docs/generation.md", "exec"), session)

@@ -11,22 +11,25 @@ import torch
 from safetensors.torch import load_file
 from test_generation import FALSE_ALARM, p_value, uniforms
 from tiny_run import BLOCK, write_inputs
-from transformers import AutoModel
+from transformers import AutoModel, TextDiffusionStreamer
 
 from evaluation import validation_nelbo
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.canvas_mdlm import Canvas
 from modeling_mcd.noise_mdlm import row_keys
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
+from modeling_mcd.replay import Replay
 from modeling_mcd.sampling_mdlm import TAIL
 from modeling_mcd.uniform_diffusion_mdlm import (
     corrupt_uniformly,
     draw_posterior,
+    pick_uniformly,
     posterior_weights,
     uniform_ancestral,
     uniform_nelbo,
 )
 from trainers import run_mcd, run_mdlm
+from trainers.character_tokenizer import character_tokenizer
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.trajectories import step_noise
 
@@ -139,6 +142,7 @@ def sample(tables, schedule, last_step, prompt=None, draws=200_000):
         vocab_size=K,
         mask_token_id=None,
     )
+    canvas.write(canvas.fillable, pick_uniformly(canvas.when, K)[canvas.fillable])
     canvas.denoise(uniform_ancestral(canvas, steps=3, last_step=last_step), lambda: None)
     assert canvas.nfe.shape == (draws,) and (canvas.nfe == (3 if last_step == "none" else 4)).all()
     return index_of(tokens).bincount(minlength=16)
@@ -209,6 +213,24 @@ def test_uniform_generate_is_the_same_call(uniform, tmp_path):
     greedy = loaded.generate(steps=4, seed=0)
     assert torch.equal(greedy, uniform.generate(steps=4, seed=0)) and not torch.equal(greedy, output.sequences[:1])
     assert (tmp_path / "uniform_diffusion_mdlm.py").is_file() and not list(tmp_path.glob("*checkpoint*"))
+
+
+def test_blocks_to_come_hold_noise_which_whoever_watches_can_read(uniform, tmp_path):
+    tokenizer = character_tokenizer(model_max_length=32)
+    replay, seen = Replay(tokenizer), []
+
+    def callback(step, canvas):
+        replay(step, canvas)
+        seen.append(canvas.clone())
+
+    arguments = {"block_length": 16, "steps": 2, "seed": 0, "streamer": TextDiffusionStreamer(tokenizer)}
+    sequence = uniform.generate(length=48, callback=callback, **arguments)
+    assert all(0 <= canvas.min() and canvas.max() < 48 for canvas in seen)
+    assert (
+        all(torch.equal(canvas[:, 32:], seen[0][:, 32:]) for canvas in seen[:6]) and len(seen[0][0, 32:].unique()) > 5
+    )
+    assert torch.equal(seen[-1], sequence) and (sequence != seen[0])[:, 32:].any()
+    assert replay.save(tmp_path / "replay.html").is_file()
 
 
 def test_uniform_padding_is_not_filled(uniform):
