@@ -106,7 +106,7 @@ def run(options: argparse.Namespace):
         lengths[label] = _length(path, config, options.length)
         name = options.tokenizer or path
         tokenizers[label] = _load(AutoTokenizer, "tokenizer" if options.tokenizer else "model", name)
-        check_tokenizer(tokenizers[label], config)
+        check_tokens(tokenizers[label], config)
     vocabulary = options.vocabulary_text and vocabulary_of(read_texts(options.vocabulary_text))
     reference = options.reference_text and read_texts(options.reference_text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -164,7 +164,7 @@ def split_label(model: str) -> tuple[str, str]:
     return (label, path) if equals else ("", model)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: MDLMConfig):
+def check_tokens(tokenizer: PreTrainedTokenizerBase, config: MDLMConfig):
     """Raises ValueError unless all tokens are in the model's vocabulary, and its [MASK], if it has one, is the model's."""
     if len(tokenizer) > config.vocab_size:
         raise ValueError(

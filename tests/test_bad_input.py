@@ -396,6 +396,7 @@ def judge_of_other_ids(folder: Path) -> Path:
         ("run_mcd", {"per_device_train_batch_size": 99, "streaming": True}, "the training text has only 66 blocks"),
         ("run_mcd", {"eval_strategy": "steps"}, "eval_strategy"),
         ("run_mdlm", {"optim_args": "foo"}, "optim_args foo"),
+        ("run_mcd", {"teacher_ema_decay": 0.9}, "teacher_ema_decay (0.9) is for teacher_update 'ema', not for 'snapshot'"),
         ("run_mcd", {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": '{"foo": 1}'}, "lr_scheduler_kwargs {'foo': 1}"),
         ("run_mcd", {"judge": judge_of_other_ids, "convention": "raw_ids"}, "raw_ids needs a judge with the model's own"),
     ],

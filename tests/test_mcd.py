@@ -185,7 +185,7 @@ def test_teacher_follows_the_student_as_asked(teacher, tmp_path, update):
         teacher,
         tmp_path,
         teacher_update=update,
-        teacher_ema_decay=0.5,
+        teacher_ema_decay=0.5 if update == "ema" else None,
         steps_per_round=2,
         max_steps=3,
         learning_rate=1e-2,

@@ -229,7 +229,7 @@ def test_training_arguments(tmp_path, capsys):
     assert (training.learning_rate, training.max_steps, training.adam_beta2) == (6e-5, -1, 0.99)
     assert training.report_to == ["tensorboard"] and training.per_device_train_batch_size == 3
     assert training.use_cpu is True and training.save_strategy == "steps"
-    assert list(training.lr_scheduler_kwargs) == ["min_lr"] and float(training.lr_scheduler_kwargs["min_lr"]) == 1e-6
+    assert training.lr_scheduler_kwargs == {"min_lr": 1e-6}
     recipe.write_text("train_text: a\nlearning_rat: 1")
     line = refusal(capsys, lambda: parse_recipe((TextArguments, TrainingArguments), [str(recipe)]))
     assert line.endswith("the nearest valid key is 'learning_rate'")

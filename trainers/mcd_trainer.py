@@ -49,12 +49,20 @@ class MCDTrainingArguments(WideningGapArguments):
     teacher_update: Literal["snapshot", "ema"] = field(
         default="snapshot", metadata={"help": "Copy the student at each round's start, or follow it at every step."}
     )
-    teacher_ema_decay: float = field(default=0.999, metadata={"help": "Decay of the teacher with teacher_update ema."})
+    teacher_ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay of the teacher with teacher_update ema; null: 0.999."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if not self.tau or not all(map(POSITIVE[1], self.tau)):
             raise ValueError(f"tau must be one or more positive temperatures, not {self.tau}")
+        if self.teacher_update == "ema" and self.teacher_ema_decay is None:
+            self.teacher_ema_decay = 0.999
+        elif self.teacher_update == "snapshot" and self.teacher_ema_decay is not None:
+            raise ValueError(
+                f"teacher_ema_decay ({self.teacher_ema_decay}) is for teacher_update 'ema', not for 'snapshot'"
+            )
         check_numbers(self, teacher_ema_decay=BELOW_1)
 
     def tau_of(self, round: int) -> float:
@@ -66,8 +74,7 @@ class MCDTrainer(DistillationTrainer):
 
     def __init__(self, model, args: MCDTrainingArguments, *, teacher: nn.Module | None = None, **kwargs):
         super().__init__(model, args, teacher=teacher, **kwargs)
-        decay = args.teacher_ema_decay if args.teacher_update == "ema" else None
-        self.add_callback(TeacherCallback(self.followers["teacher"], decay))
+        self.add_callback(TeacherCallback(self.followers["teacher"], args.teacher_ema_decay))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x_0, maskable = inputs["input_ids"], may_be_noised(inputs)

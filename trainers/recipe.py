@@ -168,10 +168,18 @@ def _as_word(value, folder: Path) -> str:
     if value is None:
         return "null"
     if isinstance(value, dict):
-        return json.dumps(value)
+        return json.dumps({key: _as_number(item) for key, item in value.items()})
     if isinstance(value, str) and value.startswith(("./", "../")):
         return os.path.normpath(folder / value)
     return str(value)
+
+
+def _as_number(value):
+    """`6e-5` is a number here, although PyYAML calls it a string."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _keys(parser: HfArgumentParser) -> dict:

@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from evaluation.run_eval import check_tokens
 from modeling_mcd.convert_checkpoints import reason_of
 from trainers.checkpoints import (
     check_checkpoint,
@@ -90,17 +91,9 @@ def load_tokenizer(arguments: TokenizerArguments) -> PreTrainedTokenizerBase:
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config):
     """Raises ValueError unless the tokenizer's [MASK] is the model's, if it has one, and all tokens are in the vocabulary."""
-    absorbing = config.diffusion_kind == "absorbing"
-    if absorbing and tokenizer.mask_token_id is None:
+    if config.diffusion_kind == "absorbing" and tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token: set add_mask_token to true, or give one that has")
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {config.vocab_size}"
-        )
-    if absorbing and tokenizer.mask_token_id != config.mask_token_id:
-        raise ValueError(
-            f"the tokenizer's mask token has the id {tokenizer.mask_token_id}, the model's mask_token_id is {config.mask_token_id}"
-        )
+    check_tokens(tokenizer, config)
 
 
 def check_block_length(block_length: int, name: str, config):
