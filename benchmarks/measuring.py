@@ -61,9 +61,10 @@ def memory_available() -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
 
 
-def in_its_own_process(module: str, *words: str) -> dict:
-    """What `python -m module words` prints as its last line, JSON."""
-    output = subprocess.check_output([sys.executable, "-m", module, *words], text=True)
+def in_its_own_process(module: str, *words: str, environment: dict[str, str] | None = None) -> dict:
+    """What `python -m module words` prints as its last line, JSON; `environment` is added to ours."""
+    environment = os.environ | (environment or {})
+    output = subprocess.check_output([sys.executable, "-m", module, *words], text=True, env=environment)
     return json.loads(output.strip().splitlines()[-1])
 
 
