@@ -236,9 +236,7 @@ class DiffusionTrainer(Trainer):
         super().log(logs, start_time)
 
     def compute_loss_context_manager(self):
-        return (
-            self.accelerator.autocast()
-        )  # for the teacher, and for the head, which runs outside the student's forward
+        return self.accelerator.autocast()  # for the teacher and the head, which run outside the student's forward
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
