@@ -23,7 +23,7 @@ class Canvas:
         fillable: [B, L] bool, CPU: the positions to fill. The others stay.
         keys: [B] int64, CPU: the rows' noise, see `noise_mdlm.py`.
         positions: [B, L] int64, CPU: the place of each token in its row, padding not counted.
-        trunk: `(tokens [b, L], rows [b], time [b] float64, CPU) -> hidden states [b, L, ...]`.
+        trunk: `(tokens [b, L], rows [b], time [b] float64, CPU, wanted positions [b, R]) -> hidden states [b, R, ...]`.
         head: `(hidden states [n, ...], tokens [b, L], the row of tokens of each state [n]) -> logits [n, V]`.
         schedule: the noise schedule of the model.
         vocab_size: V.
@@ -80,13 +80,17 @@ class Canvas:
             time: the time t of the forward, one for all or [B].
         """
         rows = torch.arange(len(where)) if self.whole else where.any(dim=1).nonzero()[:, 0]
-        index = where[rows].flatten().nonzero()[:, 0]
+        counts = where[rows].sum(dim=1, keepdim=True)
+        most = int(counts.max())
+        # The wanted positions of each row in their order, and any others behind them until all rows have as many.
+        wanted = where[rows].long().argsort(dim=1, descending=True, stable=True)[:, :most]
+        index = (torch.arange(most) < counts).flatten().nonzero()[:, 0]
         self.nfe[rows] += self.forwards
         time = torch.as_tensor(time, dtype=torch.float64).expand(len(where))[rows]
         rows, index = self.send(rows), self.send(index)
         tokens = self.tokens[rows]
-        hidden = self.trunk(tokens, rows, time).flatten(0, 1)[index]
-        return Answer(self, where, hidden, tokens, index // tokens.shape[1])
+        hidden = self.trunk(tokens, rows, time, self.send(wanted)).flatten(0, 1)[index]
+        return Answer(self, where, hidden, tokens, index // most)
 
     def reveal(self, where: torch.BoolTensor, time: float | torch.Tensor, **how):
         """Asks for the positions [B, L] and fills them all; no position, no forward. `how`: see `Answer.reveal`."""

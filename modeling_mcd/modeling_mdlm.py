@@ -127,6 +127,7 @@ class MDLMAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
+        output_positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, _ = hidden_states.shape
@@ -136,9 +137,13 @@ class MDLMAttention(nn.Module):
         if self.config.rotary_precision == "native":
             position_embeddings = tuple(angles.to(query.dtype) for angles in position_embeddings)
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if output_positions is not None:
+            query = torch.take_along_dim(query, output_positions[:, None, :, None], dim=2)
+            if attention_mask is not None:
+                attention_mask = torch.take_along_dim(attention_mask, output_positions[:, None, :, None], dim=2)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
-        return self.o_proj(output.reshape(batch, length, -1)), weights
+        return self.o_proj(output.flatten(2)), weights
 
 
 class MDLMMLP(nn.Module):
@@ -169,13 +174,16 @@ class MDLMLayer(GradientCheckpointingLayer):
         conditioning: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
+        output_positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = self.modulation(
             conditioning
         )
         branch = modulate(self.attention_norm(hidden_states), shift_attention, scale_attention)
-        branch, _ = self.attention(branch, position_embeddings, attention_mask, **kwargs)
+        branch, _ = self.attention(branch, position_embeddings, attention_mask, output_positions, **kwargs)
+        if output_positions is not None:
+            hidden_states = torch.take_along_dim(hidden_states, output_positions[..., None], dim=1)
         hidden_states = hidden_states + gate_attention * self.dropout(branch)
         branch = self.mlp(modulate(self.mlp_norm(hidden_states), shift_mlp, scale_mlp))
         return hidden_states + gate_mlp * self.dropout(branch)
@@ -228,11 +236,15 @@ class MDLMModel(MDLMPreTrainedModel):
         timesteps: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        output_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         r"""
         timesteps (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
             Total noise sigma = -log gamma(t) of each row. Needed with `config.time_conditioning`, ignored without it.
+        output_positions (`torch.LongTensor` of shape `(batch_size, positions)`, *optional*):
+            The positions of each row whose hidden states are wanted, in that order. Under SDPA and eager attention the last
+            layer then serves the others as keys and values alone.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -250,8 +262,15 @@ class MDLMModel(MDLMPreTrainedModel):
         conditioning = self.noise_embedding(timesteps)
         position_embeddings = self.rotary_emb(position_ids)
         hidden_states = inputs_embeds.float()
+        # The masks of other attention implementations are for as many queries as keys.
+        narrow = self.config._attn_implementation in ("sdpa", "eager")
         for layer in self.layers:
-            hidden_states = layer(hidden_states, conditioning, position_embeddings, attention_mask, **kwargs)
+            positions = output_positions if narrow and layer is self.layers[-1] else None
+            hidden_states = layer(
+                hidden_states, conditioning, position_embeddings, attention_mask, positions, **kwargs
+            )
+        if output_positions is not None and not narrow:
+            hidden_states = torch.take_along_dim(hidden_states, output_positions[..., None], dim=1)
         shift, scale = self.norm_modulation(conditioning)
         return BaseModelOutput(last_hidden_state=modulate(self.norm(hidden_states), shift, scale))
 

@@ -294,6 +294,26 @@ def test_chosen_rows_equal_the_gathered_full_logits(model):
         assert model(ids, logits_rows=torch.zeros(3, 8, dtype=torch.bool)).logits.shape == (0, 48)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_chosen_positions_of_the_trunk_are_those_of_the_whole_canvas(model, attention, padded):
+    model.set_attn_implementation(attention)
+    ids, positions = tokens(3, 8), torch.tensor([[1, 4, 0], [7, 2, 2], [5, 3, 6]])
+    mask = torch.arange(8) < torch.tensor([[8], [5], [7]]) if padded else None
+    with torch.no_grad():
+        whole = model.model(ids, attention_mask=mask).last_hidden_state
+        chosen = model.model(ids, attention_mask=mask, output_positions=positions).last_hidden_state
+    torch.testing.assert_close(chosen, torch.stack([whole[b, positions[b]] for b in range(3)]), atol=1e-6, rtol=0)
+
+
+def test_the_last_layer_runs_on_chosen_positions_only(model):
+    shapes = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    model.model(tokens(3, 8), output_positions=torch.tensor([[1, 4], [7, 2], [5, 3]]))
+    assert shapes == [(3, 8, 32), (3, 2, 32)]
+
+
 def test_the_head_runs_on_chosen_rows_only(model):
     shapes = []
     model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))

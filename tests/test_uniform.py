@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_generation import FALSE_ALARM, p_value, uniforms
 from tiny_run import BLOCK, write_inputs
+from toy import at
 from transformers import AutoModel, TextDiffusionStreamer
 
 from evaluation import validation_nelbo
@@ -136,7 +137,7 @@ def sample(tables, schedule, last_step, prompt=None, draws=200_000):
         torch.tensor([[prompt is None, True]]).expand(draws, 2),
         row_keys(draws, torch.Generator().manual_seed(0)),
         torch.arange(2).expand(draws, 2),
-        trunk=lambda tokens, rows, time: tables[time[0].item()][index_of(tokens)],
+        trunk=lambda tokens, rows, time, wanted: at(tables[time[0].item()][index_of(tokens)], wanted),
         head=lambda hidden, *unused: hidden,
         schedule=schedule,
         vocab_size=K,

@@ -22,21 +22,26 @@ def index_of(canvas: torch.Tensor) -> torch.Tensor:
     return canvas @ torch.tensor([16, 4, 1])
 
 
+def at(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The states [b, L, n] at some positions [b, R] of each row."""
+    return torch.take_along_dim(states, wanted[..., None], dim=1)
+
+
 def toy_canvas(
     table, start, draws=1, seed=1, schedule=None, temperature=1.0, trunk=None, keys=None, **options
 ) -> Canvas:
-    """`draws` rows of the canvas `start` before the table [canvas, position, token]; a row does not feel the others."""
+    """`draws` rows of the canvas `start` before the table [canvas, position, token]; a row does not feel the others.
 
-    def look_up(tokens, rows, time):
-        return table[index_of(tokens)]
-
+    `trunk(tokens [b, L], rows [b], time [b])` may stand for the table: hidden states [b, L, ...] of all positions.
+    """
+    trunk = trunk or (lambda tokens, rows, time: table[index_of(tokens)])
     tokens = torch.tensor(start).repeat(draws, 1)
     return Canvas(
         tokens,
         tokens == MASK,
         row_keys(draws, torch.Generator().manual_seed(seed)) if keys is None else keys,
         torch.arange(tokens.shape[1]).expand_as(tokens),
-        trunk=trunk or look_up,
+        trunk=lambda tokens, rows, time, wanted: at(trunk(tokens, rows, time), wanted),
         head=lambda hidden, *unused: hidden,
         schedule=schedule or LogLinearSchedule(),
         vocab_size=table.shape[-1],
