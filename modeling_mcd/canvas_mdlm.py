@@ -23,7 +23,8 @@ class Canvas:
         fillable: [B, L] bool, CPU: the positions to fill. The others stay.
         keys: [B] int64, CPU: the rows' noise, see `noise_mdlm.py`.
         positions: [B, L] int64, CPU: the place of each token in its row, padding not counted.
-        trunk: `(tokens [b, L], rows [b], time [b] float64, CPU, wanted positions [b, R]) -> hidden states [b, R, ...]`.
+        trunk: `(tokens [b, L], rows [b], time [b] float64, CPU, wanted [b, R]) -> hidden states [b, R, ...]` of the wanted
+            positions; of all, [b, L, ...], for None.
         head: `(hidden states [n, ...], tokens [b, L], the row of tokens of each state [n]) -> logits [n, V]`.
         schedule: the noise schedule of the model.
         vocab_size: V.
@@ -72,30 +73,33 @@ class Canvas:
         """Two uniforms of each token, [B, L] float64 on the CPU. Draw 0 is the locked noise; step k has draw k + 1."""
         return uniforms(self.keys, self.positions, draw)
 
-    def ask(self, where: torch.BoolTensor, time: float | torch.Tensor) -> "Answer":
+    def ask(self, where: torch.BoolTensor, time: float | torch.Tensor, sparing: bool = False) -> "Answer":
         """One forward of the rows that have a position in `where`; the head waits until it is known what for.
 
         Args:
             where: [B, L] bool, CPU; not empty.
             time: the time t of the forward, one for all or [B].
+            sparing: the last layer runs on the positions in `where` alone. The last bits of an answer then depend on how
+                many are asked for in other rows, which an order made of scores would feel where two are equal.
         """
         rows = torch.arange(len(where)) if self.whole else where.any(dim=1).nonzero()[:, 0]
-        counts = where[rows].sum(dim=1, keepdim=True)
-        most = int(counts.max())
-        # The wanted positions of each row in their order, and any others behind them until all rows have as many.
-        wanted = where[rows].long().argsort(dim=1, descending=True, stable=True)[:, :most]
-        index = (torch.arange(most) < counts).flatten().nonzero()[:, 0]
+        asked, wanted = where[rows], None
+        if sparing and not self.whole:
+            columns, counts = asked.nonzero()[:, 1], asked.sum(dim=1, keepdim=True)
+            asked = torch.arange(int(counts.max())) < counts  # [b, R]: rows that want fewer ask for position 0 as well
+            wanted = self.send(torch.zeros(asked.shape, dtype=torch.long).masked_scatter(asked, columns))
+        index = asked.flatten().nonzero()[:, 0]
         self.nfe[rows] += self.forwards
         time = torch.as_tensor(time, dtype=torch.float64).expand(len(where))[rows]
         rows, index = self.send(rows), self.send(index)
         tokens = self.tokens[rows]
-        hidden = self.trunk(tokens, rows, time, self.send(wanted)).flatten(0, 1)[index]
-        return Answer(self, where, hidden, tokens, index // most)
+        hidden = self.trunk(tokens, rows, time, wanted).flatten(0, 1)[index]
+        return Answer(self, where, hidden, tokens, index // asked.shape[1])
 
     def reveal(self, where: torch.BoolTensor, time: float | torch.Tensor, **how):
         """Asks for the positions [B, L] and fills them all; no position, no forward. `how`: see `Answer.reveal`."""
         if where.any():
-            self.ask(where, time).reveal(where, **how)
+            self.ask(where, time, sparing=True).reveal(where, **how)
 
     def write(self, where: torch.BoolTensor, tokens: torch.LongTensor):
         """Puts tokens [n] into the positions [B, L], in row-major order. A -1 marks logits that gave no token."""

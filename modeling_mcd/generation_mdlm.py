@@ -334,12 +334,14 @@ class MDLMGenerationMixin:
         seen, given = seen.to(self.device), given.to(self.device)
         network = torch.compile(self.model, mode="reduce-overhead", dynamic=False) if options.compile else self.model
 
-        def trunk(tokens: torch.Tensor, rows: torch.Tensor, time: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        def trunk(
+            tokens: torch.Tensor, rows: torch.Tensor, time: torch.Tensor, wanted: torch.Tensor | None
+        ) -> torch.Tensor:
             sigma = (-schedule.gamma(time).log().float()).to(tokens.device, non_blocking=True)
             if guided:
                 without = tokens.masked_fill(given[rows], self.config.mask_token_id)
                 tokens, rows, sigma = torch.cat([tokens, without]), rows.repeat(2), sigma.repeat(2)
-                wanted = wanted.repeat(2, 1)
+                wanted = None if wanted is None else wanted.repeat(2, 1)
             attention_mask = None
             if padded:  # made here, since the model would ask the device whether there is padding at all
                 attention_mask = create_bidirectional_mask(
@@ -349,10 +351,7 @@ class MDLMGenerationMixin:
                     allow_is_bidirectional_skip=False,
                 )
             inputs = {"input_ids": tokens, "timesteps": sigma, "attention_mask": attention_mask}
-            if options.compile:  # static shapes
-                hidden = torch.take_along_dim(network(**inputs).last_hidden_state, wanted[..., None], dim=1)
-            else:
-                hidden = network(**inputs, output_positions=wanted).last_hidden_state
+            hidden = network(**inputs, output_positions=wanted).last_hidden_state
             return hidden.unflatten(0, (2, -1)).movedim(0, 2) if guided else hidden
 
         return trunk

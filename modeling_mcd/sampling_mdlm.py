@@ -298,7 +298,7 @@ def correct(canvas: Canvas, time: float, gamma_t: float, gamma_s: float, sigma: 
     when, which = canvas.noise(canvas.step + 1)
     reveal = canvas.masked & (when < (gamma_s - (1 - sigma) * gamma_t) / (1 - gamma_t))
     remask = canvas.fillable & ~canvas.masked & (when < sigma)
-    answer = canvas.ask(reveal, time) if reveal.any() else None
+    answer = canvas.ask(reveal, time, sparing=True) if reveal.any() else None
     if answer is not None:
         answer.reveal(reveal, which)
     canvas.remask(remask)

@@ -224,10 +224,10 @@ def run(table, steps, seed=0):
     path = []
 
     class Recorder(Canvas):
-        def ask(self, where, time):
+        def ask(self, where, time, **how):
             rows = where.any(dim=1)
             path.append((rows.nonzero()[:, 0].tolist(), self.tokens[rows].tolist(), where[rows].tolist()))
-            return super().ask(where, time)
+            return super().ask(where, time, **how)
 
     canvas = toy_canvas(table, [3, 3, 3], draws=8, seed=seed)
     canvas.__class__ = Recorder
@@ -266,16 +266,20 @@ def test_a_network_that_ignores_its_canvas_gives_one_text_at_every_step_count():
 
 
 @pytest.mark.parametrize("steps", [1, 3, 16, 200])
-def test_the_head_runs_once_a_mask_and_nfe_is_true(model, steps):
-    head, trunk = [], []
+def test_head_and_last_layer_run_once_a_mask_and_nfe_is_true(model, steps):
+    head, trunk, last_layer = [], [], []
     model.lm_head.register_forward_hook(lambda module, args, output: head.append(tuple(output.shape)))
     model.model.register_forward_hook(lambda module, args, output: trunk.append(len(output.last_hidden_state)))
+    model.model.layers[-1].mlp.register_forward_hook(lambda module, args, output: last_layer.append(output.shape[1]))
     prompt = torch.arange(10).reshape(2, 5)
-    output = model.generate(prompt, num_return_sequences=3, steps=steps, seed=0, return_dict_in_generate=True)
+    arguments = {"return_dict_in_generate": True, "output_reveal_steps": True}
+    output = model.generate(prompt, num_return_sequences=3, steps=steps, seed=0, **arguments)
     assert isinstance(output, MDLMGenerationOutput) and output.nfe.shape == (6,)
     masks = 6 * (32 - 5)
     assert all(len(shape) == 2 for shape in head) and sum(shape[0] for shape in head) == masks
     assert len(trunk) <= steps and sum(trunk) == output.nfe.sum()
+    reveals = [(output.reveal_steps == step).sum(dim=1).max().item() for step in range(steps)]
+    assert last_layer == [most for most in reveals if most]
     assert (1 <= output.nfe).all() and (output.nfe <= min(steps, 27)).all()
     if steps == 3:
         assert (output.nfe == 3).all()

@@ -22,9 +22,9 @@ def index_of(canvas: torch.Tensor) -> torch.Tensor:
     return canvas @ torch.tensor([16, 4, 1])
 
 
-def at(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The states [b, L, n] at some positions [b, R] of each row."""
-    return torch.take_along_dim(states, wanted[..., None], dim=1)
+def at(states: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+    """The states [b, L, n] at some positions [b, R] of each row, or all of them."""
+    return states if wanted is None else torch.take_along_dim(states, wanted[..., None], dim=1)
 
 
 def toy_canvas(
