@@ -24,8 +24,8 @@ import torch
 
 from benchmarks.measuring import PeakMemory, in_its_own_process, memory_available, synchronize, write_result
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
+from modeling_mcd.forward_process_mdlm import mask_tokens, masked_at
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
-from trainers.trajectories import mask_tokens, masked_at
 
 
 SIDES = ("plain", "ours", "ours, nothing recomputed", "floor")

@@ -18,7 +18,8 @@ import time
 import torch
 
 from benchmarks.measuring import PeakMemory, in_its_own_process, synchronize, write_result
-from trainers.divergences import HeadRows, divergence
+from modeling_mcd.head_mdlm import HeadRows
+from trainers.divergences import divergence
 
 
 TEMPERATURE = 0.9

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.checkpoint_layouts import save_published
-from modeling_mcd.convert_checkpoints import load_model
+from modeling_mcd.loading import load_model
 
 
 def plain(folder: Path) -> MDLMForMaskedDiffusion:

@@ -42,8 +42,8 @@ from evaluation import (
     text_blocks,
     vocabulary_of,
 )
-from evaluation.run_eval import load_judge
-from modeling_mcd.convert_checkpoints import load_model
+from evaluation.judge import load_judge
+from modeling_mcd.loading import load_model
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,10 +1,8 @@
 """From a model to rows of figures: sample at a grid of steps and temperatures, and let the judge read."""
 
-import hashlib
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -12,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.diversity import ENTROPY_UNITS, distinct_n, known_words, unigram_entropy
 from evaluation.generative_perplexity import CONVENTIONS, generative_perplexity
+from evaluation.judge import describe_judge, fingerprint
 
 
 HELD_OUT_TEXT = "held-out text"
@@ -209,21 +208,3 @@ def _over_seeds(figures: list[dict]) -> dict:
         "known_words": None if figures[0]["known_words"] is None else mean("known_words"),
         "example": figures[0]["example"],
     }
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """16 hexadecimal digits that change with any weight: a label or a path does not say which weights it stood for."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def describe_judge(judge: PreTrainedModel) -> str:
-    """Name, class, size and weights of a judge in one line. A folder gives its last part only."""
-    name = judge.name_or_path
-    if Path(name).is_dir():
-        name = Path(name).resolve().name
-    millions = judge.num_parameters() / 1e6
-    return f"{name or 'judge'} ({type(judge).__name__}, {millions:.3g}M parameters in {str(judge.dtype).removeprefix('torch.')}, weights {fingerprint(judge)[:8]})"

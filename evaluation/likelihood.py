@@ -5,8 +5,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from evaluation.generative_perplexity import sequence_nll
-from modeling_mcd.noise_schedule_mdlm import nelbo_weight, noise_schedule_of
-from modeling_mcd.uniform_diffusion_mdlm import corrupt_uniformly, uniform_nelbo
+from modeling_mcd.forward_process_mdlm import corrupt_uniformly, nelbo_weight, uniform_nelbo
+from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
 
 
 @torch.no_grad()

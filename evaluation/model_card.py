@@ -4,8 +4,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from evaluation.results import write_atomically
 from evaluation.table import markdown_table, plain_rows, tables_of
+from modeling_mcd.files import write_atomically
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure  # not pyplot: no display and no global sta
 from matplotlib.ticker import LogFormatter
 
 from evaluation.matched_entropy import held_out_row, is_matched
-from evaluation.results import write_atomically
 from evaluation.table import plain_rows, tables_of
+from modeling_mcd.files import write_atomically
 
 
 def write_plot(folder: str | Path, results: list[dict]):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from evaluation.model_card import write_model_card
 from evaluation.plot import write_plot
-from evaluation.results import write_atomically
 from evaluation.table import markdown_table
+from modeling_mcd.files import write_atomically
 
 
 def write_report(folder: str | Path, report: dict, name: str | None = None) -> str:

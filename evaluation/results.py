@@ -1,15 +1,14 @@
 """`eval.json`: the figures of a run, from which the table, the plot and the model card are all made."""
 
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from evaluation.evaluate_model import FIGURES, KEY, SETTINGS
 from evaluation.matched_entropy import add_matched
+from modeling_mcd.files import write_atomically
 
 
 def load_report(folder: str | Path) -> dict:
@@ -51,17 +50,3 @@ def save_results(folder: str | Path, rows: Sequence[dict] = (), **about) -> dict
         Path(folder) / "eval.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     )
     return report
-
-
-def write_atomically(path: Path, content: str | bytes):
-    """Writes beside the file, then renames: a reader finds the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        os.chmod(temporary, 0o644)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -10,17 +10,18 @@ import difflib
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from evaluation.diversity import ENTROPY_UNITS, vocabulary_of
 from evaluation.evaluate_model import EvaluationProtocol, evaluate_held_out_text, evaluate_model
 from evaluation.generative_perplexity import CONVENTIONS
+from evaluation.judge import _load, load_judge
 from evaluation.reference_text import read_texts, text_blocks
 from evaluation.report import write_report
 from evaluation.results import load_report, save_results
 from modeling_mcd import MDLMConfig
-from modeling_mcd.convert_checkpoints import load_model, read_checkpoint, reason_of, split_revision
 from modeling_mcd.generation_config_mdlm import options_of
+from modeling_mcd.loading import check_tokens, load_model, read_checkpoint
 from modeling_mcd.sampling_mdlm import LAST_STEPS, SAMPLERS
 
 
@@ -164,37 +165,11 @@ def split_label(model: str) -> tuple[str, str]:
     return (label, path) if equals else ("", model)
 
 
-def check_tokens(tokenizer: PreTrainedTokenizerBase, config: MDLMConfig):
-    """Raises ValueError unless all tokens are in the model's vocabulary, and its [MASK], if it has one, is the model's."""
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {config.vocab_size}"
-        )
-    if None not in (tokenizer.mask_token_id, config.mask_token_id) and tokenizer.mask_token_id != config.mask_token_id:
-        raise ValueError(
-            f"the tokenizer's mask token has the id {tokenizer.mask_token_id}, the model's mask_token_id is {config.mask_token_id}"
-        )
-
-
 def _length(path: str, config: MDLMConfig, length: int | None) -> int:
     """Tokens in a sample of a model."""
     if length is not None and length > config.max_position_embeddings:
         raise ValueError(f"length is {length}, but the context of {path!r} is {config.max_position_embeddings} tokens")
     return length or config.max_position_embeddings
-
-
-def load_judge(name: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = _load(AutoTokenizer, "judge", name)
-    return _load(AutoModelForCausalLM, "judge", name, dtype=getattr(torch, dtype)).to(device).eval(), tokenizer
-
-
-def _load(auto_class, what: str, name: str, **options):
-    try:
-        repository, revision = split_revision(name)
-        return auto_class.from_pretrained(repository, revision=revision or "main", **options)
-    except Exception as error:  # a broken folder raises what its broken file happens to raise
-        place = "cannot be loaded" if Path(name).is_dir() else "is no folder here, and cannot be had from the Hub"
-        raise ValueError(f"{what} {name!r} {place}: {reason_of(error)}") from None
 
 
 if __name__ == "__main__":

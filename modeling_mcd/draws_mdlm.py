@@ -3,6 +3,8 @@
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from .forward_process_mdlm import pick_uniformly, posterior_weights
+
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
@@ -125,3 +127,36 @@ def probability_of(
     scores = substitute(logits, mask_token_id, torch.float64)
     scores = scores.sub_(scores.amax(dim=-1, keepdim=True)).div_(temperature)
     return scores.softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]
+
+
+def draw_posterior(
+    logits: torch.Tensor,
+    z_t: torch.Tensor,
+    part: torch.Tensor,
+    which: torch.Tensor,
+    alpha_t: float,
+    alpha_s: float,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.LongTensor:
+    """Draws z_s of each row from q(z_s | z_t, x_hat) in float64: first a part of the mixture, then a token of that part.
+
+    Most rows stay, so only a few take the draw over the whole vocabulary.
+
+    Args:
+        logits: [rows, V], any floating dtype.
+        z_t: [rows] tokens.
+        part, which: [rows], float64 in [0, 1): which part, and which token of it.
+        temperature, top_k, top_p: what makes x_hat of the logits, see `draw_tokens`; so does `dtype`.
+
+    Returns:
+        [rows] int64; -1 where the logits hold a NaN.
+    """
+    logits, vocab_size = keep_likeliest(logits.to(dtype), temperature, top_k, top_p), logits.shape[-1]
+    stay, predict = posterior_weights(probability_of(logits, z_t, None, temperature), alpha_t, alpha_s, vocab_size)
+    predicted = (part >= stay) & (part < stay + predict)
+    z_s = torch.where(part < stay, z_t, pick_uniformly(which, vocab_size))
+    z_s[predicted] = draw_tokens(logits[predicted], which[predicted], None, temperature, dtype=dtype)
+    return z_s.masked_fill(stay.isnan(), -1)

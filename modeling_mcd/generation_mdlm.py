@@ -12,11 +12,11 @@ from transformers.utils import ModelOutput, logging
 
 from .canvas_mdlm import Canvas
 from .draws_mdlm import PRECISIONS
+from .forward_process_mdlm import pick_uniformly
 from .generation_config_mdlm import MDLMGenerationConfig, options_of
 from .noise_mdlm import row_keys, uniforms
 from .noise_schedule_mdlm import noise_schedule_of
-from .sampling_mdlm import SAMPLERS, legacy_ancestral
-from .uniform_diffusion_mdlm import pick_uniformly, uniform_ancestral
+from .sampling_mdlm import SAMPLERS, legacy_ancestral, uniform_ancestral
 
 
 logger = logging.get_logger(__name__)

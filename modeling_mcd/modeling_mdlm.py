@@ -4,7 +4,6 @@ The architecture is that of the published MDLM, SDTT and Duo checkpoints (arXiv 
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,12 +14,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mdlm import MDLMConfig
 from .generation_mdlm import MDLMGenerationMixin
+from .head_mdlm import MDLMHiddenRowsOutput
 
 
 class MDLMLayerNorm(nn.Module):
@@ -273,24 +273,6 @@ class MDLMModel(MDLMPreTrainedModel):
             hidden_states = torch.take_along_dim(hidden_states, output_positions[..., None], dim=1)
         shift, scale = self.norm_modulation(conditioning)
         return BaseModelOutput(last_hidden_state=modulate(self.norm(hidden_states), shift, scale))
-
-
-@dataclass
-class MDLMHiddenRowsOutput(ModelOutput):
-    """What a loss needs to run the head itself, chunk by chunk.
-
-    The head's parameters are views, made inside the forward: the wrappers that train the model (DDP, ZeRO-3) then see
-    them used, and have them whole and ready for their gradient when the backward comes.
-
-    Args:
-        hidden_rows: [rows, hidden_size], the trunk's output at the positions asked for.
-        head_weight: [vocab_size, hidden_size].
-        head_bias: [vocab_size].
-    """
-
-    hidden_rows: torch.FloatTensor | None = None
-    head_weight: torch.FloatTensor | None = None
-    head_bias: torch.FloatTensor | None = None
 
 
 @auto_docstring(custom_intro="The trunk with a head over the vocabulary, and `generate`.")

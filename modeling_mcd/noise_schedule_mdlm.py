@@ -45,8 +45,3 @@ NOISE_SCHEDULES = {"log_linear": LogLinearSchedule, "cosine": CosineSchedule}
 def noise_schedule_of(config) -> NoiseSchedule:
     """The schedule that a model's configuration names."""
     return NOISE_SCHEDULES[config.noise_schedule](config.noise_epsilon)
-
-
-def nelbo_weight(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
-    """-gamma'(t) / (1 - gamma(t)): weight of the cross-entropy in the continuous-time NELBO (MDLM, Eq. 10)."""
-    return -schedule.derivative(t) / (1 - schedule.gamma(t))

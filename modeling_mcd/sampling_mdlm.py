@@ -17,7 +17,7 @@ import torch
 
 from .canvas_mdlm import Answer, Canvas
 from .draws_mdlm import confidence as log_confidence
-from .draws_mdlm import draw_truncated, negative_entropy, probability_of
+from .draws_mdlm import draw_posterior, draw_truncated, negative_entropy, probability_of
 from .draws_mdlm import margin as probability_margin
 from .noise_schedule_mdlm import NoiseSchedule
 
@@ -315,3 +315,22 @@ SAMPLERS = {
     sampler.__name__: sampler
     for sampler in (ancestral, first_hitting, random, confidence, entropy, margin, adaptive, entropy_bound, remdm, psi)
 }
+
+
+def uniform_ancestral(canvas: Canvas, *, steps: int, last_step: str = "ancestral") -> Iterator[None]:
+    """Ancestral sampling of a uniform-state model (Duo): from noise, `steps` draws from the posterior and a last step.
+
+    The last step takes what little noise is left at t = 1e-5: "ancestral" draws from the posterior of t = 0, "greedy"
+    takes the network's likeliest token at every position (Duo's greedy tail), "none" leaves it, and saves a forward.
+    """
+    where, columns = canvas.fillable, tuple(map(canvas.send, canvas.fillable.nonzero().unbind(dim=1)))
+    times = torch.linspace(1, TAIL, steps + 1, dtype=torch.float64).tolist()
+    for t, s in pairwise([*times, 0.0] if last_step == "ancestral" else times):
+        alpha_t, alpha_s = canvas.schedule.gamma(torch.tensor([t, s], dtype=torch.float64)).tolist()
+        part, which = canvas.noise(canvas.step + 1)
+        draw = functools.partial(draw_posterior, alpha_t=alpha_t, alpha_s=alpha_s, **canvas.draw)
+        canvas.write(where, canvas.ask(where, t).map(draw, canvas.tokens[columns], part[where], which[where]))
+        yield
+    if last_step == "greedy":
+        canvas.reveal(where, TAIL, greedy=True)
+        yield

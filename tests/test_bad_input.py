@@ -15,9 +15,10 @@ from test_text_blocks import hub_dataset  # noqa: F401
 from tiny_run import BLOCK, ROOT, mcd_arguments, save_judge, save_teacher, write_inputs
 
 from modeling_mcd import MDLMForMaskedDiffusion
-from trainers import run_judge, run_mcd, run_mdlm, text_blocks
+from trainers import run_judge, run_mcd, run_mdlm
 from trainers.character_tokenizer import character_tokenizer
-from trainers.checkpoints import last_whole_checkpoint
+from trainers.exact_resume import last_whole_checkpoint
+from trainers.runs import text_blocks
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 from evaluation.run_eval import main as run_eval
 from modeling_mcd import MDLMForMaskedDiffusion
 from modeling_mcd.checkpoint_layouts import parameter_names
-from modeling_mcd.convert_checkpoints import convert, load_model, main, read_checkpoint
+from modeling_mcd.convert_checkpoints import convert, main
+from modeling_mcd.loading import load_model, read_checkpoint
 from trainers import run_mcd, run_mdlm
 
 

@@ -7,8 +7,8 @@ import torch
 from test_distillers import log_probabilities, mask, noise
 from toy_distillers import MASK, K, blocks, make_trainer, prompted
 
+from modeling_mcd.forward_process_mdlm import other_tokens
 from trainers.diffusion_trainer import may_be_noised
-from trainers.trajectories import other_tokens
 
 
 def subs_tables(model, z, gamma, inputs, temperature=1.0):

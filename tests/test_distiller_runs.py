@@ -13,13 +13,14 @@ from tiny_run import BLOCK, mcd_arguments, run_python, save_judge, write_inputs
 from toy_distillers import METHODS, K, blocks, make_trainer
 from transformers import AutoModel
 
-from evaluation.evaluate_model import KEY, SETTINGS, fingerprint
+from evaluation.evaluate_model import KEY, SETTINGS
+from evaluation.judge import fingerprint
 from trainers import run_mcd
 from trainers.dcd_trainer import DCDTrainingArguments
 from trainers.diffusion_trainer import collate_blocks, may_be_noised
 from trainers.dscd_trainer import DSCDTrainingArguments
 from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
-from trainers.recipe import RECIPE_FOLDER, parse_recipe_of
+from trainers.runs.recipe import RECIPE_FOLDER, parse_recipe_of
 from trainers.sdtt_trainer import SDTTTrainingArguments
 
 

@@ -8,13 +8,14 @@ from scipy import stats
 from tiny_run import BLOCK
 from toy_distillers import MASK, METHODS, ROWS, SEED, K, blocks, make_trainer, prompted
 
+from modeling_mcd.forward_process_mdlm import other_tokens, uniform_state
+from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.noise_schedule_mdlm import LogLinearSchedule
 from trainers.diffusion_trainer import may_be_noised
 from trainers.distillation_trainer import divergence_from_token
-from trainers.divergences import HeadRows
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments, reveal_thresholds, step_starts
-from trainers.trajectories import most_masked, other_tokens, step_noise, uniform_state
+from trainers.trajectories import most_masked, step_noise
 
 
 def noise(step, draws=2):

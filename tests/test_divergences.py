@@ -8,9 +8,11 @@ import torch
 from tiny_run import run_python
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import modeling_mcd.head_mdlm as head_mdlm
 import trainers.divergences as divergences
-from modeling_mcd.uniform_diffusion_mdlm import uniform_nelbo
-from trainers.divergences import DIVERGENCES, HeadRows, cross_entropy, differentiated, divergence, head_rows
+from modeling_mcd.forward_process_mdlm import uniform_nelbo
+from modeling_mcd.head_mdlm import HeadRows, head_rows
+from trainers.divergences import DIVERGENCES, cross_entropy, differentiated, divergence
 
 
 V, D, MASK = 13, 5, 11
@@ -56,7 +58,7 @@ def plain(kind, student, teacher, tau, beta):
 @pytest.fixture(params=[1, 3, 100], ids=lambda rows: f"{rows}_rows_a_chunk")
 def chunk(request, monkeypatch):
     monkeypatch.setitem(divergences.CHUNK, "cpu", request.param * V)
-    monkeypatch.setattr(divergences, "CPU_COLUMNS", 5)
+    monkeypatch.setattr(head_mdlm, "CPU_COLUMNS", 5)
 
 
 @pytest.mark.parametrize("mask", [MASK, None])

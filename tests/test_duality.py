@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from modeling_mcd.forward_process_mdlm import masked_at
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
 from trainers.duality import (
     is_largest,
@@ -21,7 +22,6 @@ from trainers.duality import (
     uniform_alpha,
     uniform_ratio,
 )
-from trainers.trajectories import masked_at
 
 
 FALSE_ALARM = 1e-5

@@ -16,7 +16,8 @@ from transformers import GenerationConfig, TextDiffusionStreamer
 from modeling_mcd import MDLMConfig, MDLMGenerationConfig, MDLMGenerationOutput
 from modeling_mcd.canvas_mdlm import Canvas
 from modeling_mcd.draws_mdlm import draw_tokens
-from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule, nelbo_weight, noise_schedule_of
+from modeling_mcd.forward_process_mdlm import nelbo_weight
+from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule, noise_schedule_of
 from modeling_mcd.sampling_mdlm import ancestral, ancestral_reveal_steps
 
 

@@ -9,8 +9,8 @@ import yaml
 from transformers import TrainingArguments
 
 from trainers import run_judge, run_mcd, run_mdlm
-from trainers.recipe import RECIPE_FOLDER, parse_recipe, parse_recipe_of
-from trainers.text_blocks import TextArguments
+from trainers.runs.recipe import RECIPE_FOLDER, parse_recipe, parse_recipe_of
+from trainers.runs.text_blocks import TextArguments
 
 
 @dataclass

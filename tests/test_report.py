@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from evaluation import load_report, markdown_table, matched_gen_ppl, save_results, write_model_card, write_report
-from evaluation.results import write_atomically
+from modeling_mcd.files import write_atomically
 
 
 SETTINGS = {"judge": "judge (2.7M)", "convention": "retokenized", "entropy_unit": "words", "length": 256}

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trainers.character_tokenizer import ALPHABET, character_tokenizer
-from trainers.text_blocks import TextArguments, load_blocks, pack
+from trainers.runs.text_blocks import TextArguments, load_blocks, pack
 
 
 END = 46

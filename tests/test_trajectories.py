@@ -3,8 +3,9 @@
 import torch
 from scipy import stats
 
+from modeling_mcd.forward_process_mdlm import mask_tokens, masked_at
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
-from trainers.trajectories import mask_tokens, masked_at, step_noise
+from trainers.trajectories import step_noise
 
 
 def test_rows_do_not_depend_on_how_the_global_batch_is_cut():

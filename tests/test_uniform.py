@@ -17,18 +17,12 @@ from transformers import AutoModel, TextDiffusionStreamer
 from evaluation import validation_nelbo
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.canvas_mdlm import Canvas
+from modeling_mcd.draws_mdlm import draw_posterior
+from modeling_mcd.forward_process_mdlm import corrupt_uniformly, pick_uniformly, posterior_weights, uniform_nelbo
 from modeling_mcd.noise_mdlm import row_keys
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
 from modeling_mcd.replay import Replay
-from modeling_mcd.sampling_mdlm import TAIL
-from modeling_mcd.uniform_diffusion_mdlm import (
-    corrupt_uniformly,
-    draw_posterior,
-    pick_uniformly,
-    posterior_weights,
-    uniform_ancestral,
-    uniform_nelbo,
-)
+from modeling_mcd.sampling_mdlm import TAIL, uniform_ancestral
 from trainers import run_mcd, run_mdlm
 from trainers.character_tokenizer import character_tokenizer
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
@@ -213,7 +207,7 @@ def test_uniform_generate_is_the_same_call(uniform, tmp_path):
     assert loaded.config.mask_token_id is None
     greedy = loaded.generate(steps=4, seed=0)
     assert torch.equal(greedy, uniform.generate(steps=4, seed=0)) and not torch.equal(greedy, output.sequences[:1])
-    assert (tmp_path / "uniform_diffusion_mdlm.py").is_file() and not list(tmp_path.glob("*checkpoint*"))
+    assert (tmp_path / "forward_process_mdlm.py").is_file() and not list(tmp_path.glob("*checkpoint*"))
 
 
 def test_blocks_to_come_hold_noise_which_whoever_watches_can_read(uniform, tmp_path):

@@ -18,12 +18,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from modeling_mcd.forward_process_mdlm import other_tokens, uniform_state
 from trainers.diffusion_trainer import may_be_noised
 from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
 from trainers.divergences import divergence
 from trainers.duality import uniform_alpha
 from trainers.teacher import TeacherCallback
-from trainers.trajectories import other_tokens, uniform_state
 
 
 @dataclass

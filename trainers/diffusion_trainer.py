@@ -13,10 +13,10 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, check_numbers
+from modeling_mcd.head_mdlm import HeadRows, head_rows
 from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
-from trainers.checkpoints import fault_of, last_whole_checkpoint, write_manifest
-from trainers.divergences import HeadRows, head_rows
-from trainers.recipe import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, check_numbers
+from trainers.exact_resume import fault_of, last_whole_checkpoint, register_head, write_manifest
 from trainers.teacher import EMACallback, Follower
 from trainers.trajectories import step_noise
 
@@ -90,18 +90,6 @@ def pick_cpu_backend(arguments: TrainingArguments):
             arguments.ddp_backend, arguments.use_cpu = arguments.ddp_backend or "gloo", False
     else:
         arguments.use_cpu = True
-
-
-def register_head(model: torch.nn.Module):
-    """Tells ZeRO-3 that the model itself reads the head's parameters (`hidden_rows`), beside the head's own forward.
-
-    Left to itself it learns this when it finds them partitioned, which on a resumed run is only after it has recorded the
-    order of all parameters: the next step then fails on that record.
-    """
-    import deepspeed
-
-    for parameter in model.get_output_embeddings().parameters():
-        deepspeed.zero.register_external_parameter(model, parameter)
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:

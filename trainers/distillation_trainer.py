@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
+from modeling_mcd.head_mdlm import MASK_LOGIT, HeadRows
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
-from trainers.divergences import MASK_LOGIT, HeadRows, cross_entropy, divergence
-from trainers.recipe import AT_LEAST_1, check_numbers
+from trainers.divergences import cross_entropy, divergence
 from trainers.teacher import Follower
 
 

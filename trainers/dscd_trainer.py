@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from modeling_mcd.checks_mdlm import BELOW_1, POSITIVE, WITHIN_0_1, check_numbers
+from modeling_mcd.forward_process_mdlm import mask_tokens
 from trainers.diffusion_trainer import may_be_noised
 from trainers.distillation_trainer import DistillationArguments, DistillationTrainer, at_temperature
 from trainers.divergences import cross_entropy, divergence
-from trainers.recipe import BELOW_1, POSITIVE, WITHIN_0_1, check_numbers
-from trainers.trajectories import mask_tokens, most_masked
+from trainers.trajectories import most_masked
 
 
 @dataclass

@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from modeling_mcd.checks_mdlm import BELOW_1, POSITIVE, check_numbers
+from modeling_mcd.forward_process_mdlm import mask_tokens, masked_at
 from trainers.diffusion_trainer import may_be_noised
 from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments, divergence_from_token
 from trainers.divergences import cross_entropy, divergence
-from trainers.recipe import BELOW_1, POSITIVE, check_numbers
 from trainers.teacher import TeacherCallback
-from trainers.trajectories import mask_tokens, masked_at
 
 
 @dataclass

@@ -4,12 +4,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from modeling_mcd.noise_schedule_mdlm import nelbo_weight
-from modeling_mcd.uniform_diffusion_mdlm import corrupt_uniformly, uniform_nelbo
+from modeling_mcd.checks_mdlm import INSIDE_0_1, check_numbers
+from modeling_mcd.forward_process_mdlm import corrupt_uniformly, mask_tokens, masked_at, nelbo_weight, uniform_nelbo
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments, may_be_noised
 from trainers.divergences import cross_entropy, differentiated
-from trainers.recipe import INSIDE_0_1, check_numbers
-from trainers.trajectories import mask_tokens, masked_at
 
 
 @dataclass

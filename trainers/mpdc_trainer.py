@@ -17,12 +17,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from modeling_mcd.noise_schedule_mdlm import nelbo_weight
+from modeling_mcd.checks_mdlm import INSIDE_0_1, WITHIN_0_1, check_numbers
+from modeling_mcd.forward_process_mdlm import mask_tokens, masked_at, nelbo_weight
 from trainers.diffusion_trainer import may_be_noised
 from trainers.distillation_trainer import DistillationArguments, DistillationTrainer, divergence_from_token
 from trainers.divergences import cross_entropy, divergence
-from trainers.recipe import INSIDE_0_1, WITHIN_0_1, check_numbers
-from trainers.trajectories import mask_tokens, masked_at
 
 
 ANCHOR_EPSILON = 1e-3  # times of the NELBO are drawn from (this, 1], as in pre-training

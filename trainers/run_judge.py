@@ -9,19 +9,14 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
-from trainers.checkpoints import check_output_dir, claim_output_dir
+from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
 from trainers.diffusion_trainer import TRAINING_NUMBERS, check_training_batch
-from trainers.recipe import AT_LEAST_1, check_numbers, parse_recipe
-from trainers.run import (
-    TokenizerArguments,
-    load_data,
-    load_tokenizer,
-    one_line_errors,
-    push_to_hub,
-    run_settings,
-    take_hub_api,
-)
-from trainers.text_blocks import TextArguments
+from trainers.runs.errors import one_line_errors
+from trainers.runs.hub import push_to_hub, take_hub_api
+from trainers.runs.inputs import TokenizerArguments, load_data, load_tokenizer
+from trainers.runs.output_folder import check_output_dir, claim_output_dir, run_settings
+from trainers.runs.recipe import parse_recipe
+from trainers.runs.text_blocks import TextArguments
 
 
 @dataclass

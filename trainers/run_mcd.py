@@ -12,33 +12,21 @@ from typing import Literal
 from transformers import set_seed
 
 from evaluation import load_report, save_results, write_report
-from evaluation.run_eval import load_judge
-from modeling_mcd.convert_checkpoints import load_model
+from evaluation.judge import load_judge
+from modeling_mcd.loading import load_model
 from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
 from trainers.distillation_trainer import DistillationTrainer, check_same_network, check_same_tokens
 from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
-from trainers.recipe import parse_recipe_of
-from trainers.rounds import JudgeArguments, RoundCallback, RunReport
-from trainers.run import (
-    TokenizerArguments,
-    check_block_length,
-    check_tokenizer,
-    find_checkpoint,
-    load_data,
-    load_tokenizer,
-    one_line_errors,
-    push_to_hub,
-    recipe_text,
-    run_settings,
-    save_model,
-    short_name,
-    start_run,
-    take_hub_api,
-)
+from trainers.runs.errors import one_line_errors
+from trainers.runs.hub import push_to_hub, take_hub_api
+from trainers.runs.inputs import TokenizerArguments, check_block_length, check_tokenizer, load_data, load_tokenizer
+from trainers.runs.output_folder import find_checkpoint, recipe_text, run_settings, save_model, short_name, start_run
+from trainers.runs.recipe import parse_recipe_of
+from trainers.runs.rounds import JudgeArguments, RoundCallback, RunReport
+from trainers.runs.text_blocks import TextArguments
 from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments
-from trainers.text_blocks import TextArguments
 
 
 METHODS = {

@@ -11,26 +11,15 @@ from transformers import set_seed
 
 from evaluation import save_results, validation_nelbo, write_report
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
-from modeling_mcd.convert_checkpoints import load_model
+from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, check_numbers
+from modeling_mcd.loading import load_model
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
-from trainers.recipe import AT_LEAST_1, BELOW_1, check_numbers, parse_recipe
-from trainers.run import (
-    TokenizerArguments,
-    check_block_length,
-    check_tokenizer,
-    find_checkpoint,
-    load_data,
-    load_tokenizer,
-    one_line_errors,
-    push_to_hub,
-    recipe_text,
-    run_settings,
-    save_model,
-    short_name,
-    start_run,
-    take_hub_api,
-)
-from trainers.text_blocks import TextArguments
+from trainers.runs.errors import one_line_errors
+from trainers.runs.hub import push_to_hub, take_hub_api
+from trainers.runs.inputs import TokenizerArguments, check_block_length, check_tokenizer, load_data, load_tokenizer
+from trainers.runs.output_folder import find_checkpoint, recipe_text, run_settings, save_model, short_name, start_run
+from trainers.runs.recipe import parse_recipe
+from trainers.runs.text_blocks import TextArguments
 
 
 @dataclass

@@ -18,14 +18,15 @@ from typing import Literal
 import torch
 from torch import nn
 
+from modeling_mcd.checks_mdlm import AT_LEAST_1, INSIDE_0_1, check_numbers
 from modeling_mcd.draws_mdlm import draw_tokens
+from modeling_mcd.forward_process_mdlm import mask_tokens, masked_at
+from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.noise_schedule_mdlm import NoiseSchedule
 from trainers.diffusion_trainer import may_be_noised
 from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
-from trainers.divergences import HeadRows, divergence
-from trainers.recipe import AT_LEAST_1, INSIDE_0_1, check_numbers
+from trainers.divergences import divergence
 from trainers.teacher import TeacherCallback
-from trainers.trajectories import mask_tokens, masked_at
 
 
 @dataclass

@@ -34,34 +34,7 @@ def step_noise(
     return torch.from_numpy(times), *torch.from_numpy(uniforms[:, 1:]).split(length, dim=1)
 
 
-def masked_at(gamma: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Which tokens [B, L] are masked at visible probability gamma [B]: those with u > gamma (MCD, Eq. 13).
-
-    One u fixes a token's whole path: what is masked at a smaller noise is masked at every larger one.
-    """
-    return u > gamma[:, None]
-
-
-def mask_tokens(input_ids: torch.Tensor, masked: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    return input_ids.masked_fill(masked, mask_token_id)
-
-
 def most_masked(u: torch.Tensor, maskable: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """The `counts` [B] maskable tokens of each row with the largest u, [B, L]: nested for falling counts."""
     order = u.masked_fill(~maskable, -1.0).argsort(dim=1, descending=True)
     return order.argsort(dim=1) < counts[:, None]
-
-
-def other_tokens(x_0: torch.Tensor, uniforms: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """A token drawn uniformly from all but x_0, [B, L]: the runner-up of the Gaussian path, see `duality.py`."""
-    other = (uniforms * (vocab_size - 1)).long().clamp(max=vocab_size - 2)
-    return other + (other >= x_0)
-
-
-def uniform_state(x_0: torch.Tensor, other: torch.Tensor, alpha: torch.Tensor, u: torch.Tensor, vocab_size: int):
-    """z_t [B, L] of uniform-state diffusion at alpha [B]: the argmax of Duo's Gaussian latent, without the Gaussian.
-
-    x_0 while u <= F_Y(a_t / s_t) = alpha + (1 - alpha) / K, and from then on always the same other token. One u and one
-    other token fix the whole path, as one u does for masks (`duality.py` and its tests).
-    """
-    return torch.where(u <= (alpha + (1 - alpha) / vocab_size)[:, None], x_0, other)

@@ -1,0 +1,279 @@
+"""Loads every model of the family: ours or a published one, from a folder, a file or the Hub."""
+
+import argparse
+import json
+import pickle
+import zipfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from .checkpoint_layouts import ROTARY_BUFFER, WRAPPERS, count_blocks, parameter_names, published_config
+from .configuration_mdlm import MDLMConfig
+from .generation_mdlm import MDLMGenerationConfig
+from .modeling_mdlm import MDLMForMaskedDiffusion
+
+
+PICKLES = ("*.ckpt", "*.pt", "*.pth", "*.bin")
+# What Lightning puts beside tensors and plain containers (which torch always allows). None of it runs code.
+ALLOWED_GLOBALS = [argparse.Namespace, defaultdict]
+
+
+@dataclass
+class Checkpoint:
+    """A checked checkpoint: its weights under our names, mapped from the file and not yet read, and what they mean."""
+
+    config: MDLMConfig
+    state: dict[str, torch.Tensor]
+    generation_config: MDLMGenerationConfig | None = None
+
+
+def load_model(source: str, dtype: torch.dtype = torch.float32, **options) -> MDLMForMaskedDiffusion:
+    """Loads one of our models or a published one: a Hub id (also `id@revision`), a folder, or a file.
+
+    Args:
+        source: where the checkpoint is.
+        dtype: of the weights; float32 whatever the file holds.
+        options: `revision`, `ema`, `trust_pickle`, `diffusion_kind`, see `read_checkpoint`.
+
+    Raises:
+        ValueError: when it is not there or does not fit; names the first wrong file, key or shape.
+    """
+    checkpoint = read_checkpoint(source, **options)
+    model = MDLMForMaskedDiffusion.from_pretrained(
+        None, config=checkpoint.config, state_dict=checkpoint.state, dtype=dtype
+    )
+    if checkpoint.generation_config is not None:
+        model.generation_config = checkpoint.generation_config
+    return model
+
+
+def read_checkpoint(
+    source: str,
+    *,
+    revision: str | None = None,
+    ema: bool = False,
+    trust_pickle: bool = False,
+    diffusion_kind: str | None = None,
+) -> Checkpoint:
+    """Finds a checkpoint and checks every key and shape of it. The weights themselves are mapped, not read.
+
+    Args:
+        source: Hub id, `id@revision`, folder, or file (.safetensors, or a torch pickle such as Lightning's .ckpt).
+        revision: branch, tag or commit on the Hub.
+        ema: take the moving average out of a Lightning file, not its raw weights.
+        trust_pickle: unpickle whatever the file asks for, which can run any code.
+        diffusion_kind: "absorbing" or "uniform"; by default what the configuration says.
+
+    Raises:
+        ValueError: as in `load_model`.
+    """
+    try:
+        files = find_weights(str(source), revision)
+        folder = files[0].parent
+        state, settings = read_files(files, ema, trust_pickle)
+        settings = settings or read_json(folder / "config.json")
+        generation_config = None
+        if settings.get("model_type") == MDLMConfig.model_type:
+            config = MDLMConfig.from_dict(settings)
+            if diffusion_kind not in (None, config.diffusion_kind):
+                raise ValueError(f"its config.json says {config.diffusion_kind!r} diffusion, not {diffusion_kind!r}")
+            ours_of = {name: name for name in parameter_shapes(config)}
+            check_keys(state, ours_of, "")
+            if (folder / "generation_config.json").is_file():
+                generation_config = MDLMGenerationConfig.from_pretrained(folder)
+        else:
+            frequencies = state.pop(ROTARY_BUFFER, None)
+            ours_of = parameter_names(count_blocks(state))
+            kind = settings.get("model_type")
+            check_keys(state, ours_of, f"its model_type is {kind!r}, and " if kind else "")
+            config = published_config(settings, state, frequencies, diffusion_kind)
+        shapes = parameter_shapes(config)
+        for name, ours in ours_of.items():
+            if state[name].shape != shapes[ours]:
+                raise ValueError(f"{name} has the shape {tuple(state[name].shape)}, not {tuple(shapes[ours])}")
+            if not state[name].is_floating_point():
+                raise ValueError(f"{name} holds {state[name].dtype} numbers, not floating-point ones")
+    except (OSError, ValueError, StrictDataclassError) as error:
+        there = Path(source).exists()
+        place = "cannot be loaded" if there else "is no folder here, and cannot be had from the Hub"
+        raise ValueError(f"model {str(source)!r} {place}: {' '.join(str(error).split())}") from None
+    return Checkpoint(config, {ours: state[name] for name, ours in ours_of.items()}, generation_config)
+
+
+def parameter_shapes(config: MDLMConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = MDLMForMaskedDiffusion(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def check_keys(state: Mapping, expected: Mapping, which: str):
+    for name in expected:
+        if name not in state:
+            raise ValueError(f"{which}{name} is missing")
+    for name in state:
+        if name not in expected:
+            raise ValueError(f"{which}{name} is no parameter of this network")
+
+
+def find_weights(source: str, revision: str | None) -> list[Path]:
+    """The files with the weights, several when they are sharded; downloaded when the source is a Hub id."""
+    path = Path(source)
+    if path.exists() and revision is not None:
+        raise ValueError(f"revision {revision!r} is for a Hub id, and this is a file or folder here")
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        path = download(source, revision)
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    if (path / "model.safetensors.index.json").is_file():
+        weight_map = read_json(path / "model.safetensors.index.json").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("model.safetensors.index.json names no file (weight_map)")
+        return [path / name for name in sorted(set(weight_map.values()))]
+    files = [file for pattern in ("*.safetensors", *PICKLES) for file in sorted(path.glob(pattern))]
+    if len(files) != 1:
+        found = f"one of {[file.name for file in files]} must be chosen" if files else "there are no weights in it"
+        raise ValueError(f"{found}: give a folder with a model.safetensors, or the path of one file")
+    return files
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """`name@revision` -> (name, revision), which is None where the Hub's default is meant, or a path on this machine."""
+    name, _, revision = source.partition("@")
+    return (name, revision or None) if not Path(source).exists() else (source, None)
+
+
+def download(source: str, revision: str | None) -> Path:
+    """The folder of a repository's snapshot; pickles are downloaded only where there are no safetensors."""
+    name, at = split_revision(source)
+    if at and revision is not None:
+        raise ValueError(f"it names the revision {at!r} already: leave out revision {revision!r}")
+    revision = revision or at
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", *PICKLES]))
+        return folder
+    except (OSError, ValueError) as error:
+        raise ValueError(f"revision {revision!r}: {reason_of(error)}" if revision else reason_of(error)) from None
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says; its type when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_json(path: Path) -> dict:
+    """The content of a JSON file; empty when there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} must hold an object, not a {type(content).__name__}")
+    return content
+
+
+def read_files(files: list[Path], ema: bool, trust_pickle: bool) -> tuple[dict[str, torch.Tensor], Mapping]:
+    """Tensors by name without the wrappers' prefixes, and the settings of the run where a Lightning file holds them."""
+    state, settings = {}, {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file.name} is missing, so the weights are not complete")
+        with file.open("rb") as opened:
+            if opened.read(30).startswith(b"version https://git-lfs"):
+                raise ValueError(
+                    f"{file.name} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"
+                )
+        content = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, trust_pickle)
+        if "state_dict" in content:
+            settings = hyper_parameters(content)
+        elif ema:
+            raise ValueError(f"{file.name} holds no EMA: only a Lightning checkpoint does")
+        tensors = content.get("state_dict", content)
+        if not isinstance(tensors, Mapping):
+            raise ValueError(f"{file.name} holds no state dict but a {type(tensors).__name__}")
+        for name, tensor in tensors.items():
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{file.name} holds no state dict: {name!r} is a {type(tensor).__name__}")
+            while name.startswith(WRAPPERS):
+                name = name.partition(".")[2]
+            if name in state:
+                raise ValueError(f"{file.name} holds {name!r} twice, under different prefixes")
+            state[name] = tensor
+        if ema:
+            state |= ema_tensors(content, parameter_names(count_blocks(state)), file)
+    return state, settings
+
+
+def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file.name} is cut off, or no safetensors file ({error})") from None
+
+
+def read_pickle(file: Path, trust: bool) -> Mapping:
+    """The content of a torch checkpoint, unpickled with nothing but tensors, plain containers and `ALLOWED_GLOBALS`."""
+    cut_off = f"{file.name} is cut off, or no torch checkpoint (a zip archive since torch 1.6)"
+    if not zipfile.is_zipfile(file):
+        raise ValueError(cut_off)
+    try:
+        with torch.serialization.safe_globals(ALLOWED_GLOBALS):
+            found = [] if trust else torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+            if found:
+                raise pickle.UnpicklingError(", ".join(sorted(found)))
+            content = torch.load(str(file), map_location="cpu", mmap=True, weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"to unpickle, {file.name} needs more than tensors and plain containers, and that can run any code "
+            f"(found: {reason_of(error)}); if you trust its author, convert it with --trust-pickle"
+        ) from None
+    except ModuleNotFoundError as error:
+        raise ValueError(f"to unpickle, {file.name} needs the package {error.name!r}: install it first") from None
+    except RuntimeError as error:
+        raise ValueError(f"{cut_off}: {reason_of(error)}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file.name} holds no state dict but a {type(content).__name__}")
+    return content
+
+
+def hyper_parameters(lightning: Mapping) -> Mapping:
+    """The settings of the run that wrote a Lightning file; empty where it holds none."""
+    found = lightning.get("hyper_parameters")
+    found = found.get("config") if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def ema_tensors(lightning: Mapping, names: Mapping, file: Path) -> dict[str, torch.Tensor]:
+    """The moving average by published name: Lightning files hold it as a list in the order of `parameters()`."""
+    ema = lightning.get("ema")
+    shadow = ema.get("shadow_params") if isinstance(ema, Mapping) else None
+    if not isinstance(shadow, list | tuple):
+        raise ValueError(f"{file.name} holds no EMA: leave out --ema for its raw weights")
+    shadow = [tensor for tensor in shadow if isinstance(tensor, torch.Tensor)]
+    if len(shadow) != len(names):
+        raise ValueError(f"the EMA of {file.name} has {len(shadow)} tensors, and the network {len(names)} parameters")
+    return dict(zip(names, shadow, strict=True))
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, config: MDLMConfig):
+    """Raises ValueError unless all tokens are in the model's vocabulary, and its [MASK], if it has one, is the model's."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {config.vocab_size}"
+        )
+    if None not in (tokenizer.mask_token_id, config.mask_token_id) and tokenizer.mask_token_id != config.mask_token_id:
+        raise ValueError(
+            f"the tokenizer's mask token has the id {tokenizer.mask_token_id}, the model's mask_token_id is {config.mask_token_id}"
+        )
