@@ -1,9 +1,11 @@
 """Shared fixtures: an offline and empty Hugging Face home, a small model with random weights, its tokenizer."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 
 # Before anything of Hugging Face is imported: no network, and no cache of an earlier run behind a result.
@@ -13,8 +15,10 @@ for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
     os.environ.pop(name, None)
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
+import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from datasets import Dataset, load_dataset  # noqa: E402
 from toy_distillers import make_networks  # noqa: E402
 
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion  # noqa: E402
@@ -53,3 +57,19 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
     return make_networks(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def hub_dataset(tmp_path, monkeypatch) -> str:
+    """`acme/novels` in an empty cache: written there by `load_dataset` as a parquet file, then given its Hub name."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    novels = {"text": ["hello world", "this is it."], "title": ["a", "b"], "n": [1, 2]}
+    Dataset.from_dict(novels).to_parquet(tmp_path / "novels.parquet")
+    loaded = load_dataset("parquet", data_files={"train": str(tmp_path / "novels.parquet")}, split="train")
+    built = Path(loaded.cache_files[0]["filename"]).parent
+    home = tmp_path / "cache" / "acme___novels" / "default" / "0.0.0" / built.name
+    shutil.copytree(built, home)
+    (home / "parquet-train.arrow").rename(home / "novels-train.arrow")
+    info = json.loads((home / "dataset_info.json").read_text())
+    (home / "dataset_info.json").write_text(json.dumps(info | {"config_name": "default", "dataset_name": "novels"}))
+    return "acme/novels"

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
-from test_text_blocks import hub_dataset  # noqa: F401
 from tiny_run import BLOCK, ROOT, mcd_arguments, save_judge, save_teacher, write_inputs
 
 from modeling_mcd import MDLMForMaskedDiffusion

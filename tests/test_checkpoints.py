@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_modeling import assert_same_weights
+from small_model import assert_same_weights
 from tiny_run import BLOCK, run_python, save_teacher, write_inputs
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from test_distillers import log_probabilities, mask, noise
-from toy_distillers import MASK, K, blocks, make_trainer, prompted
+from toy_distillers import MASK, K, blocks, log_probabilities, make_trainer, mask, noise, prompted
 
 from modeling_mcd.forward_process_mdlm import other_tokens
 from trainers.diffusion_trainer import may_be_noised

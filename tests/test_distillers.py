@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 from tiny_run import BLOCK
-from toy_distillers import MASK, METHODS, ROWS, SEED, K, blocks, make_trainer, prompted
+from toy_distillers import MASK, METHODS, ROWS, K, blocks, log_probabilities, make_trainer, mask, noise, prompted
 
 from modeling_mcd.forward_process_mdlm import other_tokens, uniform_state
 from modeling_mcd.head_mdlm import HeadRows
@@ -15,23 +15,7 @@ from trainers.diffusion_trainer import may_be_noised
 from trainers.distillation_trainer import divergence_from_token
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments, reveal_thresholds, step_starts
-from trainers.trajectories import most_masked, step_noise
-
-
-def noise(step, draws=2):
-    return step_noise(SEED, step, range(ROWS), ROWS, BLOCK, draws)
-
-
-def log_probabilities(model, z, gamma, inputs, temperature=1.0):
-    """Full log-probabilities [B, L, V], SUBS for a masked model: float64."""
-    mask_token_id = model.config.mask_token_id
-    with torch.no_grad():
-        logits = model(
-            input_ids=z, timesteps=-gamma.log().float(), attention_mask=inputs.get("attention_mask")
-        ).logits.double()
-    if mask_token_id is not None:
-        logits[..., mask_token_id] = -math.inf
-    return (logits / temperature).log_softmax(-1)
+from trainers.trajectories import most_masked
 
 
 def kl(log_p, log_q):
@@ -44,10 +28,6 @@ def jsd(p, q):
         m = (a + b) / 2
         total += (a * math.log(a / m) if a else 0) / 2 + (b * math.log(b / m) if b else 0) / 2
     return total
-
-
-def mask(x_0, u, gamma, maskable):
-    return torch.where((u > gamma[:, None]) & maskable, MASK, x_0)
 
 
 def sites(z, maskable):

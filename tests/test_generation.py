@@ -9,7 +9,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2
+from laws import FALSE_ALARM, p_value, uniforms
+from small_model import MASK, make_context_matter
 from toy import counts_of, index_of, sample, table_of_logits, toy_canvas
 from transformers import GenerationConfig, TextDiffusionStreamer
 
@@ -21,31 +22,7 @@ from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule, 
 from modeling_mcd.sampling_mdlm import ancestral, ancestral_reveal_steps
 
 
-MASK = 47
-FALSE_ALARM = 1e-5
 SCHEDULES = [LogLinearSchedule(), CosineSchedule(), LogLinearSchedule(0.2), CosineSchedule(0.2)]
-
-
-def uniforms(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def p_value(counts: torch.Tensor, law: torch.Tensor) -> float:
-    """Pearson's chi-squared, rare outcomes in one cell. An outcome of probability zero must not occur at all."""
-    assert counts.shape == law.shape and abs(law.sum() - 1) < 1e-9
-    assert (counts[law == 0] == 0).all()
-    order = law.argsort()
-    counts, expected = counts[order].double(), law[order] * counts.sum()
-    rare = int((expected.cumsum(0) < 10).sum()) + 1
-    counts, expected = (torch.cat([x[:rare].sum()[None], x[rare:]]) for x in (counts, expected))
-    assert len(expected) > 1
-    return chi2.sf(((counts - expected) ** 2 / expected).sum().item(), len(expected) - 1)
-
-
-def make_context_matter(model):
-    """Stronger blocks: the distribution of a token really depends on the other tokens."""
-    for parameter in model.model.layers.parameters():
-        parameter.data *= 3
 
 
 # --- The law of the sampler: three tokens and a mask (id 3) at three positions, 64 canvases

@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from test_generation import MASK, make_context_matter
-from test_sampling import CASES
+from sampler_cases import CASES
+from small_model import MASK, make_context_matter
 from transformers import LogitsProcessor, LogitsProcessorList, TextDiffusionStreamer
 
 from modeling_mcd import MDLMGenerationConfig

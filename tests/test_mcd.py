@@ -194,7 +194,7 @@ def test_teacher_follows_the_student_as_asked(teacher, tmp_path, update):
     )
     seen = []
 
-    class Watch(type(trainer.callback_handler.callbacks[-1]).__base__):
+    class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
             seen.append((model.lm_head.bias.detach().clone(), trainer.teacher.lm_head.bias.clone()))
 
@@ -213,7 +213,7 @@ def test_teacher_follows_the_student_as_asked(teacher, tmp_path, update):
 def test_non_finite_loss_stops_with_step_and_round(teacher, tmp_path):
     trainer = make_trainer(teacher, tmp_path, max_steps=6, steps_per_round=2)
 
-    class Break(type(trainer.callback_handler.callbacks[-1]).__base__):
+    class Break(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
             if state.global_step == 3:
                 model.lm_head.bias.data[0] = math.nan

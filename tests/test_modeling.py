@@ -9,13 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from small_model import MASK, assert_same_weights
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, pipeline
 
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion, MDLMModel
 
 
 DATA = Path(__file__).parent / "data"
-MASK = 47
 RENAMED = {
     "vocab_embed.embedding": "model.embed_tokens.weight",
     "sigma_map.mlp.0": "model.noise_embedding.in_proj",
@@ -46,13 +46,6 @@ def rotary_frequencies(model: MDLMForMaskedDiffusion) -> torch.Tensor:
 
 def inverse_frequencies(head_dim: int) -> torch.Tensor:
     return torch.tensor([10000 ** (-2 * i / head_dim) for i in range(head_dim // 2)])
-
-
-def assert_same_weights(model: torch.nn.Module, other: torch.nn.Module):
-    ours, theirs = model.state_dict(), other.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
 
 
 def logits_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from test_report import held_out, line, row
+from report_rows import held_out, line, row
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

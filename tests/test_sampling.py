@@ -9,8 +9,9 @@ import math
 
 import pytest
 import torch
+from laws import FALSE_ALARM, p_value, uniforms
+from sampler_cases import CASES, sampler_of
 from scipy import stats
-from test_generation import FALSE_ALARM, p_value, uniforms
 from toy import CANVASES, MASK, counts_of, index_of, sample, table_of_logits, toy_canvas
 
 from modeling_mcd import canvas_mdlm
@@ -38,28 +39,6 @@ from modeling_mcd.sampling_mdlm import (
 
 TABLE = table_of_logits()
 TOKENS = TABLE.double()[:, :, :3].softmax(-1)  # of the denoiser, [canvas, position, token]
-# Each sampler with options under which several things happen in a step.
-CASES = {
-    "ancestral": {"steps": 4},
-    "ancestral, greedy": {"steps": 4, "last_step": "greedy"},
-    "first_hitting": {},
-    "random": {"steps": 2},
-    "confidence": {"steps": 2},
-    "entropy": {"steps": 3, "order_temperature": 0.5},
-    "margin": {"steps": 2, "order_temperature": 1.0},
-    "adaptive": {"threshold": 0.5, "max_tokens": 2},
-    "entropy_bound": {"entropy_bound": 0.8},
-    "remdm": {"steps": 6, "eta": 0.3},
-    "remdm, confidence": {"steps": 6, "remasking": "confidence"},
-    "remdm, loop": {"steps": 6, "remasking": "loop", "eta": 0.3},
-    "psi": {"steps": 6, "kappa": 0.6},
-}
-
-
-def sampler_of(case: str):
-    return SAMPLERS[case.split(",")[0]]
-
-
 # --- Noise
 
 

@@ -1,14 +1,11 @@
 """Text into blocks: what a block holds, what it does not depend on, and one clear line for every bad source."""
 
-import json
-import shutil
 import traceback
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -229,22 +226,6 @@ def test_a_tokenizer_without_bos_or_eos_is_refused(tmp_path, missing):
 
 
 # --- A dataset of the Hub, as the library of datasets keeps it once loaded
-
-
-@pytest.fixture
-def hub_dataset(tmp_path, monkeypatch) -> str:
-    """`acme/novels` in an empty cache: written there by `load_dataset` as a parquet file, then given its Hub name."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    novels = {"text": ["hello world", "this is it."], "title": ["a", "b"], "n": [1, 2]}
-    Dataset.from_dict(novels).to_parquet(tmp_path / "novels.parquet")
-    loaded = load_dataset("parquet", data_files={"train": str(tmp_path / "novels.parquet")}, split="train")
-    built = Path(loaded.cache_files[0]["filename"]).parent
-    home = tmp_path / "cache" / "acme___novels" / "default" / "0.0.0" / built.name
-    shutil.copytree(built, home)
-    (home / "parquet-train.arrow").rename(home / "novels-train.arrow")
-    info = json.loads((home / "dataset_info.json").read_text())
-    (home / "dataset_info.json").write_text(json.dumps(info | {"config_name": "default", "dataset_name": "novels"}))
-    return "acme/novels"
 
 
 @pytest.mark.parametrize("streaming", [False, True])

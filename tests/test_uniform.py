@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
+from laws import FALSE_ALARM, p_value, uniforms
 from safetensors.torch import load_file
-from test_generation import FALSE_ALARM, p_value, uniforms
 from tiny_run import BLOCK, write_inputs
 from toy import at
 from transformers import AutoModel, TextDiffusionStreamer

@@ -1,25 +1,26 @@
 """Small networks, data and trainers of every distillation method, for the tests."""
 
+import math
+
 import torch
 from tiny_run import BLOCK, write_inputs
 from transformers import AutoModel
 
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
-from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
+from trainers import run_mcd
 from trainers.diffusion_trainer import collate_blocks
-from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
-from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
-from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
-from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments
+from trainers.trajectories import step_noise
 
 
 K, MASK, ROWS, SEED = 48, 47, 4, 11
+SETTINGS = {
+    "mcd": {"delta": 0.125},
+    "sdtt": {"delta": 0.125},
+    "dcd": {"delta": 0.125},
+    "mpdc": {"anchor_fraction": 0.35},
+}
 METHODS = {
-    "mcd": (MCDTrainer, MCDTrainingArguments, {"delta": 0.125}),
-    "sdtt": (SDTTTrainer, SDTTTrainingArguments, {"delta": 0.125}),
-    "dcd": (DCDTrainer, DCDTrainingArguments, {"delta": 0.125}),
-    "dscd": (DSCDTrainer, DSCDTrainingArguments, {}),
-    "mpdc": (MPDCTrainer, MPDCTrainingArguments, {"anchor_fraction": 0.35}),
+    name: (trainer, arguments, SETTINGS.get(name, {})) for name, (trainer, arguments, _) in run_mcd.METHODS.items()
 }
 
 
@@ -65,3 +66,26 @@ def prompted():
         length, prompt = BLOCK - 3 * i, 5 + i
         rows.append({"input_ids": row[:length], "labels": [-100] * prompt + row[prompt:length]})
     return collate_blocks(rows)
+
+
+# --- The formulas' ingredients, for losses written out token by token
+
+
+def noise(step, draws=2):
+    return step_noise(SEED, step, range(ROWS), ROWS, BLOCK, draws)
+
+
+def log_probabilities(model, z, gamma, inputs, temperature=1.0):
+    """Full log-probabilities [B, L, V], SUBS for a masked model: float64."""
+    mask_token_id = model.config.mask_token_id
+    with torch.no_grad():
+        logits = model(
+            input_ids=z, timesteps=-gamma.log().float(), attention_mask=inputs.get("attention_mask")
+        ).logits.double()
+    if mask_token_id is not None:
+        logits[..., mask_token_id] = -math.inf
+    return (logits / temperature).log_softmax(-1)
+
+
+def mask(x_0, u, gamma, maskable):
+    return torch.where((u > gamma[:, None]) & maskable, MASK, x_0)
