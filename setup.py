@@ -35,6 +35,7 @@ setup(
         "torch>=2.9",
         "transformers>=5.20,<6",
         "accelerate>=1.15",
+        "psutil",
         "datasets>=5.0",
         "huggingface-hub>=2.0",
         "safetensors>=0.7",

@@ -1,17 +1,27 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and folders that one process at a time writes to."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
+
+
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when everything in it is written, and is removed when something fails."""
+    """Yields a temporary folder that is renamed to `out` at the end, or removed if anything fails before."""
     folder = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -23,24 +33,126 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes):
-    """Writes beside the file, then renames: a reader finds the old content or the new, never a part."""
+    """Writes beside the file and then renames, so that a reader finds the old content or the new, never a part of it.
+
+    The file's permissions are those of any new file: the umask decides.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        os.chmod(temporary, 0o644)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def write_json(path: Path, content):
-    """All or nothing: a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content):
+    """Writes JSON with sorted keys, completely or not at all.
+
+    Raises:
+        ValueError: for infinity or NaN, which JSON does not have; the file is left as it was.
+    """
+    write_atomically(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+_held: set[int] = set()  # file descriptors of the locks that this process holds
+
+
+def _leave_locks_to_the_parent():
+    """In a forked child: a lock must die with the process that took it, and not live on in a data loader's worker."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, purpose: str) -> Iterator[None]:
+    """Holds a folder, which is made if need be, for one process: `with lock_folder(output_dir, "training"):`.
+
+    The lock is the operating system's (flock on `.lock` in the folder), so that a killed process leaves nothing that has to
+    be removed by hand. Not reentrant.
+
+    Raises:
+        ValueError: names the process that holds the folder, its host, its purpose and since when.
+    """
+    folder = Path(folder)
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    handle = _open_and_lock(folder)
+    if handle is None:
+        raise ValueError(in_use(folder) or f"output_dir {str(folder)!r} was in use a moment ago: start again")
+    try:
+        if handle >= 0:
+            _held.add(handle)
+            holder = {"pid": os.getpid(), "parent": os.getppid(), "host": socket.gethostname(), "purpose": purpose}
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(holder | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}).encode(), 0)
+        yield
+    finally:
+        if handle in _held:  # not in a forked child
+            (folder / LOCK).unlink(missing_ok=True)
+            _held.remove(handle)
+            os.close(handle)
+            with contextlib.suppress(OSError):  # the folder is kept as soon as anything was written to it
+                for parent in made:
+                    parent.rmdir()
+
+
+def _open_and_lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock; None when another process has it, -1 when the file system has no locks."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the holder before us removed the folder that it had made
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before us may have removed the file between our two calls: then our lock is on nothing.
+            if os.path.exists(folder / LOCK) and os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):
+                return handle
+            os.close(handle)
+        except OSError as error:
+            os.close(handle)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return None
+            print(
+                f"warning: no lock on {folder} ({error.strerror}): nothing keeps a second process from writing there",
+                file=sys.stderr,
+            )
+            return -1
+
+
+def in_use(folder: Path) -> str | None:
+    """One line about the process that holds a folder, for an error; None when it is free. Writes nothing."""
+    try:
+        handle = os.open(Path(folder) / LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        content = os.pread(handle, 4096, 0)
+    finally:
+        os.close(handle)
+    try:
+        holder = json.loads(content)
+    except ValueError:  # it is being written
+        return (
+            f"output_dir {str(folder)!r} is in use by another process that has just started: wait for it, or stop it"
+        )
+    pid, place = holder["pid"], "" if holder["host"] == socket.gethostname() else " there"
+    orphan = ""
+    if not place:
+        with contextlib.suppress(psutil.Error):
+            if psutil.Process(pid).ppid() != holder["parent"]:
+                orphan = f" and left behind by its launcher, process {holder['parent']}, which is gone"
+    return (
+        f"output_dir {str(folder)!r} is in use by process {pid} on host {holder['host']} ({holder['purpose']} since "
+        f"{holder['since']}{orphan}): wait for it, or stop it with `kill {pid}`{place}"
+    )
