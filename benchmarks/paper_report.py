@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from evaluation import matched_gen_ppl
+from evaluation.figures import over_seeds
 from evaluation.matched_entropy import MATCHED, held_out_row, is_matched
 
 
@@ -50,7 +51,7 @@ def write_tables(
         f"forwards ({options.rounds} rounds; Table 2 one of them). Judge: {target['judge']}. Held-out text: "
         f"{target['gen_ppl']:.2f} ({target['entropy']:.2f}; trigrams {target['trigram_entropy']:.2f}). Matched: log Gen-PPL "
         f"interpolated over temperatures {[1.0, *options.temperatures]} to the entropy of held-out text. Teacher like X: the "
-        "control, the teacher at the temperature where its trigram entropy is that of X at temperature 1. A cell wholly in "
+        "control, the teacher at the temperature where its trigram entropy is that of X at temperature 1. A cell entirely in "
         "brackets is the nearest point of a sweep that does not reach the entropy."
     )
     text = ["## Table 1", "", *table(first, cells, options.steps), "", caption, "", "## Table 2", ""]
@@ -91,26 +92,27 @@ def cells_of(labels: list[tuple[str, str, str]], results: list[dict], steps: lis
             sweep = [row for row in results if (row["model"], row["steps"]) == (teacher, n)]
             cells[method, n] = cell_of(rows, held_out_row(results, rows[0])) | {
                 "teacher": teacher,
-                "teacher_like_this": matched_gen_ppl(
-                    sweep, statistics.fmean(row["trigram_entropy"] for row in rows), "trigram_entropy"
-                ),
             }
+            entropy = cells[method, n]["trigram_entropy"]
+            like = None if entropy is None else matched_gen_ppl(sweep, entropy, "trigram_entropy")
+            cells[method, n]["teacher_like_this"] = like
     return cells
 
 
 def cell_of(rows: list[dict], target: dict) -> dict:
-    """Means over the seeds' rows, and the spread of the Gen-PPL."""
-    names = ("gen_ppl", "judge_nll", "nfe", "entropy", "trigram_entropy", "distinct_3")
-    cell = {name: statistics.fmean(row[name] for row in rows) for name in names}
-    cell["gen_ppl_std"] = spread_of([row["gen_ppl"] for row in rows]) or rows[0]["gen_ppl_std"]
+    """Means over the seeds' rows, and the spread of the Gen-PPL (of a single row: that over its seeds of sampling)."""
+    nfe = [row["nfe"] for row in rows if row["nfe"] is not None]
+    cell = {"nfe": statistics.fmean(nfe) if nfe else None} | over_seeds(rows)
+    if len(rows) == 1:
+        cell["gen_ppl_std"] = rows[0].get("gen_ppl_std")
     cell |= {"seeds": len(rows), "example": rows[0]["example"]}
     for by, (figure, reached) in MATCHED.items():
         known = [row for row in rows if row[figure] is not None]
-        whole = len(known) == len(rows)
-        cell[figure] = statistics.fmean(row[figure] for row in rows) if whole else None
-        cell[reached] = statistics.fmean(row[reached] for row in rows) if whole else None
+        complete = len(known) == len(rows)
+        cell[figure] = statistics.fmean(row[figure] for row in rows) if complete else None
+        cell[reached] = statistics.fmean(row[reached] for row in rows) if complete else None
         cell[f"{figure}_std"] = spread_of([row[figure] for row in known])
-        cell[f"{figure}_reached"] = whole and all(is_matched(row, target, by) for row in rows)
+        cell[f"{figure}_reached"] = complete and all(is_matched(row, target, by) for row in rows)
     return cell
 
 
@@ -126,6 +128,11 @@ def table(methods: list[str], cells: dict, steps: list[int]) -> list[str]:
         rows = {method: [cell(cells[method, n]) if (method, n) in cells else "-" for n in steps] for method in methods}
         return [line(label.format(method), row) for method, row in rows.items() if set(row) != {"-"}]
 
+    def plain(cell: dict) -> str:
+        if None in (cell["gen_ppl"], cell["entropy"]):
+            return "n/a"
+        return number(cell["gen_ppl"], cell["gen_ppl_std"], cell["entropy"])
+
     def like(cell: dict) -> str:
         if cell["teacher_like_this"] is None:
             return "-"
@@ -139,7 +146,7 @@ def table(methods: list[str], cells: dict, steps: list[int]) -> list[str]:
 
     teacher_of = {method: cell["teacher"] for (method, _), cell in cells.items()}
     lines = [line("Gen-PPL (entropy)", [f"N = {n}" for n in steps]), "| --- |" + " ---: |" * len(steps)]
-    lines += lines_of("{}", methods, lambda cell: number(cell["gen_ppl"], cell["gen_ppl_std"], cell["entropy"]))
+    lines += lines_of("{}", methods, plain)
     for teacher in dict.fromkeys(teacher_of.values()):
         students = [method for method in methods if method != teacher and teacher_of[method] == teacher]
         lines += lines_of(f"{teacher} like {{}} (trigrams)", students, like)
@@ -162,7 +169,7 @@ def draw(methods: list[str], cells: dict, steps: list[int], target: dict) -> Fig
     figure = Figure(figsize=(17, 5.5), layout="constrained")
     plain, matched, frontier = figure.subplots(1, 3)
     for method in methods:
-        judged = [n for n in steps if (method, n) in cells]
+        judged = [n for n in steps if cells.get((method, n), {}).get("gen_ppl") is not None]
         row = [cells[method, n] for n in judged]
         spread = [c["gen_ppl_std"] or 0.0 for c in row]
         drawn = plain.errorbar(judged, [c["gen_ppl"] for c in row], yerr=spread, fmt="o-", capsize=2, label=method)

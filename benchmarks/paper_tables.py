@@ -28,21 +28,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from filelock import FileLock
 from paper_report import write_tables
 from transformers import AutoTokenizer
 
-from evaluation import (
-    EvaluationProtocol,
-    evaluate_held_out_text,
-    evaluate_model,
-    load_report,
-    read_texts,
-    save_results,
-    text_blocks,
-    vocabulary_of,
-)
+from evaluation import RunReport, load_report, read_texts, save_results, text_blocks, vocabulary_of
 from evaluation.judge import load_judge
+from evaluation.options import EvaluationArguments
 from modeling_mcd.loading import load_model
 
 
@@ -91,7 +82,7 @@ class Network:
     """One network to judge: a teacher (no run), or the student of a run after a round, for one seed.
 
     Args:
-        whole: judged at every N; otherwise only at those of the sweeps.
+        complete: judged at every N; otherwise only at those of the sweeps.
         sweep: judged at every temperature, and with the original code's draws.
     """
 
@@ -100,7 +91,7 @@ class Network:
     run: Run | None = None
     round: int = 0
     seed: int = 0
-    whole: bool = True
+    complete: bool = True
     sweep: bool = True
 
     @property
@@ -147,11 +138,8 @@ class Tables:
             sys.exit(f"{self.options.minutes:g} minutes are over; start the same command again to go on")
 
     def save(self, rows: tuple[dict, ...] = (), **about: dict):
-        """Adds to the report rows, and entries to the dictionaries beside them. Another command may be adding too."""
-        with FileLock(self.folder.with_suffix(".lock")):
-            known = load_report(self.folder)
-            about = {name: known.get(name, {}) | entries for name, entries in about.items()}
-            self.report = save_results(self.folder, rows, **about)
+        """Adds rows to the report, and entries to the dictionaries beside them. Another command may be adding too."""
+        self.report = save_results(self.folder, rows, **about)
 
     def train(self, script: str, output: Path, *words):
         """Runs an entry point until it ends or time is over. A loss that is not finite is written down as a failure."""
@@ -234,7 +222,7 @@ class Tables:
                 run,
                 i,
                 seed,
-                whole=i == last and not run.first_round_only,
+                complete=i == last and not run.first_round_only,
                 sweep=i == last or run.label == "MCD" and i == 1,  # MCD R1 is the hybrid of Table 2
             )
             for i in range(1 if run.has_rounds else last, last + 1)
@@ -243,7 +231,7 @@ class Tables:
     def grid(self, network: Network, suffix: str) -> dict[float, list[int]]:
         """Temperature -> the numbers of steps to judge a network at."""
         options = self.options
-        steps = options.steps if network.whole and not suffix else options.swept_steps
+        steps = options.steps if network.complete and not suffix else options.swept_steps
         return {1.0: steps} | {t: options.swept_steps for t in options.temperatures if network.sweep and not suffix}
 
     def is_judged(self, network: Network) -> bool:
@@ -275,28 +263,29 @@ class Tables:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = AutoTokenizer.from_pretrained(self.teachers["teacher"])
         train, validation = self.path(recipe["train_text"]), self.path(recipe["validation_text"])
-        protocol = EvaluationProtocol(
-            *load_judge(str(self.path(recipe["judge"])), recipe.get("judge_dtype", "float32"), device),
-            samples=options.samples,
-            seeds=1,
+        arguments = EvaluationArguments(
             entropy_unit=recipe.get("entropy_unit", "tokens"),
-            vocabulary=vocabulary_of(read_texts(train)) if train.exists() else None,
-            batch_size=options.batch_size,
+            evaluation_samples=options.samples,
+            evaluation_seeds=1,
+            evaluation_batch_size=options.batch_size,
+        )
+        protocol = arguments.protocol(
+            *load_judge(str(self.path(recipe["judge"])), recipe.get("judge_dtype", "float32"), device),
+            vocabulary_of(read_texts(train)) if train.exists() else None,
         )
         if not self.report["results"]:
             blocks = text_blocks(read_texts(validation), tokenizer, recipe["block_length"], 512)
-            self.save([evaluate_held_out_text(blocks, tokenizer, protocol)])
+            RunReport(self.folder, protocol, []).judge_text(blocks, tokenizer)
         for network in networks:
             model = load_model(str(network.folder)).to(device)
             for suffix, settings in network.precisions.items():
                 # A teacher is one network: its spread is over seeds of sampling, that of students over seeds of training.
                 how = replace(protocol, seeds=3 if network.run is None else 1, **settings)
                 for temperature, steps in self.grid(network, suffix).items():
-                    known = self.report["results"]
-                    points = evaluate_model(network.label + suffix, model, tokenizer, how, steps, [temperature], known)
-                    for row in points:
-                        self.save([row])
+                    for n in steps:
+                        RunReport(self.folder, how, [n], [temperature]).judge(network.label + suffix, model, tokenizer)
                         self.stop_in_time()
+        self.report = load_report(self.folder)
 
     def explosions(self, seeds: list[int]) -> dict:
         """Of the trainings of Table 2 (and MCD): the loss at the first step, the largest loss and gradient norm."""

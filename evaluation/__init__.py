@@ -3,12 +3,13 @@
 from .diversity import distinct_n, known_words, unigram_entropy, vocabulary_of
 from .evaluate_model import EvaluationProtocol, evaluate_held_out_text, evaluate_model
 from .generative_perplexity import GenerativePerplexity, generative_perplexity, sequence_nll
+from .judge import load_judge
 from .likelihood import causal_loss, validation_nelbo
 from .matched_entropy import matched_gen_ppl
 from .model_card import write_model_card
 from .plot import write_plot
 from .reference_text import read_texts, text_blocks
-from .report import write_report
+from .report import RunReport, write_report
 from .results import load_report, save_results
 from .table import markdown_table
 
@@ -16,12 +17,14 @@ from .table import markdown_table
 __all__ = [
     "EvaluationProtocol",
     "GenerativePerplexity",
+    "RunReport",
     "causal_loss",
     "distinct_n",
     "evaluate_held_out_text",
     "evaluate_model",
     "generative_perplexity",
     "known_words",
+    "load_judge",
     "load_report",
     "markdown_table",
     "matched_gen_ppl",

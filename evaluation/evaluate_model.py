@@ -1,30 +1,41 @@
 """From a model to rows of figures: sample at a grid of steps and temperatures, and let the judge read."""
 
+import hashlib
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.diversity import ENTROPY_UNITS, distinct_n, known_words, unigram_entropy
-from evaluation.generative_perplexity import CONVENTIONS, generative_perplexity
-from evaluation.judge import describe_judge, fingerprint
+from evaluation.diversity import ENTROPY_UNITS
+from evaluation.figures import Samples, figures_of, over_seeds
+from evaluation.generative_perplexity import CONVENTIONS, perplexity_of, score
+from evaluation.judge import check_same_ids, describe_judge, fingerprint
+from evaluation.team import ALONE, Team
+from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
+from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig, options_of
+from modeling_mcd.loading import reason_of
+from modeling_mcd.noise_mdlm import row_keys
+from modeling_mcd.sampling_mdlm import SAMPLERS
 
 
 HELD_OUT_TEXT = "held-out text"
-# One row stands for one point of the grid; the same point evaluated again replaces it.
+# The point of the grid that a row stands for.
 KEY = ("model", "steps", "temperature", "sampler")
-# Rows are comparable when these agree, and held-out text gives the entropy to match when the first four do.
+# Held-out text gives the entropy to match to the rows that agree with it in these.
 COMPARABLE = ("judge", "convention", "entropy_unit", "length")
-FIGURES = ("nfe", "gen_ppl", "gen_ppl_std", "judge_nll", "entropy", "distinct_3", "known_words", "example")
+# What is held fixed over a table. With the key it identifies a row: evaluated again, a row is replaced.
 SETTINGS = (*COMPARABLE, "samples", "seeds", "precision", "vocabulary_words")
+# Errors of one evaluation (no finite logits, no memory, ...), as opposed to mistakes in its settings.
+TROUBLE = (ValueError, ArithmeticError, RuntimeError)
 
 
 @dataclass
 class EvaluationProtocol:
-    """What is held fixed over a table.
+    """What is held fixed over a table. It alone decides how samples are drawn: a model's generation config is not used.
 
     Args:
         judge: any causal language model.
@@ -33,12 +44,15 @@ class EvaluationProtocol:
         seeds: number of seeds, 0 .. seeds - 1.
         length: tokens in a sample; the model's context by default.
         sampler: name of a sampler of `generate` that takes `steps`.
-        last_step: what follows the steps, see `MDLMGenerationConfig`. Named with the sampler in every row.
+        last_step: what follows the steps, see `MDLMGenerationConfig`. Every row names it with the sampler.
         precision: of the draws, see `MDLMGenerationConfig`.
         convention: how Gen-PPL is computed, see `generative_perplexity.py`.
         entropy_unit: "tokens", "words" or "trigrams", see `unigram_entropy`.
         vocabulary: words that count as known, see `known_words`.
         batch_size: canvases, and texts for the judge, at a time. Changes neither samples nor figures.
+
+    Raises:
+        ValueError: names the setting at fault.
     """
 
     judge: PreTrainedModel
@@ -55,23 +69,70 @@ class EvaluationProtocol:
     batch_size: int = 32
 
     def __post_init__(self):
-        for name, allowed in (("convention", CONVENTIONS), ("entropy_unit", ENTROPY_UNITS)):
+        with_steps = [name for name, sampler in SAMPLERS.items() if "steps" in options_of(sampler)]
+        choices = {"convention": CONVENTIONS, "entropy_unit": ENTROPY_UNITS, "sampler": with_steps}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
-        self._settings = {
-            "judge": describe_judge(self.judge),
-            "convention": self.convention,
-            "entropy_unit": self.entropy_unit,
-            "precision": self.precision,
-            "vocabulary_words": None if self.vocabulary is None else len(self.vocabulary),
-        }
+                raise ValueError(f"{name} must be one of {tuple(allowed)}, not {getattr(self, name)!r}")
+        check_numbers(self, **dict.fromkeys(("samples", "seeds", "batch_size", "length"), AT_LEAST_1))
+        if self.last_step is not None and "last_step" not in options_of(SAMPLERS[self.sampler]):
+            raise ValueError(f"last_step ({self.last_step!r}) is not used by the sampler {self.sampler!r}")
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, config, steps: Sequence[int], temperatures: Sequence[float]):
+        """Raises ValueError for what this protocol cannot do with a model, before anything is drawn.
+
+        Args:
+            config: the model's `MDLMConfig`.
+        """
+        if self.length is not None and self.length > config.max_position_embeddings:
+            raise ValueError(
+                f"length is {self.length}, but the model's context is {config.max_position_embeddings} tokens"
+            )
+        if config.diffusion_kind == "uniform" and (self.sampler != "ancestral" or self.precision == "legacy_float32"):
+            raise ValueError(
+                f"sampler {self.sampler!r} with {self.precision} draws needs a model of absorbing diffusion; this one "
+                "is uniform: take the sampler ancestral and float64"
+            )
+        if self.convention == "raw_ids":
+            check_same_ids(tokenizer, self.judge_tokenizer)
+        for temperature in temperatures:
+            for n in steps:
+                self.generation_config(n, temperature, config.max_position_embeddings, 1)
+
+    def generation_config(self, steps: int, temperature: float, length: int, count: int) -> MDLMGenerationConfig:
+        """Everything that `generate` is told: `count` samples of `length` tokens."""
+        return MDLMGenerationConfig(
+            steps=steps,
+            temperature=temperature,
+            length=length,
+            sampler=self.sampler,
+            last_step=self.last_step,
+            precision=self.precision,
+            num_return_sequences=count,
+            return_dict_in_generate=True,
+        )
 
     @property
     def sampler_name(self) -> str:
         return self.sampler if self.last_step is None else f"{self.sampler}, last step {self.last_step}"
 
+    @cached_property
+    def judge_description(self) -> str:
+        """Hashes the judge's weights, when it is first asked for."""
+        return describe_judge(self.judge)
+
     def settings(self, length: int, samples: int, seeds: int) -> dict:
-        return {**self._settings, "length": length, "samples": samples, "seeds": seeds}
+        """The `SETTINGS` of a row."""
+        return {
+            "judge": self.judge_description,
+            "convention": self.convention,
+            "entropy_unit": self.entropy_unit,
+            "precision": self.precision,
+            "vocabulary_words": None if self.vocabulary is None else len(self.vocabulary),
+            "length": length,
+            "samples": samples,
+            "seeds": seeds,
+        }
 
 
 def evaluate_model(
@@ -82,129 +143,193 @@ def evaluate_model(
     steps: Sequence[int],
     temperatures: Sequence[float] = (1.0,),
     known_rows: Sequence[dict] = (),
+    team: Team = ALONE,
 ) -> Iterator[dict]:
-    """Yields a row for each number of steps and temperature, as soon as it is there, so that the caller can save it.
+    """Yields a row for each number of steps and temperature as soon as it is measured, so that the caller can save it.
 
     A point that `known_rows` already holds for these very weights and this protocol is left out. The same seeds serve
     every point: one seed gives related texts at every number of steps, so that differences are less noisy than figures.
+    What cannot be measured (a network with NaN logits, nothing to score, an infinite perplexity) is None, and the row's
+    `note` says why.
+
+    Args:
+        team: the processes that share the work; each yields every row. `known_rows` must be the same in all of them.
 
     Yields:
-        dict: `gen_ppl` and `entropy`, `trigram_entropy`, `distinct_3`, `known_words` (means over seeds), `gen_ppl_std` (sample standard
-        deviation over seeds; None for one seed), `judge_nll` (nats per token, mean over seeds), `nfe` (forwards of the
-        network really made, mean over samples), `example` (a text), the keys and the settings above.
+        dict: the figures of `FIGURES` (means over seeds), `gen_ppl_std` (sample standard deviation over seeds; None for
+        one seed), `nfe` (forwards of the network really made, mean over samples), `example` (a text), `note`, `weights`
+        (their fingerprint), and the values of `KEY` and `SETTINGS`.
+
+    Raises:
+        ValueError: the protocol does not fit the model, see `EvaluationProtocol.check`.
     """
+    protocol.check(tokenizer, model.config, steps, temperatures)
     length = protocol.length or model.config.max_position_embeddings
-    fixed = protocol.settings(length, protocol.samples, protocol.seeds) | {"weights": fingerprint(model)}
+    fixed = protocol.settings(length, protocol.samples, protocol.seeds)
+    fixed |= {"weights": team.gather(fingerprint(model))[0]}
     points = [
         {"model": name, "steps": n, "temperature": float(temperature), "sampler": protocol.sampler_name}
         for temperature in temperatures
         for n in steps
     ]
-    points = [point for point in points if not any((point | fixed).items() <= row.items() for row in known_rows)]
-    total = len(points) * protocol.seeds * protocol.samples
-    with tqdm(total=total, desc=name, unit="sample", disable=not points) as progress:
+    points = [point for point in points if not any(_holds(row, point | fixed) for row in known_rows)]
+    total = len(points) * sum(len(team.share(protocol.samples)) for _ in range(protocol.seeds))
+    with tqdm(total=total, desc=name, unit="sample", disable=not points or team.rank > 0) as progress:
         for point in points:
             progress.set_postfix(steps=point["steps"], temperature=point["temperature"])
-            figures, nfe = [], []
-            for seed in range(protocol.seeds):
-                ids, forwards = draw_samples(
-                    model, protocol, length, point["steps"], point["temperature"], seed, progress
+
+            def draw(seed: int, share: range, point: dict = point) -> tuple[torch.Tensor, torch.Tensor]:
+                return draw_samples(
+                    model, protocol, length, point["steps"], point["temperature"], seed, share, progress.update
                 )
-                figures.append(judge_samples(ids, tokenizer, protocol))
-                nfe.append(forwards)
-            yield point | {"nfe": statistics.fmean(nfe)} | _over_seeds(figures) | fixed
+
+            yield point | measure(draw, protocol.seeds, protocol.samples, tokenizer, protocol, team) | fixed
+
+
+def _holds(row: dict, point: dict) -> bool:
+    """Whether a row has been measured at this point. One without its perplexity is measured once more."""
+    return row.get("gen_ppl") is not None and point.items() <= row.items()
 
 
 def evaluate_held_out_text(
-    blocks: torch.LongTensor, tokenizer: PreTrainedTokenizerBase, protocol: EvaluationProtocol
+    blocks: torch.LongTensor,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: EvaluationProtocol,
+    known_rows: Sequence[dict] = (),
+    team: Team = ALONE,
 ) -> dict:
     """The row of held-out text: blocks [n, L] in the place of samples, so `steps`, `temperature` and `nfe` are None."""
-    return (
-        {"model": HELD_OUT_TEXT, "steps": None, "temperature": None, "sampler": None, "nfe": None}
-        | _over_seeds([judge_samples(blocks, tokenizer, protocol)])
-        | protocol.settings(blocks.shape[1], samples=len(blocks), seeds=1)
-    )
+    point = {"model": HELD_OUT_TEXT, "steps": None, "temperature": None, "sampler": None}
+    fixed = protocol.settings(blocks.shape[1], samples=len(blocks), seeds=1)
+    fixed |= {"text": hashlib.sha256(blocks.cpu().contiguous().numpy()).hexdigest()[:16]}
+    known = next((row for row in known_rows if _holds(row, point | fixed)), None)
+    if known is not None:
+        return known
+
+    def draw(seed: int, share: range) -> tuple[torch.Tensor, torch.Tensor]:
+        return blocks[share.start : share.stop], torch.zeros(len(share))
+
+    row = point | measure(draw, 1, len(blocks), tokenizer, protocol, team) | fixed
+    return row | {"nfe": None}
 
 
 def draw_samples(
-    model, protocol: EvaluationProtocol, length: int, steps: int, temperature: float, seed: int, progress=None
-) -> tuple[torch.LongTensor, float]:
-    """`protocol.samples` sequences of ids [n, L] on the CPU, and the mean number of forwards that one took part in."""
+    model: PreTrainedModel,
+    protocol: EvaluationProtocol,
+    length: int,
+    steps: int,
+    temperature: float,
+    seed: int,
+    share: range,
+    on_batch: Callable[[int], object] = lambda count: None,
+) -> tuple[torch.LongTensor, torch.Tensor]:
+    """The samples of a seed whose numbers are in `share`, on the CPU: ids [n, L], and forwards [n] of the network.
+
+    A sample depends on its seed and its number alone, whoever draws it and with whatever others.
+    """
     generator = torch.Generator().manual_seed(seed)
-    sequences, forwards = [], []
-    for start in range(0, protocol.samples, protocol.batch_size):
-        batch = min(protocol.batch_size, protocol.samples - start)
-        output = model.generate(
-            steps=steps,
-            temperature=temperature,
-            length=length,
-            sampler=protocol.sampler,
-            last_step=protocol.last_step,
-            precision=protocol.precision,
-            num_return_sequences=batch,
-            generator=generator,
-            return_dict_in_generate=True,
-        )
+    row_keys(share.start, generator)  # those of the samples before
+    sequences, forwards = [torch.empty(0, length, dtype=torch.long)], [torch.empty(0)]
+    for start in range(share.start, share.stop, protocol.batch_size):
+        count = min(protocol.batch_size, share.stop - start)
+        options = protocol.generation_config(steps, temperature, length, count)
+        output = model.generate(generation_config=options, generator=generator)
         sequences.append(output.sequences.cpu())
         forwards.append(output.nfe.cpu())
-        if progress is not None:
-            progress.update(batch)
-    return torch.cat(sequences), torch.cat(forwards).double().mean().item()
+        on_batch(count)
+    return torch.cat(sequences), torch.cat(forwards)
 
 
-def judge_samples(ids: torch.LongTensor, tokenizer: PreTrainedTokenizerBase, protocol: EvaluationProtocol) -> dict:
-    """Every figure of one set of samples [n, L]."""
-    judge, judge_tokenizer = protocol.judge, protocol.judge_tokenizer
-    texts = tokenizer.batch_decode(ids)
-    specials = {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
+def measure(
+    draw: Callable[[int, range], tuple[torch.Tensor, torch.Tensor]],
+    seeds: int,
+    count: int,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: EvaluationProtocol,
+    team: Team,
+) -> dict:
+    """The figures, `nfe`, `example` and `note` of a row.
+
+    Args:
+        draw: (seed, the numbers of some of its `count` samples) -> ids [n, L] and forwards [n].
+    """
+    by_seed, notes, nfe, example = [], [], [], None
+    for seed in range(seeds):
+        samples, forwards, trouble = _samples(draw, seed, count, tokenizer, protocol, team)
+        if samples is None:
+            by_seed.append(over_seeds([]))
+            notes.append(trouble)
+            continue
+        figures, why = figures_of(samples, protocol)
+        by_seed.append(figures)
+        notes += why
+        nfe.append(forwards)
+        if seed == 0:
+            example = tokenizer.decode(samples.ids[0])
+    mean_nfe = statistics.fmean(nfe) if len(nfe) == seeds else None
+    note = "; ".join(dict.fromkeys(notes)) or None
+    return {"nfe": mean_nfe} | over_seeds(by_seed) | {"example": example, "note": note}
+
+
+def _samples(draw, seed, count, tokenizer, protocol, team) -> tuple[Samples | None, float | None, str | None]:
+    """The samples of one seed with their scores, and the mean number of forwards; or None, None and what went wrong.
+
+    Trouble of one process is that of all: every process takes part in every exchange whatever happens to it.
+    """
+    ids = forwards = scores = trouble = None
+    try:
+        ids, forwards = draw(seed, team.share(count))
+        scores = score(
+            judged_form(ids, tokenizer, protocol),
+            protocol.judge,
+            protocol.judge_tokenizer,
+            protocol.convention,
+            protocol.batch_size,
+        )
+    except TROUBLE as error:
+        trouble = reason_of(error)
+    parts = team.gather((ids, forwards, scores, trouble))
+    troubles = [part[3] for part in parts if part[3] is not None]
+    if any(part[0] is None for part in parts):
+        return None, None, troubles[0]
+    judged = None
+    try:
+        if not troubles:
+            nll, tokens = (torch.cat(of_all) for of_all in zip(*(part[2] for part in parts), strict=True))
+            judged = perplexity_of(nll, tokens, protocol.convention)
+    except TROUBLE as error:
+        troubles.append(reason_of(error))
+    ids = torch.cat([part[0] for part in parts])
+    specials = special_strings(tokenizer)
+    text = [_replace(text, specials, " ") for text in tokenizer.batch_decode(ids)]
+    ids = ids.tolist()
+    units = ids if protocol.entropy_unit == "tokens" else text
+    forwards = torch.cat([part[1] for part in parts]).double().mean().item()
+    return Samples(ids, text, units, judged, troubles[0] if troubles else None), forwards, None
+
+
+def judged_form(
+    ids: torch.LongTensor, tokenizer: PreTrainedTokenizerBase, protocol: EvaluationProtocol
+) -> list[str] | torch.LongTensor:
+    """Samples [n, L] as the judge reads them: their ids, or their texts with the judge's EOS for the model's BOS and EOS.
+
+    Where the judge's tokenizer puts a BOS in front by itself, the one at the start is left out.
+    """
     if protocol.convention == "raw_ids":
-        used = ids.unique().tolist()
-        if tokenizer.convert_ids_to_tokens(used) != judge_tokenizer.convert_ids_to_tokens(used):
-            raise ValueError(
-                "raw_ids needs a judge with the model's own tokenizer: this judge reads the ids as other tokens"
-            )
-        judged = ids
-    else:
-        judged = [_in_the_words_of(judge_tokenizer, text, specials) for text in texts]
-    gen_ppl = generative_perplexity(judged, judge, judge_tokenizer, protocol.convention, protocol.batch_size)
-    plain = [_replace(text, specials, " ") for text in texts]
-    return {
-        "gen_ppl": gen_ppl.perplexity,
-        "entropy": unigram_entropy(
-            ids.tolist() if protocol.entropy_unit == "tokens" else plain, protocol.entropy_unit
-        ),
-        "trigram_entropy": unigram_entropy(plain, "trigrams"),
-        "distinct_3": distinct_n(plain, 3),
-        "known_words": None if protocol.vocabulary is None else known_words(plain, protocol.vocabulary),
-        "example": texts[0],
-    }
+        return ids
+    end_of_text = protocol.judge_tokenizer.eos_token or " "
+    specials = special_strings(tokenizer)
+    texts = [_replace(text, specials, end_of_text) for text in tokenizer.batch_decode(ids)]
+    if protocol.judge_tokenizer("")["input_ids"]:
+        return [text.removeprefix(end_of_text) for text in texts]
+    return texts
 
 
-def _in_the_words_of(judge_tokenizer: PreTrainedTokenizerBase, text: str, specials: set[str]) -> str:
-    """BOS and EOS of the model become the judge's EOS; at the start it is dropped where the judge adds a BOS itself."""
-    end_of_text = judge_tokenizer.eos_token or " "
-    text = _replace(text, specials, end_of_text)
-    return text.removeprefix(end_of_text) if judge_tokenizer("")["input_ids"] else text
+def special_strings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    return {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
 
 
 def _replace(text: str, specials: set[str], replacement: str) -> str:
     for special in specials:
         text = text.replace(special, replacement)
     return text
-
-
-def _over_seeds(figures: list[dict]) -> dict:
-    def mean(name: str) -> float:
-        return statistics.fmean(figure[name] for figure in figures)
-
-    perplexities = torch.tensor([figure["gen_ppl"] for figure in figures], dtype=torch.float64)
-    return {
-        "gen_ppl": mean("gen_ppl"),
-        "gen_ppl_std": perplexities.std().item() if len(figures) > 1 else None,
-        "judge_nll": perplexities.log().mean().item(),
-        "entropy": mean("entropy"),
-        "trigram_entropy": mean("trigram_entropy"),
-        "distinct_3": mean("distinct_3"),
-        "known_words": None if figures[0]["known_words"] is None else mean("known_words"),
-        "example": figures[0]["example"],
-    }

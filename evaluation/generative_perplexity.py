@@ -1,6 +1,6 @@
-"""Generative perplexity (Gen-PPL): how surprised another language model, the judge, is by samples.
+"""Generative perplexity (Gen-PPL): the perplexity of samples under another language model, the judge.
 
-Two conventions are published, and their figures must not be compared with one another:
+Two conventions are published, and their figures must not be compared with each other:
 
 - `retokenized` (MDLM, arXiv 2406.07524; Duo, arXiv 2506.10892): samples are text, special tokens written out, and the
   judge's own tokenizer reads them. Within a window an EOS counts only if it is the first; every other token counts.
@@ -9,8 +9,8 @@ Two conventions are published, and their figures must not be compared with one a
 - `raw_ids` (SDTT, arXiv 2410.21035): the judge reads the samples' own ids, every token counts; the mean over the L - 1
   predictions of a sample, then over samples, then exp. Needs a judge with the model's vocabulary.
 
-Text beyond the judge's context is cut into windows of that size. Each is scored on its own, as in the published code:
-its first token is context only, and it sees nothing of the window before it.
+Text longer than the judge's context is cut into windows of that size. Each window is scored on its own, as in the
+published code: its first token is context only, and it sees nothing of the window before it.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from evaluation.judge import context_of, vocabulary_size
+
 
 CONVENTIONS = ("retokenized", "raw_ids")
 
@@ -29,14 +31,16 @@ CONVENTIONS = ("retokenized", "raw_ids")
 class GenerativePerplexity:
     """
     Args:
-        perplexity: over all samples, as the convention averages.
+        perplexity: over all samples, averaged as the convention says; infinite where the exponential overflows.
         nll: [samples] float64, nats: the judge's total over the scored tokens of each sample.
         tokens: [samples] int64, the number of scored tokens; 0 for a sample of a single token.
+        mean_nll: nats per token, the logarithm of the perplexity.
     """
 
     perplexity: float
     nll: torch.Tensor
     tokens: torch.Tensor
+    mean_nll: float
 
 
 def generative_perplexity(
@@ -51,21 +55,34 @@ def generative_perplexity(
     Raises:
         ValueError: an unknown convention, ids outside the judge's vocabulary, or nothing to score.
     """
+    return perplexity_of(*score(samples, judge, judge_tokenizer, convention, batch_size), convention)
+
+
+def score(
+    samples: Sequence[str] | Sequence[Sequence[int]] | torch.Tensor,
+    judge: PreTrainedModel,
+    judge_tokenizer: PreTrainedTokenizerBase | None,
+    convention: str,
+    batch_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Total NLL in nats [samples] float64 and number of scored tokens [samples], by the convention's rules."""
     if convention == "retokenized":
         sequences = [judge_tokenizer(text, verbose=False)["input_ids"] for text in samples]
-        nll, tokens = sequence_nll(sequences, judge, batch_size, judge_tokenizer.eos_token_id)
-    elif convention == "raw_ids":
-        nll, tokens = sequence_nll([[int(token) for token in ids] for ids in samples], judge, batch_size)
-    else:
-        raise ValueError(f"convention must be one of {CONVENTIONS}, not {convention!r}")
+        return sequence_nll(sequences, judge, batch_size, judge_tokenizer.eos_token_id)
+    if convention == "raw_ids":
+        return sequence_nll([[int(token) for token in ids] for ids in samples], judge, batch_size)
+    raise ValueError(f"convention must be one of {CONVENTIONS}, not {convention!r}")
+
+
+def perplexity_of(nll: torch.Tensor, tokens: torch.Tensor, convention: str) -> GenerativePerplexity:
+    """The average of scores as the convention says. Raises ValueError where no token was scored."""
     scored = tokens > 0
     if not scored.any():
-        raise ValueError("nothing to score: no sample has two tokens, and the first of a sample is not predicted")
-    if convention == "retokenized":
-        mean = nll.sum() / tokens.sum()
-    else:
-        mean = (nll[scored] / tokens[scored]).mean()
-    return GenerativePerplexity(mean.exp().item(), nll, tokens)
+        raise ValueError(
+            "nothing to score: the first token of a sample is not predicted, and of several EOS only the first counts"
+        )
+    mean = nll.sum() / tokens.sum() if convention == "retokenized" else (nll[scored] / tokens[scored]).mean()
+    return GenerativePerplexity(mean.exp().item(), nll, tokens, mean.item())
 
 
 @torch.inference_mode()
@@ -74,19 +91,19 @@ def sequence_nll(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Total NLL in nats [n] float64 and number of scored tokens [n] of each sequence of ids. Puts the judge in eval mode.
 
-    With `eos_token_id` an EOS is scored only where it is the first of its window. Losses in float32, sums in float64.
+    With `eos_token_id`, an EOS is scored only if it is the first of its window. Losses in float32, sums in float64.
 
     Raises:
         ValueError: an id outside the judge's vocabulary.
     """
     judge.eval()
-    vocabulary = judge.config.vocab_size
+    vocabulary = vocabulary_size(judge)
     largest = max((max(ids) for ids in sequences if ids), default=0)
     if largest >= vocabulary:
         raise ValueError(
             f"token id {largest} is outside the judge's vocabulary of {vocabulary}: judge the text, re-tokenised"
         )
-    context = getattr(judge.config, "max_position_embeddings", None) or max((len(ids) for ids in sequences), default=1)
+    context = context_of(judge) or max((len(ids) for ids in sequences), default=1)
     windows = [
         (row, torch.tensor(ids[start : start + context]))
         for row, ids in enumerate(sequences)
@@ -98,7 +115,7 @@ def sequence_nll(
     for start in range(0, len(windows), batch_size):
         rows, batch = zip(*windows[start : start + batch_size], strict=True)
         lengths = torch.tensor([len(window) for window in batch])
-        # Padded on the right, where a causal model cannot see it: neither the id nor an attention mask matters.
+        # Padding is on the right, where a causal model cannot see it: neither its id nor an attention mask matters.
         input_ids = pad_sequence(batch, batch_first=True)
         scored = torch.arange(1, input_ids.shape[1]) < lengths[:, None]
         if eos_token_id is not None:

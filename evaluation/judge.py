@@ -1,4 +1,4 @@
-"""The judge of generative perplexity: how it is loaded, described and identified."""
+"""The judge of generative perplexity: how it is loaded, checked, described and identified."""
 
 import hashlib
 from pathlib import Path
@@ -9,18 +9,92 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from modeling_mcd.loading import reason_of, split_revision
 
 
-def load_judge(name: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = _load(AutoTokenizer, "judge", name)
-    return _load(AutoModelForCausalLM, "judge", name, dtype=getattr(torch, dtype)).to(device).eval(), tokenizer
+def load_judge(
+    name: str, dtype: str = "float32", device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in eval mode, and its tokenizer, from a folder or the Hub (`name@revision`).
+
+    Raises:
+        ValueError: it cannot be loaded, or it is not a complete causal language model (see `check_judge`).
+    """
+    tokenizer = load_pretrained(AutoTokenizer, "judge", name)
+    judge, loading = load_pretrained(
+        AutoModelForCausalLM, "judge", name, dtype=getattr(torch, dtype), output_loading_info=True
+    )
+    for fault, keys in (("are missing", loading["missing_keys"]), ("have no place", loading["unexpected_keys"])):
+        if keys:
+            raise ValueError(
+                f"judge {name!r} is not a complete causal language model: {len(keys)} of its weights {fault} in "
+                f"{type(judge).__name__}, the first is {min(keys)}"
+            )
+    judge = judge.to(device).eval()
+    try:
+        check_judge(judge, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"judge {name!r} cannot judge: {error}") from None
+    return judge, tokenizer
 
 
-def _load(auto_class, what: str, name: str, **options):
+def load_pretrained(auto_class, what: str, name: str, **options):
+    """`auto_class.from_pretrained(name)`, never with code from the folder or the Hub.
+
+    Raises:
+        ValueError: one line that calls the thing `what` and says why it cannot be loaded.
+    """
     try:
         repository, revision = split_revision(name)
-        return auto_class.from_pretrained(repository, revision=revision or "main", **options)
-    except Exception as error:  # a broken folder raises what its broken file happens to raise
+        return auto_class.from_pretrained(repository, revision=revision or "main", trust_remote_code=False, **options)
+    except Exception as error:  # a broken folder raises whatever its broken file makes the reader raise
         place = "cannot be loaded" if Path(name).is_dir() else "is no folder here, and cannot be had from the Hub"
         raise ValueError(f"{what} {name!r} {place}: {reason_of(error)}") from None
+
+
+def check_judge(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    """Raises ValueError unless all weights are finite, the tokenizer's ids exist and no logit depends on a later token."""
+    for name, parameter in judge.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"its weight {name} holds a number that is not finite")
+    vocabulary = vocabulary_size(judge)
+    if len(tokenizer) > vocabulary:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than its vocabulary of {vocabulary}")
+    length = min(context_of(judge) or 16, 16)
+    ids = torch.arange(length) * 7919 % vocabulary
+    changed = torch.where(torch.arange(length) < length // 2, ids, (ids + 1) % vocabulary)
+    try:
+        with torch.inference_mode():
+            logits = judge(input_ids=torch.stack([ids, changed]).to(judge.device), use_cache=False).logits
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"it fails on {length} tokens: {reason_of(error)}") from None
+    if not logits.isfinite().all():
+        raise ValueError("its logits are not finite")
+    one, other = logits[:, : length // 2].float()
+    if (one - other).abs().max() > 4 * torch.finfo(judge.dtype).eps * one.abs().max():
+        raise ValueError("it is not causal: a change of later tokens changes the logits of earlier ones")
+
+
+def check_same_ids(tokenizer: PreTrainedTokenizerBase, judge_tokenizer: PreTrainedTokenizerBase):
+    """Raises ValueError unless the judge reads every id, other than [MASK], as the token that the model wrote."""
+    ids = [i for i in range(len(tokenizer)) if i != tokenizer.mask_token_id]
+    known = len(judge_tokenizer)
+    theirs = judge_tokenizer.convert_ids_to_tokens([i for i in ids if i < known]) + [None] * sum(
+        i >= known for i in ids
+    )
+    for i, mine, their in zip(ids, tokenizer.convert_ids_to_tokens(ids), theirs, strict=True):
+        if mine != their:
+            raise ValueError(
+                f"raw_ids needs a judge with the model's own tokenizer: this judge reads the id {i} as {their!r}, and the "
+                f"model as {mine!r}; take the convention retokenized"
+            )
+
+
+def vocabulary_size(judge: PreTrainedModel) -> int:
+    """Also of a multimodal model, whose text configuration is nested."""
+    return judge.config.get_text_config().vocab_size
+
+
+def context_of(judge: PreTrainedModel) -> int | None:
+    """Tokens that the judge can see; None when its positions have no end."""
+    return getattr(judge.config.get_text_config(), "max_position_embeddings", None)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -33,9 +107,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def describe_judge(judge: PreTrainedModel) -> str:
-    """Name, class, size and weights of a judge in one line. A folder gives its last part only."""
+    """Name, class, size and weights of a judge in one line; of a local folder, only the last part. Hashes all weights."""
     name = judge.name_or_path
     if Path(name).is_dir():
         name = Path(name).resolve().name
-    millions = judge.num_parameters() / 1e6
-    return f"{name or 'judge'} ({type(judge).__name__}, {millions:.3g}M parameters in {str(judge.dtype).removeprefix('torch.')}, weights {fingerprint(judge)[:8]})"
+    size = f"{judge.num_parameters() / 1e6:.3g}M parameters in {str(judge.dtype).removeprefix('torch.')}"
+    return f"{name or 'judge'} ({type(judge).__name__}, {size}, weights {fingerprint(judge)[:8]})"

@@ -1,8 +1,8 @@
 """Gen-PPL at matched entropy: what a model's Gen-PPL would be if it were as diverse as held-out text.
 
-A lower temperature lowers Gen-PPL and entropy together, so a plain Gen-PPL ranks nothing. Over a sweep of temperatures
-log Gen-PPL is interpolated linearly in entropy to a common entropy. Which entropy is a choice, and the choice can turn
-the ranking, so a report whose unit is words gives the figure at matched entropy of character trigrams too.
+A lower temperature lowers Gen-PPL and entropy together, so Gen-PPL alone cannot rank models. Over a sweep of temperatures
+log Gen-PPL is interpolated linearly in entropy to a common entropy. The choice of that entropy can reverse the ranking,
+so a report whose unit is words also gives the figure at matched entropy of character trigrams.
 """
 
 import math
@@ -16,7 +16,7 @@ from evaluation.evaluate_model import COMPARABLE, HELD_OUT_TEXT, SETTINGS
 TOLERANCE = 0.01  # nats of entropy: as near as this counts as matched
 
 
-# Which of a row's entropies is matched -> the names of the two figures that come of it.
+# The entropy of a row that is matched -> the names of the two resulting figures.
 MATCHED = {
     "entropy": ("matched_gen_ppl", "matched_entropy"),
     "trigram_entropy": ("trigram_matched_gen_ppl", "trigram_matched_entropy"),
@@ -24,12 +24,13 @@ MATCHED = {
 
 
 def matched_gen_ppl(rows: Sequence[dict], entropy: float, by: str = "entropy") -> tuple[float, float] | None:
-    """(Gen-PPL, entropy really reached) of one model and number of steps, whose rows differ in temperature alone.
+    """(Gen-PPL, entropy actually reached) of one model and number of steps, whose rows differ in temperature alone.
 
-    When the sweep does not bracket the entropy, the nearest row's own figures. A single row counts only within
-    `TOLERANCE`: None otherwise.
+    If the sweep does not bracket the entropy, the figures of its nearest row. A single row counts only within
+    `TOLERANCE`: None otherwise. Rows that lack either figure are left out.
     """
-    points = sorted((row[by], math.log(row["gen_ppl"])) for row in rows)
+    measured = [row for row in rows if None not in (row.get(by), row.get("gen_ppl"))]
+    points = sorted((row[by], math.log(row["gen_ppl"])) for row in measured)
     if not points or (len(points) == 1 and abs(points[0][0] - entropy) > TOLERANCE):
         return None
     entropies, logarithms = zip(*points, strict=True)
@@ -38,20 +39,20 @@ def matched_gen_ppl(rows: Sequence[dict], entropy: float, by: str = "entropy") -
 
 
 def add_matched(results: list[dict]):
-    """Writes the figures of `MATCHED` into every row, None where nothing can be said."""
+    """Writes the figures of `MATCHED` into every row; None where the sweep does not allow one."""
     for row in results:
         target = held_out_row(results, row)
         same = ("model", "steps", "sampler", "weights", *SETTINGS)
         sweep = [other for other in results if all(other.get(name) == row.get(name) for name in same)]
         for by, names in MATCHED.items():
             matched = None
-            if target is not None and row is not target and all(by in other for other in (target, *sweep)):
+            if target is not None and target.get(by) is not None and row is not target:
                 matched = matched_gen_ppl(sweep, target[by], by)
             row.update(zip(names, matched or (None, None), strict=True))
 
 
 def is_matched(row: dict, target: dict, by: str = "entropy") -> bool:
-    """Whether the row's matched figure really stands at the entropy of the held-out row, and not only near it."""
+    """Whether the row's matched figure is at the entropy of the held-out row, and not only the sweep's nearest point."""
     figure, reached = MATCHED[by]
     return row[figure] is not None and abs(row[reached] - target[by]) <= TOLERANCE
 

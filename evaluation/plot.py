@@ -1,4 +1,4 @@
-"""Gen-PPL and entropy against the number of forwards, one line a model."""
+"""Gen-PPL and entropy against the number of forwards (NFE), one line per model."""
 
 import io
 from pathlib import Path
@@ -7,18 +7,23 @@ from matplotlib.figure import Figure  # not pyplot: no display and no global sta
 from matplotlib.ticker import LogFormatter
 
 from evaluation.matched_entropy import held_out_row, is_matched
-from evaluation.table import plain_rows, tables_of
+from evaluation.table import notes_of, plain_rows, tables_of
 from modeling_mcd.files import write_atomically
 
 
 def write_plot(folder: str | Path, results: list[dict]):
-    """Writes `eval.png`: left Gen-PPL (log-log; dashed at matched entropy), right entropy; a row of panels a table."""
+    """Writes `eval.png`: Gen-PPL on the left (log-log; dashed: at matched entropy), entropy on the right, for each table."""
     tables = tables_of(results)
     figure = Figure(figsize=(11, 4.2 * len(tables)), layout="constrained")
     for rows, (perplexity, entropy) in zip(tables, figure.subplots(len(tables), 2, squeeze=False), strict=True):
         target, plain = held_out_row(results, rows[0]), plain_rows(rows)
+        if target is not None and None in (target.get("gen_ppl"), target.get("entropy")):
+            target = None
         for model in dict.fromkeys(row["model"] for row in plain):
-            points = sorted((row for row in plain if row["model"] == model), key=lambda row: row["nfe"])
+            points = [row for row in plain if row["model"] == model]
+            # Gen-PPL is drawn only where its entropy is: a row that lacks either stands in the table, with its note.
+            points = [row for row in points if None not in (row["nfe"], row["gen_ppl"], row["entropy"])]
+            points.sort(key=lambda row: row["nfe"])
             nfe = [row["nfe"] for row in points]
             (line,) = perplexity.plot(nfe, [row["gen_ppl"] for row in points], "o-", label=model)
             entropy.plot(nfe, [row["entropy"] for row in points], "o-", color=line.get_color())
@@ -26,6 +31,9 @@ def write_plot(folder: str | Path, results: list[dict]):
             if matched:
                 heights = [row["matched_gen_ppl"] for row in matched]
                 perplexity.plot([row["nfe"] for row in matched], heights, "s--", color=line.get_color(), alpha=0.6)
+        missing = len(notes_of(plain))
+        if missing:
+            perplexity.set_title(f"{missing} point(s) could not be measured: see the table", fontsize="small")
         if target is not None:
             perplexity.axhline(target["gen_ppl"], color="grey", linestyle=":", label="held-out text")
             entropy.axhline(target["entropy"], color="grey", linestyle=":")

@@ -1,15 +1,22 @@
-"""Everything that is made from a report."""
+"""The report of a folder: which models are judged into it, and everything that is made from it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from evaluation.evaluate_model import HELD_OUT_TEXT, EvaluationProtocol, evaluate_held_out_text, evaluate_model
 from evaluation.model_card import write_model_card
 from evaluation.plot import write_plot
+from evaluation.results import load_report, report_lock, save_results
 from evaluation.table import markdown_table
+from evaluation.team import ALONE, Team
 from modeling_mcd.files import write_atomically
 
 
 def write_report(folder: str | Path, report: dict, name: str | None = None) -> str:
-    """Writes `eval.md`, `eval.png` and, where a model lies in the folder, its card; returns the table for the console.
+    """Writes `eval.md`, `eval.png` and, if a model lies in the folder, its card; returns the table for the console.
 
     Args:
         report: as `save_results` returns it.
@@ -17,8 +24,73 @@ def write_report(folder: str | Path, report: dict, name: str | None = None) -> s
     """
     table = markdown_table(report["results"])
     write_atomically(Path(folder) / "eval.md", table + "\n")
-    if report["results"]:
+    if any(row["model"] != HELD_OUT_TEXT for row in report["results"]):
         write_plot(folder, report["results"])
     if (Path(folder) / "config.json").exists():
         write_model_card(folder, report, name)
     return table
+
+
+class RunReport:
+    """Judges models one after the other into the report of a folder; every row is saved as soon as it is measured.
+
+    Args:
+        folder: where `eval.json` and what is made of it go.
+        steps, temperatures: the grid at which each model is sampled.
+        team: the processes that share the work. All call the same methods in the same order; the first one writes.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        protocol: EvaluationProtocol,
+        steps: Sequence[int],
+        temperatures: Sequence[float] = (1.0,),
+        team: Team = ALONE,
+    ):
+        self.folder, self.protocol, self.team = Path(folder), protocol, team
+        self.steps, self.temperatures = steps, temperatures
+
+    def judge_text(self, blocks: torch.LongTensor, tokenizer: PreTrainedTokenizerBase):
+        """Adds the row of held-out text, blocks [n, L], unless it is there."""
+        self.save([evaluate_held_out_text(blocks, tokenizer, self.protocol, self.known_rows(), self.team)])
+
+    def judge(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str | None = None):
+        """Adds the rows of a model, called `name` in the table, that are not there yet.
+
+        Args:
+            label: the row label of the folder's own model from now on, see `save_results`.
+
+        Raises:
+            ValueError: the protocol does not fit the model.
+        """
+        for row in evaluate_model(
+            name,
+            model,
+            tokenizer,
+            self.protocol,
+            self.steps,
+            self.temperatures,
+            self.known_rows(),
+            self.team,
+        ):
+            self.save([row], label=label)
+
+    def known_rows(self) -> list[dict]:
+        """The rows of the report, the same in all processes."""
+        return self.team.gather(load_report(self.folder)["results"] if self.team.rank == 0 else None)[0]
+
+    def rows_of(self, name: str) -> list[dict]:
+        return [row for row in self.known_rows() if row["model"] == name]
+
+    def save(self, rows: Sequence[dict] = (), **about):
+        if self.team.rank == 0:
+            save_results(self.folder, rows, **about)
+
+    def write(self, **about) -> str:
+        """Writes the table, the plot and the card from all that is in `eval.json` now; returns the table."""
+        self.save(**about)
+        if self.team.rank > 0:
+            return ""
+        with report_lock(self.folder):  # so that of two evaluations none writes the older state over the newer one
+            return write_report(self.folder, load_report(self.folder))

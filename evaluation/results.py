@@ -1,18 +1,39 @@
 """`eval.json`: the figures of a run, from which the table, the plot and the model card are all made."""
 
+import contextlib
+import fcntl
 import json
+import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from evaluation.evaluate_model import FIGURES, KEY, SETTINGS
+from evaluation.evaluate_model import KEY, SETTINGS
 from evaluation.matched_entropy import add_matched
 from modeling_mcd.files import write_atomically
 
 
+@contextlib.contextmanager
+def report_lock(folder: str | Path) -> Iterator[None]:
+    """Waits until no other process is changing the report of a folder, and keeps them out. Not reentrant.
+
+    It is held for a merge, not for an evaluation: several evaluations and a training may share a folder.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def load_report(folder: str | Path) -> dict:
     """`eval.json` of a folder, `{"results": []}` when there is none.
+
+    Rows need their key and settings only: an older report lacks the figures that did not exist yet.
 
     Raises:
         ValueError: the file is not a report.
@@ -22,7 +43,7 @@ def load_report(folder: str | Path) -> dict:
         return {"results": []}
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        if not all({*KEY, *FIGURES, *SETTINGS} <= set(row) for row in report["results"]):
+        if not all({*KEY, *SETTINGS} <= set(row) for row in report["results"]):
             raise KeyError("results")
     except (ValueError, KeyError, TypeError):
         raise ValueError(
@@ -32,21 +53,28 @@ def load_report(folder: str | Path) -> dict:
 
 
 def save_results(folder: str | Path, rows: Sequence[dict] = (), **about) -> dict:
-    """Merges rows into the folder's `eval.json` and returns the whole report. The file is replaced at once, or not at all.
+    """Merges rows into the folder's `eval.json` and returns the complete report. The file is replaced at once or not at all.
 
-    A row takes the place of the one with the same model, steps, temperature and sampler. `about` is kept beside the
-    results, entries of None left as they were: `label` (the row label of the folder's own model), `recipe` (YAML),
-    `data` (a sentence), `repository` (where the folder is on the Hub), anything that JSON can hold.
+    A row replaces the one of the same point and protocol (`KEY` and `SETTINGS`). Rows that another process saved
+    meanwhile are kept. `about` is kept beside the results; None leaves an entry unchanged, and a dictionary adds to one: `label` (the row label of
+    the folder's own model), `recipe` (YAML), `data` and `method` (a sentence each), `figures` (sentences that hold other
+    figures of the folder's model), `kind` ("causal" for an autoregressive model), `repository` (where the folder is on
+    the Hub), anything that JSON can hold.
+
+    Raises:
+        ValueError: `eval.json` is not a report, or a value is infinite or NaN; the file is left as it was.
     """
-    report = load_report(folder)
-    results = {tuple(row[name] for name in KEY): row for row in [*report["results"], *rows]}
-    report |= {name: value for name, value in about.items() if value is not None}
-    report["versions"] = {"python": platform.python_version()} | {
-        name: version(name) for name in ("torch", "transformers")
-    }
-    report["results"] = list(results.values())
-    add_matched(report["results"])
-    write_atomically(
-        Path(folder) / "eval.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    with report_lock(folder):
+        report = load_report(folder)
+        results = {tuple(row[name] for name in (*KEY, *SETTINGS)): row for row in [*report["results"], *rows]}
+        for name, value in about.items():
+            if value is not None:
+                report[name] = report.get(name, {}) | value if isinstance(value, dict) else value
+        report["versions"] = {"python": platform.python_version()} | {
+            name: version(name) for name in ("torch", "transformers")
+        }
+        report["results"] = list(results.values())
+        add_matched(report["results"])
+        content = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomically(Path(folder) / "eval.json", content + "\n")
     return report

@@ -2,27 +2,27 @@
 
     python evaluation/run_eval.py MODEL [MODEL ...] --steps 4 8 16 --judge gpt2-large
 
-Every finished row is saved at once. Killed and started again with the same command, it goes on where it was.
+Every finished row is saved at once. If it is killed, the same command continues where it was. Several of these commands
+may write to one folder at a time.
 """
 
 import argparse
+import dataclasses
 import difflib
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import AutoTokenizer
 
-from evaluation.diversity import ENTROPY_UNITS, vocabulary_of
-from evaluation.evaluate_model import EvaluationProtocol, evaluate_held_out_text, evaluate_model
-from evaluation.generative_perplexity import CONVENTIONS
-from evaluation.judge import _load, load_judge
+from evaluation.diversity import vocabulary_of
+from evaluation.judge import load_judge, load_pretrained
+from evaluation.options import PREFIX, EvaluationArguments
 from evaluation.reference_text import read_texts, text_blocks
-from evaluation.report import write_report
-from evaluation.results import load_report, save_results
+from evaluation.report import RunReport
+from evaluation.results import load_report
 from modeling_mcd import MDLMConfig
-from modeling_mcd.generation_config_mdlm import options_of
 from modeling_mcd.loading import check_tokens, load_model, read_checkpoint
-from modeling_mcd.sampling_mdlm import LAST_STEPS, SAMPLERS
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -39,7 +39,6 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    samplers = [name for name, sampler in SAMPLERS.items() if "steps" in options_of(sampler)]
     result = OneLineParser(prog="run_eval.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     result.add_argument(
         "models", nargs="+", metavar="MODEL", help="Folder or Hub name (`@revision`); `label=MODEL` names its rows."
@@ -47,92 +46,91 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--rounds", action="store_true", help="MODEL is a run's output folder: judge its teacher and every round."
     )
-    result.add_argument("--steps", type=_at_least(int, 1), nargs="+", required=True, help="Numbers of sampling steps.")
     result.add_argument(
-        "--temperatures", type=_at_least(float, 0), nargs="+", default=[1.0], help="Several make a sweep."
+        "--tokenizer", help="Folder or Hub name, for models that come without one: gpt2 for published ones."
     )
-    result.add_argument(
-        "--tokenizer", help="Folder or Hub name, for models that come without: gpt2 for published ones."
-    )
-    result.add_argument("--judge", required=True, help="Folder or Hub name of any causal language model.")
-    result.add_argument("--judge_dtype", choices=("float32", "bfloat16"), default="float32", help="Of its weights.")
-    result.add_argument("--samples", type=_at_least(int, 1), default=64, help="Samples for each seed.")
-    result.add_argument("--seeds", type=_at_least(int, 1), default=3, help="How many seeds: 0, 1, ...")
-    result.add_argument("--length", type=_at_least(int, 2), help="Tokens in a sample; the model's context by default.")
-    result.add_argument(
-        "--sampler", choices=samplers, default="ancestral", help="Of those that take a number of steps."
-    )
-    result.add_argument("--last_step", choices=LAST_STEPS, help="What follows the steps, see docs/generation.md.")
-    result.add_argument("--convention", choices=CONVENTIONS, default="retokenized", help="What the judge reads.")
-    result.add_argument("--entropy_unit", choices=ENTROPY_UNITS, default="tokens", help="Words for a character model.")
+    add_evaluation_arguments(result, required=("judge", "evaluation_steps"), evaluation_seeds=3)
     result.add_argument(
         "--reference_text", help="Held-out text (file, or folder of .txt): its row, and the entropy to match."
     )
     result.add_argument("--vocabulary_text", help="Training text: the words that count as known.")
-    result.add_argument("--batch_size", type=_at_least(int, 1), default=32)
     result.add_argument("--output_dir", help="Where the report goes; the first MODEL by default, if that is a folder.")
     return result
 
 
-def _at_least(kind: type, least: int):
-    def parse(word: str):
-        value = kind(word)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{word} is not a finite number of at least {least}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it when the word is no number at all
-    return parse
+def add_evaluation_arguments(parser: argparse.ArgumentParser, required: tuple[str, ...], **defaults):
+    """The options of `EvaluationArguments`: by their names in a recipe, and without the prefix."""
+    hints = get_type_hints(EvaluationArguments)
+    for option in dataclasses.fields(EvaluationArguments):
+        hint = next((kind for kind in get_args(hints[option.name]) if get_origin(kind) is Literal), hints[option.name])
+        settings = {}
+        if get_origin(hint) is Literal:
+            settings["choices"] = get_args(hint)
+        elif get_origin(hint) is list:
+            settings |= {"nargs": "+", "type": get_args(hint)[0]}
+        else:
+            settings["type"] = (*get_args(hint), hint)[0]
+        default = option.default if option.default is not dataclasses.MISSING else option.default_factory()
+        names = dict.fromkeys((f"--{option.name.removeprefix(PREFIX)}", f"--{option.name}"))
+        parser.add_argument(
+            *names,
+            dest=option.name,
+            required=option.name in required,
+            default=defaults.get(option.name, default),
+            help=option.metadata["help"],
+            **settings,
+        )
 
 
 def main(arguments: list[str] | None = None):
-    options = parser().parse_args(arguments)
+    """The command line. A mistake of the user ends in one line on standard error and status 2."""
+    commands = parser()
+    options = commands.parse_args(arguments)
     try:
         run(options)
     except (OSError, ValueError) as error:
-        parser().error(str(error))
+        commands.error(str(error))
 
 
 def run(options: argparse.Namespace):
+    """Raises ValueError or OSError before the first sample is drawn and the first byte written."""
+    names = [option.name for option in dataclasses.fields(EvaluationArguments)]
+    judging = EvaluationArguments(**{name: getattr(options, name) for name in names})
+    steps, temperatures = judging.evaluation_steps, judging.evaluation_temperatures
     paths = labelled_paths(options.models, options.rounds)
     _, first = split_label(options.models[0])
     if options.output_dir is None and not Path(first).is_dir():
         raise ValueError(f"{first!r} is not a folder: say with --output_dir where the report goes")
     folder = Path(options.output_dir or first)
-    # Everything that can be wrong is looked at before the first sample is drawn and the first byte written.
-    known_rows = load_report(folder)["results"]
-    lengths, tokenizers = {}, {}
+    load_report(folder)
+    configs, tokenizers = {}, {}
     for label, path in paths.items():
-        config = read_checkpoint(path).config
-        lengths[label] = _length(path, config, options.length)
+        configs[label] = read_checkpoint(path).config
+        check_length(path, configs[label], judging.evaluation_length)
         name = options.tokenizer or path
-        tokenizers[label] = _load(AutoTokenizer, "tokenizer" if options.tokenizer else "model", name)
-        check_tokens(tokenizers[label], config)
+        tokenizers[label] = load_pretrained(AutoTokenizer, "tokenizer" if options.tokenizer else "model", name)
+        check_tokens(tokenizers[label], configs[label])
     vocabulary = options.vocabulary_text and vocabulary_of(read_texts(options.vocabulary_text))
     reference = options.reference_text and read_texts(options.reference_text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    protocol = EvaluationProtocol(
-        *load_judge(options.judge, options.judge_dtype, device),
-        vocabulary=vocabulary,
-        **{
-            name: getattr(options, name)
-            for name in ("samples", "seeds", "length", "sampler", "last_step", "convention")
-        },
-        **{name: getattr(options, name) for name in ("entropy_unit", "batch_size")},
-    )
+    protocol = judging.protocol(*load_judge(judging.judge, judging.judge_dtype, device), vocabulary)
+    for label, config in configs.items():
+        protocol.check(tokenizers[label], config, steps, temperatures)
+    if reference:
+        label, config = next(iter(configs.items()))
+        length = judging.evaluation_length or config.max_position_embeddings
+        blocks = text_blocks(reference, tokenizers[label], length, judging.evaluation_samples)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    report = RunReport(folder, protocol, steps, temperatures)
     # The rows of the folder's own model go into its card; a run's output folder holds the last round's student.
     own = folder.resolve() == Path(first).resolve()
-    label = list(labelled_paths(options.models[:1], options.rounds))[-1] if own else None
-    report = None
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, path in paths.items():
-        tokenizer, model = tokenizers[name], load_model(path).to(device)
-        if reference and report is None:
-            blocks = text_blocks(reference, tokenizer, lengths[name], options.samples)
-            report = save_results(folder, [evaluate_held_out_text(blocks, tokenizer, protocol)], label=label)
-        for row in evaluate_model(name, model, tokenizer, protocol, options.steps, options.temperatures, known_rows):
-            report = save_results(folder, [row], label=label)
-    print(write_report(folder, report or save_results(folder, label=label)))
+    own_label = list(labelled_paths(options.models[:1], options.rounds))[-1] if own else None
+    if reference:
+        report.judge_text(blocks, tokenizers[label])
+    for label, path in paths.items():
+        report.judge(label, load_model(path).to(device), tokenizers[label], own_label)
+    print(report.write(label=own_label))
     print(f"\nSaved in {folder}: eval.json, eval.md, eval.png")
 
 
@@ -160,16 +158,15 @@ def labelled_paths(models: list[str], rounds: bool) -> dict[str, str]:
 
 
 def split_label(model: str) -> tuple[str, str]:
-    """`label=MODEL` -> (label, MODEL); the label is empty when there is none."""
+    """`label=MODEL` -> (label, MODEL); without a label the first is empty."""
     label, equals, path = model.partition("=")
     return (label, path) if equals else ("", model)
 
 
-def _length(path: str, config: MDLMConfig, length: int | None) -> int:
-    """Tokens in a sample of a model."""
+def check_length(path: str, config: MDLMConfig, length: int | None):
+    """Raises ValueError for samples longer than the context of a model."""
     if length is not None and length > config.max_position_embeddings:
         raise ValueError(f"length is {length}, but the context of {path!r} is {config.max_position_embeddings} tokens")
-    return length or config.max_position_embeddings
 
 
 if __name__ == "__main__":

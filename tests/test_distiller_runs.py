@@ -243,7 +243,7 @@ def test_every_distillation_recipe_is_of_its_method(recipe):
     arguments = {name: method[1] for name, method in run_mcd.METHODS.items()}
     shared = (run_mcd.MethodArguments, run_mcd.NetworkArguments, run_mcd.TokenizerArguments, run_mcd.TextArguments)
     method, *_, training = parse_recipe_of(
-        "trainer", arguments, (*shared, run_mcd.JudgeArguments), [str(recipe), "--bf16=false"]
+        "trainer", arguments, (*shared, run_mcd.EvaluationArguments), [str(recipe), "--bf16=false"]
     )
     assert type(training) is run_mcd.METHODS[method.trainer][1]
     assert method.trainer == (recipe.stem.split("_")[1] if "_" in recipe.stem else "mcd")

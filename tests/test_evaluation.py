@@ -351,9 +351,12 @@ def test_run_eval_writes_everything_and_goes_on_where_it_was(folders, capsys):
     ("changes", "message"),
     [
         (["--judge", "no/such/judge"], "judge 'no/such/judge' is no folder here"),
-        (["--steps", "0"], "argument --steps: 0 is not a finite number of at least 1"),
-        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
-        (["--temperatures", "-1"], "argument --temperatures: -1 is not a finite number of at least 0"),
+        (["--steps", "0"], "evaluation_steps must be one or more numbers of at least 1, not [0]"),
+        (["--steps", "many"], "argument --steps/--evaluation_steps: invalid int value: 'many'"),
+        (
+            ["--temperatures", "-1"],
+            "evaluation_temperatures must be one or more finite numbers of at least 0, not [-1.0]",
+        ),
         (["--length", "64"], "length is 64, but the context of"),
         (["--reference_text", "nowhere.txt"], "text 'nowhere.txt': no such file or folder"),
         (["--convention", "macro"], "argument --convention: invalid choice: 'macro'"),

@@ -11,8 +11,9 @@ from typing import Literal
 
 from transformers import set_seed
 
-from evaluation import load_report, save_results, write_report
+from evaluation import RunReport, load_report, save_results, write_report
 from evaluation.judge import load_judge
+from evaluation.options import EvaluationArguments
 from modeling_mcd.loading import load_model
 from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
 from trainers.distillation_trainer import DistillationTrainer, check_same_network, check_same_tokens
@@ -24,7 +25,7 @@ from trainers.runs.hub import push_to_hub, take_hub_api
 from trainers.runs.inputs import TokenizerArguments, check_block_length, check_tokenizer, load_data, load_tokenizer
 from trainers.runs.output_folder import find_checkpoint, recipe_text, run_settings, save_model, short_name, start_run
 from trainers.runs.recipe import parse_recipe_of
-from trainers.runs.rounds import JudgeArguments, RoundCallback, RunReport
+from trainers.runs.rounds import RoundCallback, held_out_blocks, start_report
 from trainers.runs.text_blocks import TextArguments
 from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments
 
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None):
     method, networks, tokenizer_arguments, text, judging, training = parse_recipe_of(
         "trainer",
         {name: arguments_class for name, (_, arguments_class, _) in METHODS.items()},
-        (MethodArguments, NetworkArguments, TokenizerArguments, TextArguments, JudgeArguments),
+        (MethodArguments, NetworkArguments, TokenizerArguments, TextArguments, EvaluationArguments),
         arguments,
     )
     trainer_class, _, title = METHODS[method.trainer]
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None):
     )
     report = None
     if judge is not None:
-        report = RunReport(judging, judge, tokenizer, validation, text.train_text, training.output_dir)
+        report = start_report(judging, judge, tokenizer, teacher.config, text.train_text, training.output_dir)
 
     start_run(training, settings, checkpoint)
     first = trainer.teacher if trainer.has_teacher else trainer.whole_student()  # whole, even under ZeRO-3
@@ -92,32 +93,34 @@ def main(arguments: list[str] | None = None):
     if training.process_index == 0:
         save_results(
             training.output_dir,
-            [] if report is None else report.held_out,
             recipe=recipe_text(training, method, networks, tokenizer_arguments, text, judging),
             data=f"Distilled on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
             method=f"Distilled from {short_name(networks.teacher)} by {title}.",
             repository=training.hub_model_id,
         )
         if report is not None:
-            print(f"\n{report.judge('teacher', first)}\n", flush=True)
+            if validation is not None:
+                report.judge_text(held_out_blocks(validation), tokenizer)
+            report.judge("teacher", first, tokenizer, label="teacher")
+            print(f"\n{report.write()}\n", flush=True)
     trainer.add_callback(RoundCallback(trainer, tokenizer, report))
     trainer.train(checkpoint)
 
     student = trainer.whole_student()
     save_model(student, tokenizer, training)
     if training.process_index == 0:
-        finish(trainer, student, report)
+        finish(trainer, student, tokenizer, report)
         if hub is not None:
             push_to_hub(training, hub)
     trainer.end()
 
 
-def finish(trainer: DistillationTrainer, student, report: RunReport | None):
+def finish(trainer: DistillationTrainer, student, tokenizer, report: RunReport | None):
     """The table once more, the card beside the model, a sample of teacher and student, and where everything is."""
     folder = Path(trainer.args.output_dir)
     last = f"round-{trainer.args.round_of(trainer.state.global_step - 1) + 1}"
     if report is not None:
-        report.judge(last, student)
+        report.judge(last, student, tokenizer, label=last)
     results = load_report(folder)
     print(f"\n{write_report(folder, results)}")
     for name in ("teacher", last):

@@ -2,9 +2,9 @@
 
 import datasets
 import evaluate
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.generative_perplexity import generative_perplexity
+from evaluation.judge import load_judge
 
 
 class GenPPL(evaluate.Metric):
@@ -18,6 +18,5 @@ class GenPPL(evaluate.Metric):
 
     def _compute(self, predictions: list[str], judge: str, batch_size: int = 8) -> dict:
         """`gen_ppl`, and `nll` and `tokens` of each text."""
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(judge), AutoTokenizer.from_pretrained(judge)
-        result = generative_perplexity(predictions, model, tokenizer, batch_size=batch_size)
+        result = generative_perplexity(predictions, *load_judge(judge), batch_size=batch_size)
         return {"gen_ppl": result.perplexity, "nll": result.nll.tolist(), "tokens": result.tokens.tolist()}

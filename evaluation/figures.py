@@ -1,0 +1,119 @@
+"""The figures of a set of samples, as one table: a new metric is one line of `FIGURES`.
+
+The evaluation, the report's tables, the plot and the paper's tables all loop over it. A row of a report written before a
+figure existed stays readable: it only lacks that figure.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from evaluation.diversity import distinct_n, known_words, unigram_entropy
+from evaluation.generative_perplexity import GenerativePerplexity
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a figure can read, for samples of one seed.
+
+    Args:
+        ids: token ids of each sample.
+        text: each sample decoded, BOS and EOS replaced by a space.
+        units: whichever of the two the protocol's `entropy_unit` counts in.
+        judge: the judge's scores; None when it has none, for the reason `trouble`.
+    """
+
+    ids: Sequence[Sequence[int]]
+    text: Sequence[str]
+    units: Sequence
+    judge: GenerativePerplexity | None
+    trouble: str | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure.
+
+    Args:
+        name: its key in a row.
+        reads: the attribute of `Samples` that `function` is given.
+        function: (that attribute, the protocol) -> the figure of one seed; None where the protocol does not ask for it.
+        format: how tables print a number of it.
+        title: its heading in the tables; None keeps it in `eval.json` alone.
+        mean: over seeds.
+        spread: whether the sample standard deviation over seeds is kept too, as `NAME_std`.
+        grows: whether it depends on the amount of text, so that only equal numbers of samples are comparable.
+    """
+
+    name: str
+    reads: str
+    function: Callable
+    format: Callable[[float], str] = "{:.3f}".format
+    title: str | None = None
+    mean: Callable[[Sequence[float]], float] = statistics.fmean
+    spread: bool = False
+    grows: bool = False
+
+    def show(self, row: dict) -> str:
+        """The figure of a row in words; "-" where it was not measured, "n/a" where it could not be."""
+        value = row.get(self.name)
+        return self.format(value) if value is not None else "n/a" if row.get("note") else "-"
+
+
+def format_perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.1f}"
+
+
+FIGURES = (
+    Figure("gen_ppl", "judge", lambda judged, _: judged.perplexity, format_perplexity, spread=True),
+    Figure("judge_nll", "judge", lambda judged, _: judged.mean_nll),
+    Figure("entropy", "units", lambda units, protocol: unigram_entropy(units, protocol.entropy_unit), "{:.2f}".format),
+    Figure(
+        "trigram_entropy",
+        "text",
+        lambda text, _: unigram_entropy(text, "trigrams"),
+        "{:.2f}".format,
+        "trigram entropy (nats)",
+    ),
+    Figure("distinct_3", "text", lambda text, _: distinct_n(text, 3), title="distinct-3", grows=True),
+    Figure(
+        "known_words",
+        "text",
+        lambda text, protocol: None if protocol.vocabulary is None else known_words(text, protocol.vocabulary),
+        "{:.1%}".format,
+        "known words",
+    ),
+)
+
+
+def figures_of(samples: Samples, protocol) -> tuple[dict[str, float | None], list[str]]:
+    """Every figure of one seed by name, and notes that say why one of them could not be measured."""
+    figures, notes = {}, []
+    for figure in FIGURES:
+        figures[figure.name] = None
+        source = getattr(samples, figure.reads)
+        if source is None:
+            notes.append(samples.trouble)
+            continue
+        try:
+            value = figure.function(source, protocol)
+        except (ValueError, ArithmeticError) as error:
+            notes.append(f"{figure.name}: {error}")
+            continue
+        if value is None or math.isfinite(value):
+            figures[figure.name] = value
+        else:
+            notes.append(f"{figure.name} is {value}")
+    return figures, notes
+
+
+def over_seeds(seeds: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
+    """Means and spreads of figures over seeds (of sampling, or of training); None unless every seed has the figure."""
+    row = {}
+    for figure in FIGURES:
+        values = [figures.get(figure.name) for figures in seeds] or [None]
+        row[figure.name] = None if None in values else figure.mean(values)
+        if figure.spread:
+            row[f"{figure.name}_std"] = None if None in values or len(values) < 2 else statistics.stdev(values)
+    return row

@@ -1,0 +1,79 @@
+"""The options of an evaluation: the same in a recipe and on the command line of `run_eval.py`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from evaluation.diversity import ENTROPY_UNITS
+from evaluation.evaluate_model import EvaluationProtocol
+from evaluation.generative_perplexity import CONVENTIONS
+from modeling_mcd.checks_mdlm import AT_LEAST_1, NOT_NEGATIVE, check_numbers
+from modeling_mcd.generation_config_mdlm import CHOICES, options_of
+from modeling_mcd.sampling_mdlm import LAST_STEPS, SAMPLERS
+
+
+WITH_STEPS = tuple(name for name, sampler in SAMPLERS.items() if "steps" in options_of(sampler))
+PREFIX = "evaluation_"  # `run_eval.py` takes these names without it too
+
+
+@dataclass
+class EvaluationArguments:
+    """How models are judged: the teacher and every round's student in a recipe, finished models with `run_eval.py`."""
+
+    judge: str | None = field(
+        default=None, metadata={"help": "Causal language model, folder or Hub name; null: no evaluation."}
+    )
+    judge_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Of the judge's weights."}
+    )
+    convention: Literal[CONVENTIONS] = field(
+        default="retokenized", metadata={"help": "What the judge reads: the samples' text, or their token ids."}
+    )
+    entropy_unit: Literal[ENTROPY_UNITS] = field(
+        default="tokens", metadata={"help": "What the entropy counts; take words for a character model."}
+    )
+    evaluation_steps: list[int] = field(
+        default_factory=lambda: [4, 8, 16, 32, 64], metadata={"help": "Numbers of sampling steps."}
+    )
+    evaluation_temperatures: list[float] = field(
+        default_factory=lambda: [1.0], metadata={"help": "Sampling temperatures; several make a sweep."}
+    )
+    evaluation_samples: int = field(default=64, metadata={"help": "Samples for each seed."})
+    evaluation_seeds: int = field(default=1, metadata={"help": "Number of seeds: 0, 1, ..."})
+    evaluation_length: int | None = field(
+        default=None, metadata={"help": "Tokens in a sample; null: the model's context."}
+    )
+    evaluation_sampler: Literal[WITH_STEPS] = field(
+        default="ancestral", metadata={"help": "One of the samplers that take a number of steps."}
+    )
+    evaluation_last_step: Literal[LAST_STEPS] | None = field(
+        default=None, metadata={"help": "What follows the steps, see docs/generation.md."}
+    )
+    evaluation_precision: Literal[CHOICES["precision"]] = field(
+        default="float64", metadata={"help": "Of the draws; legacy_float32 is that of the original code."}
+    )
+    evaluation_batch_size: int = field(
+        default=32, metadata={"help": "Canvases, and texts for the judge, at a time; changes no figure."}
+    )
+
+    def __post_init__(self):
+        for name, least, allows in (
+            ("evaluation_steps", "numbers of at least 1", AT_LEAST_1[1]),
+            ("evaluation_temperatures", "finite numbers of at least 0", NOT_NEGATIVE[1]),
+        ):
+            values = getattr(self, name)
+            if not values or not all(map(allows, values)):
+                raise ValueError(f"{name} must be one or more {least}, not {values}")
+        names = ("evaluation_samples", "evaluation_seeds", "evaluation_batch_size")
+        check_numbers(self, **dict.fromkeys(names, AT_LEAST_1), evaluation_length=("be at least 2", lambda n: n >= 2))
+
+    def protocol(self, judge, judge_tokenizer, vocabulary: set[str] | None = None) -> EvaluationProtocol:
+        """The protocol of these options with a loaded judge."""
+        names = ("samples", "seeds", "length", "sampler", "last_step", "precision", "batch_size")
+        return EvaluationProtocol(
+            judge,
+            judge_tokenizer,
+            convention=self.convention,
+            entropy_unit=self.entropy_unit,
+            vocabulary=vocabulary,
+            **{name: getattr(self, PREFIX + name) for name in names},
+        )
