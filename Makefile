@@ -43,9 +43,9 @@ style: setup
 	$(BIN)/ruff format $(SOURCES)
 
 bench: setup
-	$(BIN)/python benchmarks/sampling.py
-	$(BIN)/python benchmarks/sampling.py --memory
-	$(BIN)/python benchmarks/load_checkpoint.py
+	$(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.sampling --memory
+	$(BIN)/python -m benchmarks.load_checkpoint
 	$(BIN)/python -m benchmarks.divergence
 	$(BIN)/python -m benchmarks.distillation_step
 

@@ -22,7 +22,7 @@ import time
 
 import torch
 
-from benchmarks.measuring import PeakMemory, in_its_own_process, memory_available, synchronize, write_result
+from benchmarks.measuring import PeakMemory, alternate, in_its_own_process, memory_available, synchronize, write_result
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.forward_process_mdlm import mask_tokens, masked_at
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
@@ -229,12 +229,14 @@ def main():
         return
 
     options.batch_size = options.batch_size or largest_batch(options)
-    runs = {side: [] for side in SIDES}
-    for _ in range(options.repeats):
-        for side, results in runs.items():
-            results.append(run(options, side, options.batch_size, options.warmup, options.steps))
-            memory = f", peak {results[-1]['peak_gb']:.2f} GB" if side != "floor" else ""
-            print(f"{side:>24}: {results[-1]['seconds']:.3f} s a step{memory}", flush=True)
+
+    def measured(side: str) -> dict:
+        result = run(options, side, options.batch_size, options.warmup, options.steps)
+        memory = f", peak {result['peak_gb']:.2f} GB" if side != "floor" else ""
+        print(f"{side:>24}: {result['seconds']:.3f} s a step{memory}", flush=True)
+        return result
+
+    runs = alternate(SIDES, options.repeats, measured)
     first = {side: results[0]["losses"][0] for side, results in runs.items() if side != "floor"}
     for loss in first.values():
         assert abs(loss - first["plain"]) <= (1e-2 if on_gpu else 1e-4) * first["plain"], f"other losses: {first}"

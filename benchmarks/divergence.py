@@ -11,13 +11,12 @@ sides must give the same loss and the same gradients. Prints the ratios of the m
 
 import argparse
 import json
-import statistics
 import sys
 import time
 
 import torch
 
-from benchmarks.measuring import PeakMemory, in_its_own_process, synchronize, write_result
+from benchmarks.measuring import PeakMemory, alternate, in_its_own_process, medians, synchronize, write_result
 from modeling_mcd.head_mdlm import HeadRows
 from trainers.divergences import divergence
 
@@ -84,24 +83,23 @@ def main():
     if options.measure:
         print(json.dumps(measure(options.measure, options)))
         return
-    runs = {"plain": [], "chunked": []}
-    for _ in range(options.repeats):
-        for side, results in runs.items():
-            results.append(in_its_own_process("benchmarks.divergence", *sys.argv[1:], "--measure", side))
-            print(f"{side:>8}: {results[-1]['seconds']:.2f} s, peak {results[-1]['peak_gb']:.2f} GB", flush=True)
+
+    def run(side: str) -> dict:
+        result = in_its_own_process("benchmarks.divergence", *sys.argv[1:], "--measure", side)
+        print(f"{side:>8}: {result['seconds']:.2f} s, peak {result['peak_gb']:.2f} GB", flush=True)
+        return result
+
+    runs = alternate(("plain", "chunked"), options.repeats, run)
     for ours, theirs in zip(runs["chunked"], runs["plain"], strict=True):
         for a, b in zip(
             [ours["loss"], *ours["gradient_norms"]], [theirs["loss"], *theirs["gradient_norms"]], strict=True
         ):
             assert abs(a - b) <= 1e-4 * abs(b), f"the two sides differ: {a} and {b}"
-    medians = {
-        side: {key: statistics.median(result[key] for result in results) for key in ("seconds", "peak_gb")}
-        for side, results in runs.items()
-    }
-    ratios = {key: medians["chunked"][key] / medians["plain"][key] for key in ("seconds", "peak_gb")}
+    median = medians(runs, "seconds", "peak_gb")
+    ratios = {key: median["chunked"][key] / median["plain"][key] for key in ("seconds", "peak_gb")}
     print(f"   ratio: time {ratios['seconds']:.2f} (at most 0.8), peak memory {ratios['peak_gb']:.3f} (at most 0.1)")
     settings = {name: value for name, value in vars(options).items() if name != "measure"}
-    write_result("divergence", {"settings": settings, "runs": runs, "median": medians, "ratio": ratios})
+    write_result("divergence", {"settings": settings, "runs": runs, "median": median, "ratio": ratios})
 
 
 if __name__ == "__main__":

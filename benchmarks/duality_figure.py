@@ -1,6 +1,6 @@
 """One figure of the duality: latent paths, their projection, and the locked threshold. Writes `docs/duality.png`.
 
-python benchmarks/duality_figure.py [--output docs/duality.png]
+python -m benchmarks.duality_figure [--output docs/duality.png]
 """
 
 import argparse

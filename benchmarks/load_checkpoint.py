@@ -1,6 +1,6 @@
 """Loading a 169M checkpoint with `load_model`, against `load_file` and `load_state_dict` of the same weights.
 
-    python benchmarks/load_checkpoint.py [--layout mdlm] [--repeats 3]
+    python -m benchmarks.load_checkpoint [--layout mdlm] [--repeats 3]
 
 Every load is a process of its own, alternating, with the files in the page cache. The clock starts after the imports and
 stops when every weight has been read once (both map the file, so that loading alone would read nothing). The plain side
@@ -10,19 +10,15 @@ median times and of the peak memory, imports included, and writes `benchmarks/re
 
 import argparse
 import json
-import platform
 import resource
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file
 
+from benchmarks.measuring import alternate, in_its_own_process, medians, write_result
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.checkpoint_layouts import save_published
 from modeling_mcd.loading import load_model
@@ -70,27 +66,21 @@ def main():
         side, folder = options.measure
         print(json.dumps(measure({"plain": plain, "load_model": load_model}[side], Path(folder))))
         return
-    runs = {"plain": [], "load_model": []}
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoints(Path(folder), options.layout)
-        for _ in range(options.repeats):
-            for side, results in runs.items():
-                words = [sys.executable, __file__, "--measure", side, str(Path(folder) / side)]
-                results.append(json.loads(subprocess.check_output(words, text=True, stderr=subprocess.DEVNULL)))
+
+        def load(side: str) -> dict:
+            return in_its_own_process("benchmarks.load_checkpoint", "--measure", side, str(Path(folder) / side))
+
+        runs = alternate(("plain", "load_model"), options.repeats, load)
     assert len({round(result["sum"], 2) for results in runs.values() for result in results}) == 1, "other weights"
-    medians = {
-        side: {key: statistics.median(result[key] for result in results) for key in ("seconds", "peak_gb")}
-        for side, results in runs.items()
-    }
-    ratios = {key: medians["load_model"][key] / medians["plain"][key] for key in ("seconds", "peak_gb")}
-    for side, values in medians.items():
+    median = medians(runs, "seconds", "peak_gb")
+    ratios = {key: median["load_model"][key] / median["plain"][key] for key in ("seconds", "peak_gb")}
+    for side, values in median.items():
         print(f"{side:>10}: {values['seconds']:.2f} s, peak {values['peak_gb']:.2f} GB")
     print(f"     ratio: {ratios['seconds']:.2f} (at most 1.3), peak {ratios['peak_gb']:.2f} (at most 1.2)")
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
-    content = {"layout": options.layout, "runs": runs, "median": medians, "ratio": ratios, **versions}
-    (results / "load_checkpoint.json").write_text(json.dumps(content, indent=2) + "\n")
+    content = {"layout": options.layout, "runs": runs, "median": median, "ratio": ratios}
+    write_result("load_checkpoint", content)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""What the benchmarks of training share: peak memory of a call, the machine, and where results go."""
+"""What the benchmarks share: peak memory, repeats of each side in turn, the machine and versions, where results go."""
 
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -68,7 +70,22 @@ def in_its_own_process(module: str, *words: str, environment: dict[str, str] | N
     return json.loads(output.strip().splitlines()[-1])
 
 
-def write_result(name: str, content: dict):
+def alternate(sides: Iterable[str], repeats: int, measure: Callable[[str], dict]) -> dict[str, list[dict]]:
+    """The results of `measure(side)`, `repeats` of each side, one side after the other in every repeat."""
+    runs = {side: [] for side in sides}
+    for _ in range(repeats):
+        for side, results in runs.items():
+            results.append(measure(side))
+    return runs
+
+
+def medians(runs: dict[str, list[dict]], *names: str) -> dict[str, dict[str, float]]:
+    """Side -> name -> the median over the side's results."""
+    return {side: {n: statistics.median(r[n] for r in results) for n in names} for side, results in runs.items()}
+
+
+def circumstances() -> dict:
+    """The machine and the versions under which figures were taken."""
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
@@ -77,6 +94,11 @@ def write_result(name: str, content: dict):
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    path = Path(__file__).parent / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**content, "machine": machine, "versions": versions}, indent=2) + "\n")
+    return {"machine": machine, "versions": versions}
+
+
+def write_result(name: str, content: dict, path: str | Path | None = None):
+    """Writes `content` and the circumstances to `benchmarks/results/NAME.json`, or to `path`."""
+    path = Path(path or Path(__file__).parent / "results" / f"{name}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**content, **circumstances()}, indent=2) + "\n")

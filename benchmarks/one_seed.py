@@ -1,6 +1,6 @@
 """One seed at several numbers of steps, with locked noise: a picture of the texts, and how many tokens they share.
 
-    python benchmarks/one_seed.py [--model recipes/tiny/teacher] [--steps 4 8 16 64] [--seed 0]
+    python -m benchmarks.one_seed [--model recipes/tiny/teacher] [--steps 4 8 16 64] [--seed 0]
 
 A token is dark where it equals that of the last number of steps. Prints the share of equal tokens over `--samples` seeds,
 against the share between different seeds, and writes `docs/images/one_seed.png`.

@@ -1,6 +1,6 @@
 """The paper's Tables 1 and 2 and Figure 3 on equal terms: every method from one teacher, with one budget, under one judge.
 
-    python benchmarks/paper_tables.py [--recipes tiny] [--seeds 1 2 3] [--rounds 3] [--steps_per_round 50] [--minutes 18]
+    python -m benchmarks.paper_tables [--recipes tiny] [--seeds 1 2 3] [--rounds 3] [--steps_per_round 50] [--minutes 18]
 
 `--recipes NAME` takes recipes/NAME.yaml, NAME_sdtt.yaml, NAME_dcd.yaml and so on; teacher or judge are trained first when
 their folder does not exist and NAME_teacher.yaml, NAME_uniform_teacher.yaml or NAME_judge.yaml do. What argparse does not
@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from paper_report import write_tables
 from transformers import AutoTokenizer
 
+from benchmarks.paper_report import write_tables
 from evaluation import RunReport, load_report, read_texts, save_results, text_blocks, vocabulary_of
 from evaluation.judge import load_judge
 from evaluation.options import EvaluationArguments

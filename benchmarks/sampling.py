@@ -1,9 +1,9 @@
 """`generate` against the full-canvas ancestral sampler as published, and against the bare trunk: time and memory.
 
-    python benchmarks/sampling.py                                      # the 169M shape on this machine, B = 1
-    python benchmarks/sampling.py --batch 1 16 64 --dtype bfloat16     # on a GPU
-    python benchmarks/sampling.py --memory                             # peak memory against length and vocabulary
-    python benchmarks/sampling.py --hidden_size 64 --layers 2 --vocab 1000 --length 64 --steps 4 16    # seconds
+    python -m benchmarks.sampling                                      # the 169M shape on this machine, B = 1
+    python -m benchmarks.sampling --batch 1 16 64 --dtype bfloat16     # on a GPU
+    python -m benchmarks.sampling --memory                             # peak memory against length and vocabulary
+    python -m benchmarks.sampling --hidden_size 64 --layers 2 --vocab 1000 --length 64 --steps 4 16    # seconds
 
 The plain side is MDLM's update (arXiv 2406.07524, Alg. 2) in every step on every position: forward, softmax and Gumbel
 noise over the vocabulary, in float64 or as the original code does it, in float32 with truncated noise. Both sides have the
@@ -16,18 +16,13 @@ Prints ratios and writes `benchmarks/results/sampling.json` (`--memory`: `sampli
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import torch
-import transformers
 
+from benchmarks.measuring import in_its_own_process, synchronize, write_result
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
 
@@ -70,11 +65,10 @@ def build(options: argparse.Namespace, length: int, vocab: int) -> MDLMForMasked
     return model.to(options.device, getattr(torch, options.dtype))
 
 
-def seconds(call, device: str) -> float:
+def seconds(call) -> float:
     start = time.perf_counter()
     call()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -96,7 +90,7 @@ def compare(
         for name, (call, scale) in sides.items():
             if options.device != "cpu":
                 torch.cuda.reset_peak_memory_stats()
-            measured = seconds(call, options.device) * scale
+            measured = seconds(call) * scale
             if options.device != "cpu":
                 peaks[name] = torch.cuda.max_memory_allocated() / 1e9
             if repeat >= warm_up:
@@ -165,10 +159,10 @@ def memory_table(options: argparse.Namespace) -> list[dict]:
     for length, vocab in grid:
         row = {"length": length, "vocab": vocab, "all_logits_float64_gb": options.batch[0] * length * vocab * 8 / 1e9}
         for side in ("plain", "ancestral", "random", "first_hitting"):
-            words = [sys.executable, __file__, "--measure", side, "--length", str(length), "--vocab", str(vocab)]
+            words = ["--measure", side, "--length", str(length), "--vocab", str(vocab)]
             words += ["--hidden_size", str(min(128, options.hidden_size)), "--layers", "1"]
             words += ["--batch", str(options.batch[0])]
-            row[side] = json.loads(subprocess.check_output(words, text=True))["peak_gb"]
+            row[side] = in_its_own_process("benchmarks.sampling", *words)["peak_gb"]
         rows.append(row)
         sides = ", ".join(f"{side} {row[side]:.2f}" for side in ("plain", "ancestral", "random", "first_hitting"))
         print(
@@ -205,9 +199,9 @@ def main():
         print(json.dumps(measure_memory(options)))
         return
     if options.memory:
-        rows, name = memory_table(options), "sampling_memory.json"
+        rows, name = memory_table(options), "sampling_memory"
     else:
-        rows, name = [], "sampling.json"
+        rows, name = [], "sampling"
         model = build(options, options.length, options.vocab)
         for precision in options.precision:
             for batch in options.batch:
@@ -223,24 +217,7 @@ def main():
                         + (f", waits: {row['waits_for_the_device']}" if "waits_for_the_device" in row else ""),
                         flush=True,
                     )
-    result = {
-        "rows": rows,
-        "settings": vars(options),
-        "machine": {
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if options.device != "cpu" else None,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-    path = Path(options.output or Path(__file__).parent / "results" / name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(name, {"rows": rows, "settings": vars(options)}, options.output)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,12 @@
 """The paper's tables: what is still to be done, several commands in one folder, and the table made of known figures."""
 
 import json
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 from report_rows import held_out, line, row
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-from paper_tables import RUNS, Network, Tables  # noqa: E402
+from benchmarks.paper_tables import RUNS, Network, Tables
 
 
 RUN = {run.label: run for run in RUNS}

@@ -1,0 +1,80 @@
+"""The benchmarks: each can be started, and at a tiny size their sides compute the same thing."""
+
+import argparse
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+from tiny_run import ROOT
+
+import benchmarks
+from benchmarks import distillation_step, divergence, load_checkpoint, measuring, sampling, workloads
+
+
+TINY = {"batch_size": 2, "length": 16, "layers": 1, "hidden_size": 32, "vocab_size": 48, "steps": 4, "device": "cpu"}
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(benchmarks.__path__)])
+def test_every_benchmark_can_be_imported_and_has_a_way_in(name):
+    """They import from all floors: a name that moves must move here too."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert name in ("measuring", "paper_report") or callable(module.main)
+
+
+@pytest.mark.parametrize("workload", workloads.WORKLOADS)
+def test_a_workload_gives_the_same_result_each_time(tmp_path, workload):
+    first, again = (workloads.WORKLOADS[workload](argparse.Namespace(**TINY), str(tmp_path)) for _ in range(2))
+    values = [first(), first()]
+    assert [again(), again()] == values
+    assert (values[0] == values[1]) == (workload == "sampling"), "a step of training changes the next loss"
+
+
+def test_the_sides_of_the_step_have_the_same_losses():
+    options = argparse.Namespace(**TINY | {"steps": 2}, warmup=1)
+    plain, ours, bare = (distillation_step.measure(side, options)["losses"] for side in distillation_step.SIDES[:3])
+    assert len(plain) == 3 and ours == pytest.approx(plain, rel=1e-4) and bare == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["student_teacher", "teacher_student"])
+def test_the_sides_of_the_divergence_agree(kind):
+    options = argparse.Namespace(rows=8, hidden_size=8, vocab_size=32, kind=kind)
+    plain, chunked = (divergence.measure(side, options) for side in ("plain", "chunked"))
+    assert chunked["loss"] == pytest.approx(plain["loss"], rel=1e-4) and plain["loss"] > 0.01
+    assert chunked["gradient_norms"] == pytest.approx(plain["gradient_norms"], rel=1e-4)
+
+
+def test_the_sides_of_loading_read_the_same_weights(tmp_path, monkeypatch):
+    config = load_checkpoint.MDLMConfig
+    small = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(load_checkpoint, "MDLMConfig", lambda: config(**small))
+    load_checkpoint.write_checkpoints(tmp_path, "mdlm")
+    plain = load_checkpoint.measure(load_checkpoint.plain, tmp_path / "plain")
+    assert load_checkpoint.measure(load_checkpoint.load_model, tmp_path / "load_model")["sum"] == plain["sum"] != 0
+
+
+def test_the_full_canvas_leaves_no_mask_at_the_end():
+    shape = argparse.Namespace(hidden_size=32, layers=1, dtype="float32", device="cpu")
+    model = sampling.build(shape, length=16, vocab=48)
+    for timed in (1, 4):
+        canvas = sampling.full_canvas(model, 2, 16, 4, timed, "float64")
+        assert ((canvas == model.config.mask_token_id).any()) == (timed == 1)
+
+
+def test_sides_are_measured_in_turn():
+    calls = []
+    runs = measuring.alternate("ab", 3, lambda side: calls.append(side) or {"seconds": float(len(calls))})
+    assert calls == list("ababab")
+    assert measuring.medians(runs, "seconds") == {"a": {"seconds": 3.0}, "b": {"seconds": 4.0}}
+
+
+@pytest.mark.slow
+def test_before_and_after_compares_two_trees(tmp_path):
+    words = "--before HEAD --layers 1 --hidden_size 32 --vocab_size 48 --length 16 --processes 1 --pairs 2".split()
+    words += ["--results", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.before_after", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert output.count("the same results") == 2 and len(list(tmp_path.glob("before_after_*.json"))) == 2
