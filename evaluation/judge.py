@@ -54,6 +54,8 @@ def check_judge(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
     for name, parameter in judge.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"its weight {name} holds a number that is not finite")
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # what transformers makes of no files
+        raise ValueError("its tokenizer has no tokens but special ones: the tokenizer's files are missing")
     vocabulary = vocabulary_size(judge)
     if len(tokenizer) > vocabulary:
         raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than its vocabulary of {vocabulary}")

@@ -48,6 +48,8 @@ def write_model_card(folder: str | Path, report: dict, name: str | None = None):
 
 def _eval_results(row: dict) -> list[EvalResult]:
     """Gen-PPL and its entropy, never the one without the other."""
+    if None in (row.get("gen_ppl"), row.get("entropy")):
+        return []
     point = f"{row['steps']} steps, temperature {row['temperature']:g}, {row['sampler']}"
     return [
         EvalResult(
@@ -70,7 +72,7 @@ def _examples(tables: list[list[dict]], label: str | None) -> list[dict]:
     rows = tables[0]
     chosen = {}
     for model in (rows[0]["model"], label or rows[-1]["model"]):
-        candidates = [row for row in rows if row["model"] == model]
+        candidates = [row for row in rows if row["model"] == model and row.get("example")]
         if candidates:
             chosen[model] = min(candidates, key=lambda row: abs(row["steps"] - 8))
     return list(chosen.values())

@@ -22,7 +22,7 @@ def write_plot(folder: str | Path, results: list[dict]):
         for model in dict.fromkeys(row["model"] for row in plain):
             points = [row for row in plain if row["model"] == model]
             # Gen-PPL is drawn only where its entropy is: a row that lacks either stands in the table, with its note.
-            points = [row for row in points if None not in (row["nfe"], row["gen_ppl"], row["entropy"])]
+            points = [row for row in points if None not in map(row.get, ("nfe", "gen_ppl", "entropy"))]
             points.sort(key=lambda row: row["nfe"])
             nfe = [row["nfe"] for row in points]
             (line,) = perplexity.plot(nfe, [row["gen_ppl"] for row in points], "o-", label=model)
