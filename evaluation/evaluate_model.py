@@ -16,10 +16,10 @@ from evaluation.generative_perplexity import CONVENTIONS, perplexity_of, score
 from evaluation.judge import check_same_ids, describe_judge, fingerprint
 from evaluation.team import ALONE, Team
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
-from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig, options_of
+from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig
 from modeling_mcd.loading import reason_of
 from modeling_mcd.noise_mdlm import row_keys
-from modeling_mcd.sampling_mdlm import SAMPLERS
+from modeling_mcd.sampling_mdlm import SAMPLERS, options_of
 
 
 HELD_OUT_TEXT = "held-out text"
@@ -69,13 +69,13 @@ class EvaluationProtocol:
     batch_size: int = 32
 
     def __post_init__(self):
-        with_steps = [name for name, sampler in SAMPLERS.items() if "steps" in options_of(sampler)]
+        with_steps = [name for name, sampler in SAMPLERS["absorbing"].items() if "steps" in options_of(sampler)]
         choices = {"convention": CONVENTIONS, "entropy_unit": ENTROPY_UNITS, "sampler": with_steps}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {tuple(allowed)}, not {getattr(self, name)!r}")
         check_numbers(self, **dict.fromkeys(("samples", "seeds", "batch_size", "length"), AT_LEAST_1))
-        if self.last_step is not None and "last_step" not in options_of(SAMPLERS[self.sampler]):
+        if self.last_step is not None and "last_step" not in options_of(SAMPLERS["absorbing"][self.sampler]):
             raise ValueError(f"last_step ({self.last_step!r}) is not used by the sampler {self.sampler!r}")
 
     def check(self, tokenizer: PreTrainedTokenizerBase, config, steps: Sequence[int], temperatures: Sequence[float]):

@@ -7,11 +7,11 @@ from evaluation.diversity import ENTROPY_UNITS
 from evaluation.evaluate_model import EvaluationProtocol
 from evaluation.generative_perplexity import CONVENTIONS
 from modeling_mcd.checks_mdlm import AT_LEAST_1, NOT_NEGATIVE, check_numbers
-from modeling_mcd.generation_config_mdlm import CHOICES, options_of
-from modeling_mcd.sampling_mdlm import LAST_STEPS, SAMPLERS
+from modeling_mcd.generation_config_mdlm import CHOICES
+from modeling_mcd.sampling_mdlm import LAST_STEPS, SAMPLERS, options_of
 
 
-WITH_STEPS = tuple(name for name, sampler in SAMPLERS.items() if "steps" in options_of(sampler))
+WITH_STEPS = tuple(name for name, sampler in SAMPLERS["absorbing"].items() if "steps" in options_of(sampler))
 PREFIX = "evaluation_"  # `run_eval.py` takes these names without it too
 
 

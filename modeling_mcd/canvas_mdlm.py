@@ -1,42 +1,69 @@
-"""The canvas of a generation: the one place where the network is asked, tokens are written and forwards are counted."""
+"""The canvas of a generation: the one place where the network is asked, tokens are written and forwards are counted.
+
+`generate` fills canvases block by block; so can any code that wants samples without the argument parsing of `generate`:
+
+    canvas = Canvas(tokens, fillable, RowNoise(keys, positions), model.denoiser())
+    for step in canvas.denoise(ancestral(canvas, steps=8)):
+        ...  # canvas.tokens has changed
+"""
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 
 from .draws_mdlm import draw_tokens
-from .noise_mdlm import uniforms
+from .noise_mdlm import RowNoise
 from .noise_schedule_mdlm import NoiseSchedule
 
 
-CHUNK = 2**24  # logits at a time: whatever the batch, the length and the vocabulary, memory for the head is bounded
+CHUNK = 2**24  # logits at a time: bounds the memory of the head whatever the batch, the length and the vocabulary
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """p(x_0 | z_t): a network, the noise that it was trained on, and how tokens are drawn from its logits.
+
+    Args:
+        trunk: `(tokens [b, L], rows [b], time [b] float64 on the CPU, wanted [b, R]) -> hidden states [b, R, ...]` at the
+            wanted positions, or [b, L, ...] at all of them if `wanted` is None. `rows` are the canvas's rows.
+        head: `(hidden states [n, ...], tokens [b, L], the row in `tokens` of each state [n]) -> logits [n, V]`.
+        schedule: the noise schedule gamma(t).
+        vocab_size: V.
+        mask_token_id: never drawn; None under uniform diffusion.
+        draw: keyword arguments of every draw: temperature, top_k, top_p, dtype.
+        forwards: forwards of the network that one call of the trunk costs; 2 with guidance.
+        static_shapes: every row takes part in every forward, as a compiled trunk needs it.
+    """
+
+    trunk: Callable
+    head: Callable
+    schedule: NoiseSchedule
+    vocab_size: int
+    mask_token_id: int | None
+    draw: dict = field(default_factory=dict)
+    forwards: int = 1
+    static_shapes: bool = False
 
 
 class Canvas:
     """Tokens under denoising.
 
-    Who is masked is kept on the CPU: a sampler whose reveals do not depend on the logits never waits for the device.
+    The mask is kept on the CPU: a sampler whose reveals do not depend on the logits never waits for the device.
 
     Args:
         tokens: [B, L] int64, on the network's device; changed in place.
-        fillable: [B, L] bool, CPU: the positions to fill. The others stay.
-        keys: [B] int64, CPU: the rows' noise, see `noise_mdlm.py`.
-        positions: [B, L] int64, CPU: the place of each token in its row, padding not counted.
-        trunk: `(tokens [b, L], rows [b], time [b] float64, CPU, wanted [b, R]) -> hidden states [b, R, ...]` of the wanted
-            positions; of all, [b, L, ...], for None.
-        head: `(hidden states [n, ...], tokens [b, L], the row of tokens of each state [n]) -> logits [n, V]`.
-        schedule: the noise schedule of the model.
-        vocab_size: V.
-        mask_token_id: never drawn; None under uniform diffusion.
-        draw: keyword arguments of every draw: temperature, top_k, top_p, dtype.
-        forwards: what one call of the trunk counts for; 2 with guidance.
-        whole: every row takes part in every forward (static shapes, for a compiled trunk).
-        step: the number of the first step.
+        fillable: [B, L] bool, CPU: the positions to fill. The others stay as they are.
+        noise: the uniforms of the rows: draw 0 is the locked noise, the step with number k has draw k + 1.
+        denoiser: what is asked.
+        first_step: the number of the first step.
 
     Attributes:
         masked: [B, L] bool, CPU: the fillable positions without a token.
-        when, which: [B, L] float64, CPU: the locked noise, that is the first draw of each token.
+        u: [B, L] float64, CPU: the locked uniform that decides when a token is revealed.
+        v: [B, L] float64, CPU: the locked uniform that decides which token it becomes.
+        step: the number of the current step.
         nfe: [B] int64, CPU: forwards that each row took part in.
         reveal_steps: [B, L] int64, CPU: the step that revealed each token, -1 for none.
     """
@@ -45,91 +72,92 @@ class Canvas:
         self,
         tokens: torch.LongTensor,
         fillable: torch.BoolTensor,
-        keys: torch.LongTensor,
-        positions: torch.LongTensor,
-        *,
-        trunk: Callable,
-        head: Callable,
-        schedule: NoiseSchedule,
-        vocab_size: int,
-        mask_token_id: int | None,
-        draw: dict | None = None,
-        forwards: int = 1,
-        whole: bool = False,
-        step: int = 0,
+        noise: RowNoise,
+        denoiser: Denoiser,
+        first_step: int = 0,
     ):
-        self.tokens, self.fillable, self.keys, self.positions = tokens, fillable, keys, positions
-        self.trunk, self.head, self.schedule = trunk, head, schedule
-        self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
-        self.draw, self.forwards, self.whole = draw or {}, forwards, whole
+        self.tokens, self.fillable, self.noise, self.denoiser = tokens, fillable, noise, denoiser
         self.masked = fillable.clone()
-        self.when, self.which = self.noise(0)
+        self.u, self.v = noise.uniforms(0)
         self.nfe = torch.zeros(len(tokens), dtype=torch.long)
         self.reveal_steps = torch.full(tokens.shape, -1)
         self.broken = torch.zeros_like(tokens, dtype=torch.bool)
-        self.step, self.changed = step, False
+        self.step, self.changed = first_step, False
 
-    def noise(self, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two uniforms of each token, [B, L] float64 on the CPU. Draw 0 is the locked noise; step k has draw k + 1."""
-        return uniforms(self.keys, self.positions, draw)
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.denoiser.schedule
+
+    @property
+    def mask_token_id(self) -> int | None:
+        return self.denoiser.mask_token_id
+
+    def fresh_noise(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two uniforms of each token for this step alone, [B, L] float64 on the CPU."""
+        return self.noise.uniforms(self.step + 1)
 
     def ask(self, where: torch.BoolTensor, time: float | torch.Tensor, sparing: bool = False) -> "Answer":
-        """One forward of the rows that have a position in `where`; the head waits until it is known what for.
+        """One forward of the rows that have a position in `where`. The head runs later, on the positions that are chosen.
 
         Args:
             where: [B, L] bool, CPU; not empty.
             time: the time t of the forward, one for all or [B].
-            sparing: the last layer runs on the positions in `where` alone. The last bits of an answer then depend on how
-                many are asked for in other rows, which an order made of scores would feel where two are equal.
+            sparing: run the last layer on the positions in `where` alone. The last bits of an answer then depend on how
+                many positions other rows ask for; score-based samplers must not use it, since near-ties would break
+                differently between batches.
         """
-        rows = torch.arange(len(where)) if self.whole else where.any(dim=1).nonzero()[:, 0]
+        static = self.denoiser.static_shapes
+        rows = torch.arange(len(where)) if static else where.any(dim=1).nonzero()[:, 0]
         asked, wanted = where[rows], None
-        if sparing and not self.whole:
+        if sparing and not static:
             columns, counts = asked.nonzero()[:, 1], asked.sum(dim=1, keepdim=True)
             asked = torch.arange(int(counts.max())) < counts  # [b, R]: rows that want fewer ask for position 0 as well
             wanted = self.send(torch.zeros(asked.shape, dtype=torch.long).masked_scatter(asked, columns))
         index = asked.flatten().nonzero()[:, 0]
-        self.nfe[rows] += self.forwards
+        self.nfe[rows] += self.denoiser.forwards
         time = torch.as_tensor(time, dtype=torch.float64).expand(len(where))[rows]
         rows, index = self.send(rows), self.send(index)
         tokens = self.tokens[rows]
-        hidden = self.trunk(tokens, rows, time, wanted).flatten(0, 1)[index]
+        hidden = self.denoiser.trunk(tokens, rows, time, wanted).flatten(0, 1)[index]
         return Answer(self, where, hidden, tokens, index // asked.shape[1])
 
-    def reveal(self, where: torch.BoolTensor, time: float | torch.Tensor, **how):
-        """Asks for the positions [B, L] and fills them all; no position, no forward. `how`: see `Answer.reveal`."""
+    def reveal(self, where: torch.BoolTensor, time: float | torch.Tensor, **options):
+        """Asks for the positions [B, L] and fills them all; no position, no forward. `options`: see `Answer.reveal`."""
         if where.any():
-            self.ask(where, time, sparing=True).reveal(where, **how)
+            self.ask(where, time, sparing=True).reveal(where, **options)
 
     def write(self, where: torch.BoolTensor, tokens: torch.LongTensor):
         """Puts tokens [n] into the positions [B, L], in row-major order. A -1 marks logits that gave no token."""
         rows, columns = where.nonzero().unbind(dim=1)
-        rows_there, columns_there = self.send(rows), self.send(columns)
-        self.broken[rows_there, columns_there] = tokens < 0
-        self.tokens[rows_there, columns_there] = tokens.clamp(min=0)
+        index = self.send(rows), self.send(columns)
+        self.broken[index] = tokens < 0
+        self.tokens[index] = tokens.clamp(min=0)
         self.reveal_steps[where] = self.step
         self.masked = self.masked & ~where  # a new tensor: `where` may be the old one
         self.changed = True
 
     def remask(self, where: torch.BoolTensor):
-        """Takes tokens off the canvas again."""
+        """Masks tokens again."""
         if where.any():
             self.tokens[tuple(map(self.send, where.nonzero().unbind(dim=1)))] = self.mask_token_id
             self.masked = self.masked | where
             self.reveal_steps[where] = -1
             self.changed = True
 
-    def denoise(self, sampler: Iterator[None], on_step: Callable[[], None]):
-        """The loop of every sampler: `sampler` does a step each time that it is asked for the next.
+    def denoise(self, sampler: Iterator[None]) -> Iterator[int]:
+        """The loop of every sampler: `sampler` does one step whenever it is asked for the next.
+
+        Yields:
+            the number of each step that changed the canvas, while `tokens` are what it left.
 
         Raises:
-            ValueError: logits that are no numbers, with their row and step.
+            ValueError: for NaN or infinite logits; names their row and step.
         """
         for _ in sampler:
             if self.tokens.device.type == "cpu":  # elsewhere a look at the flags would wait for the device
                 self.check()
             if self.changed:
-                on_step()
+                yield self.step
             self.changed = False
             self.step += 1
         self.check()
@@ -137,55 +165,70 @@ class Canvas:
     def check(self):
         if self.broken.any():
             row, column = self.broken.nonzero()[0].tolist()
-            raise not_a_number(row, self.reveal_steps[row, column].item())
+            raise bad_logits(row, self.reveal_steps[row, column].item())
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.tokens.device, non_blocking=True)
 
 
 class Answer:
-    """What the network says of some positions: their hidden states, which the head turns into logits a chunk at a time."""
+    """The network's hidden states at some positions, which the head turns into logits a chunk at a time.
 
-    def __init__(self, canvas: Canvas, where: torch.BoolTensor, hidden, tokens, lines):
-        self.canvas, self.where, self.hidden, self.tokens, self.lines = canvas, where, hidden, tokens, lines
+    Args:
+        canvas: what was asked about.
+        where: [B, L] bool, CPU: the n positions.
+        hidden: [n, ...], in row-major order.
+        tokens: [b, L]: the rows that took part in the forward, as the network saw them.
+        row_of: [n]: the row in `tokens` of each position.
+    """
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        where: torch.BoolTensor,
+        hidden: torch.Tensor,
+        tokens: torch.LongTensor,
+        row_of: torch.LongTensor,
+    ):
+        self.canvas, self.where, self.hidden, self.tokens, self.row_of = canvas, where, hidden, tokens, row_of
 
     def map(self, function: Callable, *values: torch.Tensor) -> torch.Tensor:
-        """`function(logits [m, V], *values [m])` of all positions asked for, m at a time: a tensor [n]."""
-        values = [self.canvas.send(value) for value in values]
-        size, results = max(1, CHUNK // self.canvas.vocab_size), []
+        """`function(logits [m, V], *values [m])` of all positions, m at a time: a tensor [n]."""
+        denoiser, values = self.canvas.denoiser, [self.canvas.send(value) for value in values]
+        size, results = max(1, CHUNK // denoiser.vocab_size), []
         for start in range(0, len(self.hidden), size):
             part = slice(start, start + size)
-            logits = self.canvas.head(self.hidden[part], self.tokens, self.lines[part])
+            logits = denoiser.head(self.hidden[part], self.tokens, self.row_of[part])
             results.append(function(logits, *(value[part] for value in values)))
         return torch.cat(results)
 
     def score(self, measure: Callable) -> torch.Tensor:
         """`measure(logits, mask_token_id)` of every position asked for, [B, L] float32 on the CPU; -inf elsewhere.
 
-        To four decimals: positions that the network cannot tell apart (all masked, far from the prompt) are then tied,
-        whatever the last bits of their logits, which differ between batches.
+        Rounded to four decimals: positions that the network cannot tell apart (all masked, far from the prompt) are then
+        tied, whatever the last bits of their logits, which differ between batches.
         """
         found = self.map(functools.partial(measure, mask_token_id=self.canvas.mask_token_id)).round(decimals=4).cpu()
         if found.isnan().any():
-            raise not_a_number(self.where.nonzero()[found.isnan(), 0][0].item(), self.canvas.step)
+            raise bad_logits(self.where.nonzero()[found.isnan(), 0][0].item(), self.canvas.step)
         return torch.full(self.where.shape, -torch.inf).masked_scatter(self.where, found)
 
-    def reveal(self, chosen: torch.BoolTensor, which: torch.Tensor | None = None, greedy: bool = False):
+    def reveal(self, chosen: torch.BoolTensor, v: torch.Tensor | None = None, greedy: bool = False):
         """Draws tokens for the chosen [B, L] among the positions asked for, and writes them.
 
         Args:
-            which: [B, L], the uniforms of the draw; the locked noise by default.
+            v: [B, L], the uniforms of the draw; the locked ones by default.
             greedy: take the likeliest tokens.
         """
         canvas = self.canvas
         if chosen is not self.where:
             picked = canvas.send(chosen[self.where].nonzero()[:, 0])
-            Answer(canvas, chosen, self.hidden[picked], self.tokens, self.lines[picked]).reveal(chosen, which, greedy)
+            Answer(canvas, chosen, self.hidden[picked], self.tokens, self.row_of[picked]).reveal(chosen, v, greedy)
             return
-        how = canvas.draw | ({"temperature": 0} if greedy else {})
-        draw = functools.partial(draw_tokens, mask_token_id=canvas.mask_token_id, **how)
-        canvas.write(chosen, self.map(draw, (canvas.which if which is None else which)[chosen]))
+        options = canvas.denoiser.draw | ({"temperature": 0} if greedy else {})
+        draw = functools.partial(draw_tokens, mask_token_id=canvas.mask_token_id, **options)
+        canvas.write(chosen, self.map(draw, (canvas.v if v is None else v)[chosen]))
 
 
-def not_a_number(row: int, step: int) -> ValueError:
-    return ValueError(f"the network gave logits that are no numbers (NaN or infinite) for row {row} in step {step}")
+def bad_logits(row: int, step: int) -> ValueError:
+    return ValueError(f"the network gave NaN or infinite logits for row {row} in step {step}")

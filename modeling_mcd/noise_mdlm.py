@@ -4,6 +4,8 @@ Philox is a counter-based generator: no state, so that neither the rows of a bat
 number of steps changes the noise of a token. In integers of 64 bits it gives the same bits everywhere.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 
@@ -25,7 +27,7 @@ def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Ten
 
 
 def row_keys(rows: int, generator: torch.Generator | None) -> torch.LongTensor:
-    """One key a row, [rows], taken from the generator (torch's own by default) one after the other."""
+    """One key for each row, [rows] int64, taken from the generator (torch's own by default) one after the other."""
     return torch.randint(2**63 - 1, (rows,), generator=generator)
 
 
@@ -33,9 +35,9 @@ def uniforms(keys: torch.LongTensor, positions: torch.LongTensor, draw: int) -> 
     """Two independent uniforms for each token, float64 with 53 random bits, in [0, 1).
 
     Args:
-        keys: [B], one a row.
-        positions: [B, L], the place of each token in its row, below 2^32.
-        draw: which draw of this token, at least 0.
+        keys: [B], one for each row.
+        positions: [B, L], the position of each token in its row, below 2^32.
+        draw: the number of the draw, at least 0.
 
     Returns:
         Two tensors [B, L].
@@ -44,3 +46,20 @@ def uniforms(keys: torch.LongTensor, positions: torch.LongTensor, draw: int) -> 
     zero = torch.zeros((), dtype=torch.long, device=keys.device)
     a, b, c, d = philox((positions, zero + draw, zero, zero), key)
     return tuple(((high >> 5) * 2**26 + (low >> 6)).double() * 2.0**-53 for high, low in ((a, b), (c, d)))
+
+
+@dataclass(frozen=True)
+class RowNoise:
+    """The uniforms of a batch of rows: what a `Canvas` asks for.
+
+    Args:
+        keys: [B] int64, CPU: one a row, see `row_keys`.
+        positions: [B, L] int64, CPU: the position of each token in its row, padding not counted.
+    """
+
+    keys: torch.LongTensor
+    positions: torch.LongTensor
+
+    def uniforms(self, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two uniforms of each token, [B, L] float64, for the draw with this number; see `uniforms`."""
+        return uniforms(self.keys, self.positions, draw)

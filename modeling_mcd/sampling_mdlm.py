@@ -1,15 +1,16 @@
-"""The samplers of masked diffusion, one short function each: who is revealed when, and which token is drawn.
+"""The samplers of diffusion language models, one short function each: who is revealed when, and which token is drawn.
 
-A sampler takes a `Canvas` and its own options, by keyword; `generate` refuses those that are not in its signature. It does
-a step, yields, and goes on when asked for the next (`Canvas.denoise` is the loop). What a row costs is the number of steps
-that reveal something in it: a row that reveals nothing takes no part in a forward.
+A sampler takes a `Canvas` and its own options, by keyword; `generate` refuses options that are not in its signature. It does
+one step, yields, and goes on when it is asked for the next (`Canvas.denoise` is the loop). A row costs as many forwards as
+there are steps that reveal something in it: a row that reveals nothing takes no part in a forward.
 
-The locked noise of a token is two uniforms, `canvas.when` and `canvas.which`. Samplers that choose whom to reveal without
-the network use the first, all but the correcting ones draw the token with the second: one seed gives related texts at every
-number of steps and under every order.
+The locked noise of a token is two uniforms: `canvas.u` decides when it is revealed, `canvas.v` which token it becomes.
+Samplers that choose positions without the network use the first; all but the correcting ones draw the token with the second.
+So one seed gives related texts at every number of steps and under every order.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -24,6 +25,7 @@ from .noise_schedule_mdlm import NoiseSchedule
 
 LAST_STEPS = ("ancestral", "greedy", "none")
 REMASKING = ("cap", "rescale", "confidence", "loop")
+LOOP_FROM, LOOP_TO = 0.55, 0.05  # the times between which ReMDM-loop remasks unless told otherwise
 TAIL = 1e-5  # the time at which the steps end when a last step follows, as in the code of MDLM and Duo
 
 
@@ -32,14 +34,20 @@ def step_times(steps: int, last_step: str | None) -> torch.Tensor:
     return torch.linspace(1, 0 if last_step is None else TAIL, steps + 1, dtype=torch.float64)
 
 
+def steps_of(times: torch.Tensor, gammas: torch.Tensor) -> Iterator[tuple[float, float, float]]:
+    """The steps t -> s between neighbouring times of a grid: (t, gamma_t, gamma_s) of each."""
+    for t, (gamma_t, gamma_s) in zip(times[:-1].tolist(), pairwise(gammas.tolist()), strict=True):
+        yield t, gamma_t, gamma_s
+
+
 def finish(canvas: Canvas, last_step: str | None) -> Iterator[None]:
-    """The last step, of the little that is still masked at `TAIL`: a draw, the likeliest tokens, or nothing at all."""
+    """The last step, for what is still masked at `TAIL`: a draw, the likeliest tokens, or nothing at all."""
     if last_step in ("ancestral", "greedy"):
         canvas.reveal(canvas.masked, TAIL, greedy=last_step == "greedy")
         yield
 
 
-# --- Exact: who is revealed does not depend on the network, so the head and the draw run once for each token
+# --- Exact: the reveals do not depend on the network, so the head and the draw run once for each token
 
 
 def ancestral_reveal_steps(
@@ -51,12 +59,13 @@ def ancestral_reveal_steps(
     (gamma_s - gamma_t) / (1 - gamma_t), whatever the other tokens and the network say. That is scalar trajectory
     locking read backwards (arXiv 2602.00792, Thm 3.3): with u ~ U(gamma_1, 1] fixed for each masked token, step k
     reveals those with gamma(t_k) < u <= gamma(t_{k+1}), on the grid t_k = 1 - k / steps. The last step reveals the rest;
-    with a `last_step` the grid ends at `TAIL`, and `steps` itself stands for what is left then.
+    with a `last_step` the grid ends at `TAIL`, and tokens left for the last step get the value `steps`.
 
     Args:
         uniforms: float64, any shape, in [0, 1).
         steps: number of steps, at least 1.
         schedule: the noise schedule.
+        last_step: None, or what follows the steps, one of `LAST_STEPS`.
     """
     grid = schedule.gamma(step_times(steps, last_step).to(uniforms.device))
     u = grid[0] + (1 - grid[0]) * uniforms
@@ -64,11 +73,11 @@ def ancestral_reveal_steps(
 
 
 def ancestral(canvas: Canvas, *, steps: int, last_step: str | None = None) -> Iterator[None]:
-    """Ancestral sampling, reveal-first (arXiv 2406.07524; 2602.00792, Thm 3.3). At most `steps` forwards a row.
+    """Ancestral sampling, reveal-first (arXiv 2406.07524; 2602.00792, Thm 3.3): exactly the law of the full-canvas sampler.
 
-    Exactly the law of the full-canvas sampler.
+    At most `steps` forwards a row.
     """
-    plan = ancestral_reveal_steps(canvas.when, steps, canvas.schedule, last_step)
+    plan = ancestral_reveal_steps(canvas.u, steps, canvas.schedule, last_step)
     for step, time in enumerate(step_times(steps, last_step)[:-1].tolist()):
         canvas.reveal(canvas.masked & (plan == step), time)
         yield
@@ -78,12 +87,12 @@ def ancestral(canvas: Canvas, *, steps: int, last_step: str | None = None) -> It
 def first_hitting(canvas: Canvas) -> Iterator[None]:
     """First-hitting sampling (arXiv 2409.02908, Alg. 1): one token at a time, each row on its own clock.
 
-    The limit of `ancestral` for infinitely many steps, at as many forwards as a row has masks. The first of n masked
-    tokens is hit at 1 - gamma = (1 - gamma_t) max(u_1 .. u_n), so that the locked uniforms, sorted, give the clock.
+    The limit of `ancestral` for infinitely many steps; costs one forward for each mask of a row. The first of n masked
+    tokens is hit at 1 - gamma = (1 - gamma_t) max(u_1 .. u_n), so the sorted locked uniforms are the clock.
     """
     start = canvas.schedule.gamma(torch.ones((), dtype=torch.float64))
-    times = canvas.schedule.inverse(start + (1 - start) * canvas.when)
-    order = rank(canvas.when, canvas.masked)
+    times = canvas.schedule.inverse(start + (1 - start) * canvas.u)
+    order = rank(canvas.u, canvas.masked)
     for turn in range(canvas.masked.sum(dim=1).max()):
         hit = canvas.masked & (order == turn)
         canvas.reveal(hit, times.masked_fill(~hit, 0).sum(dim=1))
@@ -91,18 +100,18 @@ def first_hitting(canvas: Canvas) -> Iterator[None]:
 
 
 def random(canvas: Canvas, *, steps: int) -> Iterator[None]:
-    """A uniformly random order with fixed counts: after k of N steps round(n k / N) of n masks are lifted.
+    """A uniformly random order with fixed counts: after k of N steps, round(n k / N) of n masks are revealed.
 
-    Another law than `ancestral`, whose counts are binomial and cost quality at few steps. min(steps, n) forwards a row.
+    Not the law of `ancestral`, whose binomial counts cost quality at few steps. min(steps, n) forwards a row.
     """
-    order, goals = rank(canvas.when, canvas.masked), goals_of(canvas.masked, steps)
+    order, goals = rank(canvas.u, canvas.masked), goals_of(canvas.masked, steps)
     for step in range(steps):
         canvas.reveal(canvas.masked & (order < goals[:, step + 1, None]), 1 - step / steps)
         yield
 
 
 def rank(values: torch.Tensor, among: torch.BoolTensor) -> torch.LongTensor:
-    """Place of each value [B, L] in its row, the smallest first; those not `among` come last. Ties keep their order."""
+    """Rank of each value [B, L] in its row, 0 for the smallest; those not `among` come last. Ties keep their order."""
     return values.masked_fill(~among, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
 
 
@@ -112,47 +121,58 @@ def goals_of(masked: torch.BoolTensor, steps: int) -> torch.LongTensor:
     return (2 * n * torch.arange(steps + 1) + steps) // (2 * steps)
 
 
-# --- The original code, for the comparison with old tables
+# --- The original code, for comparisons with published tables
 
 
 def legacy_ancestral(canvas: Canvas, *, steps: int, last_step: str | None = None) -> Iterator[None]:
-    """`ancestral` as the original code of MDLM and SDTT draws it, truncated noise and all (see `draw_truncated`).
+    """`ancestral` as the original code of MDLM and SDTT draws it, with its truncated noise (see `draw_truncated`).
 
-    There [MASK] takes part in the race, so that the truncation changes who is revealed as well: every masked position
-    needs the head in every step, and fresh noise of the size of the vocabulary.
+    There [MASK] competes with the tokens, so the truncation changes who is revealed as well: every masked position needs
+    the head in every step, and fresh noise of the size of the vocabulary.
     """
-    # A block has its own first step, and so its own noise.
-    generators = [torch.Generator().manual_seed(key + canvas.step) for key in canvas.keys.tolist()]
-
-    def draw(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        there, counts = (values.tolist() for values in rows.unique_consecutive(return_counts=True))
-        noise = torch.cat(
-            [torch.rand(n, logits.shape[-1], generator=generators[row]) for row, n in zip(there, counts, strict=True)]
-        )
-        return draw_truncated(
-            logits, noise.to(logits.device), canvas.mask_token_id, chance, canvas.draw["temperature"]
-        )
-
+    # Seeded with the first step's number too: each block has its own noise.
+    generators = [torch.Generator().manual_seed(key + canvas.step) for key in canvas.noise.keys.tolist()]
     times = step_times(steps, last_step)
-    for time, (gamma_t, gamma_s) in zip(times.tolist(), pairwise(canvas.schedule.gamma(times).tolist()), strict=False):
-        chance = (gamma_s - gamma_t) / (1 - gamma_t)
+    for t, gamma_t, gamma_s in steps_of(times, canvas.schedule.gamma(times)):
         if canvas.masked.any():
             where = canvas.masked
-            tokens = canvas.ask(where, time).map(draw, where.nonzero()[:, 0])
+            draw = functools.partial(
+                draw_with_generators,
+                generators=generators,
+                mask_token_id=canvas.mask_token_id,
+                reveal=(gamma_s - gamma_t) / (1 - gamma_t),
+                temperature=canvas.denoiser.draw["temperature"],
+            )
+            tokens = canvas.ask(where, t).map(draw, where.nonzero()[:, 0])
             canvas.write(where, tokens)
             canvas.remask(torch.zeros_like(where).masked_scatter(where, (tokens == canvas.mask_token_id).cpu()))
         yield
     yield from finish(canvas, last_step)
 
 
-# --- The order comes from the network, which is asked for every masked position
+def draw_with_generators(
+    logits: torch.Tensor, rows: torch.Tensor, generators: list[torch.Generator], **options
+) -> torch.LongTensor:
+    """`draw_truncated` of logits [n, V] with the noise of the generator of the row [n], ascending, that each belongs to."""
+    numbers, counts = (values.tolist() for values in rows.unique_consecutive(return_counts=True))
+    noise = torch.cat(
+        [
+            torch.rand(count, logits.shape[-1], generator=generators[row])
+            for row, count in zip(numbers, counts, strict=True)
+        ]
+    )
+    return draw_truncated(logits, noise.to(logits.device), **options)
+
+
+# --- Score-based: the order comes from the network, which is asked for every masked position
 
 
 def confidence(canvas: Canvas, *, steps: int, order_temperature: float = 0.0) -> Iterator[None]:
-    """The surest tokens first, by the log-probability of the likeliest one (MaskGIT, arXiv 2202.04200; LLaDA).
+    """The positions with the likeliest best token first (MaskGIT, arXiv 2202.04200; LLaDA, arXiv 2502.09992).
 
-    Counts as in `random`. With `order_temperature` T the order is drawn without replacement, a position with weight
-    exp(score / T), which is Gumbel noise times T on the scores (MaskGIT, Dream). min(steps, n) forwards a row.
+    The score is the log-probability of the likeliest token; counts are those of `random`. With `order_temperature` T the
+    order is drawn without replacement, a position with weight exp(score / T), by Gumbel noise times T on the scores
+    (MaskGIT, Dream). min(steps, n) forwards a row.
     """
     return by_score(canvas, log_confidence, steps, order_temperature)
 
@@ -168,6 +188,7 @@ def margin(canvas: Canvas, *, steps: int, order_temperature: float = 0.0) -> Ite
 
 
 def by_score(canvas: Canvas, measure: Callable, steps: int, order_temperature: float) -> Iterator[None]:
+    """Reveals the positions with the largest scores, as many in each step as `random` does."""
     goals = goals_of(canvas.masked, steps)
     for step in range(steps):
         counts = goals[:, step + 1] - goals[:, step]
@@ -176,7 +197,7 @@ def by_score(canvas: Canvas, measure: Callable, steps: int, order_temperature: f
             answer = canvas.ask(where, 1 - step / steps)
             scores = answer.score(measure)
             if order_temperature:
-                gumbel = -(-canvas.noise(canvas.step + 1)[0].clamp(min=2**-53).log()).log()
+                gumbel = -(-canvas.fresh_noise()[0].clamp(min=2**-53).log()).log()
                 scores = scores + order_temperature * gumbel
             answer.reveal(where & (rank(-scores, where) < counts[:, None]))
         yield
@@ -185,9 +206,10 @@ def by_score(canvas: Canvas, measure: Callable, steps: int, order_temperature: f
 def adaptive(
     canvas: Canvas, *, threshold: float = 0.9, min_tokens: int = 1, max_tokens: int | None = None
 ) -> Iterator[None]:
-    """Every token whose likeliest value is surer than a threshold, at least and at most so many (CD4LM's decoding).
+    """Every position whose likeliest token has at least the probability `threshold` (CD4LM's decoding).
 
-    As many forwards as it takes: at most n / `min_tokens` for n masks, rounded up.
+    At least `min_tokens` and at most `max_tokens` of a row in each step, the most probable first. As many forwards as it
+    takes: at most n / `min_tokens` for n masks, rounded up.
     """
     while canvas.masked.any():
         where = canvas.masked
@@ -201,24 +223,26 @@ def adaptive(
 def entropy_bound(canvas: Canvas, *, entropy_bound: float = 0.1) -> Iterator[None]:
     """The EB-Sampler (arXiv 2505.24857): the largest set U, lowest entropies first, with sum_U H - max_U H <= bound.
 
-    The left side bounds what drawing the tokens of U independently loses. A bound of 0 reveals one token a forward, and
-    those that are certain; as many forwards as it takes, at most n for n masks.
+    The left side, in nats, bounds the error of drawing the tokens of U independently. A bound of 0 reveals one token a
+    forward, and any that are certain. As many forwards as it takes: at most n for n masks.
     """
     while canvas.masked.any():
         where = canvas.masked
         answer = canvas.ask(where, time_of(canvas))
         entropies, order = (-answer.score(negative_entropy).double()).sort(dim=1, stable=True)
-        accepted = entropies.cumsum(dim=1) - entropies <= entropy_bound  # false behind the last masked: inf - inf
+        accepted = (
+            entropies.cumsum(dim=1) - entropies <= entropy_bound
+        )  # False beyond the last masked position, where inf - inf is NaN
         answer.reveal(torch.zeros_like(where).scatter(1, order, accepted))
         yield
 
 
 def time_of(canvas: Canvas) -> torch.Tensor:
-    """The time at which as many tokens are masked as in each row, [B] float64, where no grid gives one."""
+    """The time at which the schedule masks as many tokens as each row has masked, [B] float64, where no grid gives one."""
     return canvas.schedule.inverse(1 - canvas.masked.sum(dim=1).double() / canvas.fillable.sum(dim=1).clamp(min=1))
 
 
-# --- Correcting: a token may be taken off the canvas again, and be drawn anew from a better context
+# --- Correcting: a revealed token may be masked again, and be drawn anew from a better context
 
 
 def remdm(
@@ -227,47 +251,35 @@ def remdm(
     steps: int,
     remasking: str = "cap",
     eta: float | None = None,
-    t_on: float = 0.55,
-    t_off: float = 0.05,
+    t_on: float = LOOP_FROM,
+    t_off: float = LOOP_TO,
     alpha_on: float = 0.9,
     last_step: str | None = None,
 ) -> Iterator[None]:
     """Remasking diffusion (ReMDM, arXiv 2503.00307): a visible token is masked again with probability sigma.
 
-    A masked one is revealed with (gamma_s - (1 - sigma) gamma_t) / (1 - gamma_t), which keeps the number of visible
-    tokens on its schedule for every sigma up to sigma_max = min(1, (1 - gamma_s) / gamma_t) that all tokens share.
-    `remasking` says which:
-
-    - "cap": min(eta, sigma_max), eta 0.008 by default.
-    - "rescale": eta sigma_max, eta 0.015 by default.
-    - "confidence": sigma_max, shared out over the visible tokens by the softmax of minus the probability that each had
-      when it was revealed. At a masked token it is 0, so that the number of visible tokens falls behind its schedule.
-    - "loop": gamma rises to `alpha_on` until t = `t_on`, rests there until `t_off` with sigma = eta, 0.02 by default, and
-      rises to 1. The network is told the time at which the schedule has that gamma.
+    A masked one is revealed with probability (gamma_s - (1 - sigma) gamma_t) / (1 - gamma_t), which keeps the number of
+    visible tokens on its schedule for every sigma up to sigma_max = min(1, (1 - gamma_s) / gamma_t) that all tokens
+    share. `remasking` chooses sigma, each choice a function below: "cap", "rescale", "confidence" or "loop".
 
     Worth it at a hundred steps and more. At most `steps` forwards a row; a step that only remasks needs none.
     """
-    eta = {"cap": 0.008, "rescale": 0.015, "loop": 0.02}.get(remasking) if eta is None else eta
     times = step_times(steps, last_step)
-    gamma, told = canvas.schedule.gamma(times), times
+    gammas, network_times = canvas.schedule.gamma(times), times
     if remasking == "loop":
-        gamma = loop_profile(times, t_on, t_off, alpha_on)
-        told = canvas.schedule.inverse(gamma).clamp(max=1)  # at gamma = 0 the inverse lies beyond 1
+        gammas = loop_profile(times, t_on, t_off, alpha_on)
+        network_times = canvas.schedule.inverse(gammas).clamp(max=1)  # at gamma = 0 the inverse lies beyond 1
     chances = torch.zeros(canvas.tokens.shape, dtype=torch.float64)  # of each visible token, when it was revealed
-    for time, told_time, (gamma_t, gamma_s) in zip(
-        times.tolist(), told.tolist(), pairwise(gamma.tolist()), strict=False
-    ):
-        sigma = min(1.0, (1 - gamma_s) / gamma_t) if gamma_t > 0 else 1.0
-        if remasking == "cap":
-            sigma = min(eta, sigma)
-        elif remasking == "rescale":
-            sigma = eta * sigma
-        elif remasking == "loop":
-            sigma = min(eta, sigma) if t_off < time <= t_on else 0.0
-        else:
-            visible = canvas.fillable & ~canvas.masked
-            sigma = sigma * (-chances).masked_fill(~visible, -torch.inf).softmax(dim=1).nan_to_num(0)
-        answer = correct(canvas, told_time, gamma_t, gamma_s, sigma)
+    given = {} if eta is None else {"eta": eta}
+    sigma_of = {
+        "cap": functools.partial(capped, **given),
+        "rescale": functools.partial(rescaled, **given),
+        "confidence": functools.partial(by_confidence, canvas=canvas, chances=chances),
+        "loop": functools.partial(looped, t_on=t_on, t_off=t_off, **given),
+    }[remasking]
+    for network_time, (t, gamma_t, gamma_s) in zip(network_times[:-1].tolist(), steps_of(times, gammas), strict=True):
+        sigma_max = min(1.0, (1 - gamma_s) / gamma_t) if gamma_t > 0 else 1.0
+        answer = correct(canvas, network_time, gamma_t, gamma_s, sigma_of(t, sigma_max))
         if remasking == "confidence" and answer is not None:
             tokens = canvas.tokens[tuple(map(canvas.send, answer.where.nonzero().unbind(dim=1)))]
             measure = functools.partial(probability_of, mask_token_id=canvas.mask_token_id)
@@ -276,61 +288,105 @@ def remdm(
     yield from finish(canvas, last_step)
 
 
+def capped(t: float, sigma_max: float, eta: float = 0.008) -> float:
+    """ReMDM-cap: min(eta, sigma_max)."""
+    return min(eta, sigma_max)
+
+
+def rescaled(t: float, sigma_max: float, eta: float = 0.015) -> float:
+    """ReMDM-rescale: eta sigma_max."""
+    return eta * sigma_max
+
+
+def by_confidence(t: float, sigma_max: float, canvas: Canvas, chances: torch.Tensor) -> torch.Tensor:
+    """ReMDM-conf: sigma_max, shared out over the visible tokens by the softmax of minus their `chances`, [B, L].
+
+    A chance is the probability that a token had when it was revealed. Sigma is 0 at a masked token, so the number of
+    visible tokens falls behind its schedule.
+    """
+    visible = canvas.fillable & ~canvas.masked
+    return sigma_max * (-chances).masked_fill(~visible, -torch.inf).softmax(dim=1).nan_to_num(0)
+
+
+def looped(t: float, sigma_max: float, t_on: float, t_off: float, eta: float = 0.02) -> float:
+    """ReMDM-loop: min(eta, sigma_max) while gamma rests between `t_on` and `t_off`, and 0 before and after.
+
+    gamma itself follows `loop_profile`, and the network is told the time at which its schedule has that gamma.
+    """
+    return min(eta, sigma_max) if t_off < t <= t_on else 0.0
+
+
+def loop_profile(times: torch.Tensor, t_on: float, t_off: float, alpha_on: float) -> torch.Tensor:
+    """Visible fraction of ReMDM-loop: rises from 0 to alpha_on at t_on, rests there until t_off, then rises to 1."""
+    rising = (1 - times) * alpha_on / (1 - t_on)
+    return torch.where(times > t_on, rising, 1 - times.clamp(max=t_off) * (1 - alpha_on) / t_off)
+
+
 def psi(canvas: Canvas, *, steps: int, kappa: float = 0.98, last_step: str | None = None) -> Iterator[None]:
     """The psi-sampler of Duo, chapter 2 (arXiv 2602.21185), under absorbing noise.
 
-    z_s is drawn from the posterior with probability kappa, and with 1 - kappa as fresh noise of level s on a draw of all
-    clean tokens. That is ReMDM with sigma = (1 - kappa) (1 - gamma_s); kappa = 1 is `ancestral` with other noise.
+    z_s is drawn from the posterior with probability kappa, and otherwise as fresh noise of level s on a draw of all clean
+    tokens. That is ReMDM with sigma = (1 - kappa) (1 - gamma_s); kappa = 1 is `ancestral` with other noise.
     """
     times = step_times(steps, last_step)
-    for time, (gamma_t, gamma_s) in zip(times.tolist(), pairwise(canvas.schedule.gamma(times).tolist()), strict=False):
-        correct(canvas, time, gamma_t, gamma_s, (1 - kappa) * (1 - gamma_s))
+    for t, gamma_t, gamma_s in steps_of(times, canvas.schedule.gamma(times)):
+        correct(canvas, t, gamma_t, gamma_s, (1 - kappa) * (1 - gamma_s))
         yield
     yield from finish(canvas, last_step)
 
 
 def correct(canvas: Canvas, time: float, gamma_t: float, gamma_s: float, sigma: float | torch.Tensor) -> Answer | None:
-    """One step of ReMDM's posterior with fresh noise. Who is revealed and who remasked is known before the forward.
+    """One step of ReMDM's posterior with fresh noise. The reveals and remasks are known before the forward.
 
     Returns:
-        What the network said of the revealed tokens, if there are any.
+        The network's answer for the revealed tokens; None if none were revealed.
     """
-    when, which = canvas.noise(canvas.step + 1)
-    reveal = canvas.masked & (when < (gamma_s - (1 - sigma) * gamma_t) / (1 - gamma_t))
-    remask = canvas.fillable & ~canvas.masked & (when < sigma)
+    u, v = canvas.fresh_noise()
+    reveal = canvas.masked & (u < (gamma_s - (1 - sigma) * gamma_t) / (1 - gamma_t))
+    remask = canvas.fillable & ~canvas.masked & (u < sigma)
     answer = canvas.ask(reveal, time, sparing=True) if reveal.any() else None
     if answer is not None:
-        answer.reveal(reveal, which)
+        answer.reveal(reveal, v)
     canvas.remask(remask)
     return answer
 
 
-def loop_profile(times: torch.Tensor, t_on: float, t_off: float, alpha_on: float) -> torch.Tensor:
-    """Visible fraction of ReMDM-loop: 0 -> alpha_on until t_on, alpha_on until t_off, and on to 1."""
-    rising = (1 - times) * alpha_on / (1 - t_on)
-    return torch.where(times > t_on, rising, 1 - times.clamp(max=t_off) * (1 - alpha_on) / t_off)
-
-
-SAMPLERS = {
-    sampler.__name__: sampler
-    for sampler in (ancestral, first_hitting, random, confidence, entropy, margin, adaptive, entropy_bound, remdm, psi)
-}
+# --- Uniform-state diffusion: no masks; every step may change every token
 
 
 def uniform_ancestral(canvas: Canvas, *, steps: int, last_step: str = "ancestral") -> Iterator[None]:
-    """Ancestral sampling of a uniform-state model (Duo): from noise, `steps` draws from the posterior and a last step.
+    """Ancestral sampling of a uniform-state model (Duo, arXiv 2506.10892): from noise, `steps` draws from the posterior.
 
-    The last step takes what little noise is left at t = 1e-5: "ancestral" draws from the posterior of t = 0, "greedy"
-    takes the network's likeliest token at every position (Duo's greedy tail), "none" leaves it, and saves a forward.
+    A last step removes the noise that is left at `TAIL`: "ancestral" draws from the posterior of t = 0, "greedy" takes
+    the likeliest token at every position (Duo's greedy tail), "none" leaves it and saves a forward.
     """
-    where, columns = canvas.fillable, tuple(map(canvas.send, canvas.fillable.nonzero().unbind(dim=1)))
-    times = torch.linspace(1, TAIL, steps + 1, dtype=torch.float64).tolist()
-    for t, s in pairwise([*times, 0.0] if last_step == "ancestral" else times):
-        alpha_t, alpha_s = canvas.schedule.gamma(torch.tensor([t, s], dtype=torch.float64)).tolist()
-        part, which = canvas.noise(canvas.step + 1)
-        draw = functools.partial(draw_posterior, alpha_t=alpha_t, alpha_s=alpha_s, **canvas.draw)
-        canvas.write(where, canvas.ask(where, t).map(draw, canvas.tokens[columns], part[where], which[where]))
+    where, index = canvas.fillable, tuple(map(canvas.send, canvas.fillable.nonzero().unbind(dim=1)))
+    times = step_times(steps, last_step)
+    if last_step == "ancestral":
+        times = torch.cat([times, times.new_zeros(1)])
+    for t, alpha_t, alpha_s in steps_of(times, canvas.schedule.gamma(times)):
+        u, v = canvas.fresh_noise()
+        draw = functools.partial(draw_posterior, alpha_t=alpha_t, alpha_s=alpha_s, **canvas.denoiser.draw)
+        canvas.write(where, canvas.ask(where, t).map(draw, canvas.tokens[index], u[where], v[where]))
         yield
     if last_step == "greedy":
         canvas.reveal(where, TAIL, greedy=True)
         yield
+
+
+# The samplers of each kind of diffusion, by the name that `generate(sampler=)` takes.
+SAMPLERS = {
+    "absorbing": {
+        sampler.__name__: sampler
+        for sampler in (
+            *(ancestral, first_hitting, random, confidence, entropy),
+            *(margin, adaptive, entropy_bound, remdm, psi),
+        )
+    },
+    "uniform": {"ancestral": uniform_ancestral},
+}
+
+
+def options_of(sampler: Callable) -> tuple[str, ...]:
+    """The options that a sampler uses: its keyword arguments."""
+    return tuple(inspect.signature(sampler).parameters)[1:]

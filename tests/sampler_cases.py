@@ -22,4 +22,4 @@ CASES = {
 
 
 def sampler_of(case: str):
-    return SAMPLERS[case.split(",")[0]]
+    return SAMPLERS["absorbing"][case.split(",")[0]]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from laws import FALSE_ALARM, p_value, uniforms
 from small_model import MASK, make_context_matter
-from toy import counts_of, index_of, sample, table_of_logits, toy_canvas
+from toy import counts_of, finish, index_of, sample, table_of_logits, toy_canvas
 from transformers import GenerationConfig, TextDiffusionStreamer
 
 from modeling_mcd import MDLMConfig, MDLMGenerationConfig, MDLMGenerationOutput
@@ -209,7 +209,7 @@ def run(table, steps, seed=0):
 
     canvas = toy_canvas(table, [3, 3, 3], draws=8, seed=seed)
     canvas.__class__ = Recorder
-    canvas.denoise(ancestral(canvas, steps=steps), lambda: None)
+    finish(canvas, ancestral(canvas, steps=steps))
     return canvas.tokens, path, canvas.nfe
 
 
@@ -402,13 +402,13 @@ def test_generation_configuration_round_trip(tmp_path):
         ({"length": 0}, "length must be an integer of at least 1, not 0"),
         ({"length": 33}, "length is 33, but the model's context is 32"),
         ({"num_return_sequences": 0}, "num_return_sequences must be .* not 0"),
-        ({"temperature": -0.1}, "temperature must be a finite number of at least 0, not -0.1"),
+        ({"temperature": -0.1}, "temperature must be at least 0 and finite, not -0.1"),
         ({"temperature": float("nan")}, "temperature .* not nan"),
         ({"temperature": float("inf")}, "temperature .* not inf"),
         ({"temperature": "hot"}, "temperature .* not 'hot'"),
         ({"sampler": "euler"}, r"sampler must be one of \['ancestral'.*\], not 'euler'"),
         ({"stepz": 3}, r"unknown arguments \['stepz'\].*'steps'"),
-        ({"max_new_tokens": 3}, r"unknown arguments \['max_new_tokens'\]"),
+        ({"max_new_token": 3}, r"unknown arguments \['max_new_token'\].*'max_new_tokens'"),
         ({"seed": 1, "generator": torch.Generator()}, "a seed or a generator, not both"),
         ({"seed": 1.5}, r"seed must be an integer in 0 .. 2\*\*64 - 1 or a sequence of them, not 1.5"),
         ({"seed": True}, "seed must be .* not True"),

@@ -403,13 +403,13 @@ def test_whoever_watches_sees_the_padding_behind_an_end_of_sequence(model):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"top_p": 0}, r"top_p must be a number in \(0, 1\], not 0"),
-        ({"top_p": 1.5}, r"top_p must be a number in \(0, 1\], not 1.5"),
+        ({"top_p": 0}, r"top_p must lie in \(0, 1\], not 0"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], not 1.5"),
         ({"top_k": 0}, "top_k must be an integer of at least 1, not 0"),
-        ({"eta": 2}, r"eta must be a number in \[0, 1\], not 2"),
+        ({"eta": 2}, r"eta must lie in \[0, 1\], not 2"),
         ({"sampler": "remdm", "remasking": "some"}, "remasking must be one of .*'cap'.* not 'some'"),
         ({"precision": "float16"}, "precision must be one of .*'float64'.* not 'float16'"),
-        ({"guidance_scale": -1}, "guidance_scale must be a finite number of at least 0, not -1"),
+        ({"guidance_scale": -1}, "guidance_scale must be at least 0 and finite, not -1"),
         ({"guidance_scale": 2.0}, r"guidance_scale \(2.0\) needs a prompt"),
         ({"stop_at_eos": "yes"}, "stop_at_eos must be True or False, not 'yes'"),
         ({"suppress_tokens": [48]}, "suppress_tokens hold 48, but the vocabulary is 0 .. 47"),
@@ -476,7 +476,7 @@ def test_stopping_needs_an_end_of_sequence(build):
 def test_a_nan_of_the_network_is_named_by_row_and_step(model, case):
     model.model.embed_tokens.weight.data[7] = torch.nan
     ids = torch.tensor([[1, MASK, MASK], [7, MASK, MASK]])
-    with pytest.raises(ValueError, match="no numbers .* for row 1 in step 0"):
+    with pytest.raises(ValueError, match="NaN or infinite logits for row 1 in step 0"):
         model.generate(ids, sampler=case, steps=1, seed=0)
 
 

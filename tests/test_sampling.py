@@ -6,18 +6,21 @@ Every statistical test has a fixed seed and a false-alarm rate of 1e-5.
 import functools
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from laws import FALSE_ALARM, p_value, uniforms
+from safetensors.torch import load_file
 from sampler_cases import CASES, sampler_of
 from scipy import stats
-from toy import CANVASES, MASK, counts_of, index_of, sample, table_of_logits, toy_canvas
+from toy import CANVASES, MASK, counts_of, finish, index_of, sample, table_of_logits, toy_canvas
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from modeling_mcd import canvas_mdlm
 from modeling_mcd.draws_mdlm import confidence as log_confidence
 from modeling_mcd.draws_mdlm import draw_tokens, draw_truncated, margin, negative_entropy, probability_of
-from modeling_mcd.noise_mdlm import philox, row_keys
+from modeling_mcd.noise_mdlm import RowNoise, philox, row_keys
 from modeling_mcd.noise_mdlm import uniforms as keyed_uniforms
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
 from modeling_mcd.sampling_mdlm import (
@@ -37,6 +40,7 @@ from modeling_mcd.sampling_mdlm import (
 )
 
 
+GOLDEN_SAMPLES = Path(__file__).parent / "data" / "golden_samples.safetensors"
 TABLE = table_of_logits()
 TOKENS = TABLE.double()[:, :, :3].softmax(-1)  # of the denoiser, [canvas, position, token]
 # --- Noise
@@ -296,9 +300,13 @@ def test_the_exact_law_fails_for_the_truncated_draw_of_the_original_code():
     table = law.log().float()
 
     def p_value_of(sampler) -> float:
-        canvas = toy_canvas(table, [MASK], draws, trunk=lambda tokens, rows, time: tokens[..., None], seed=0)
-        canvas.head = lambda hidden, *unused: table.expand(len(hidden), size)
-        canvas.denoise(sampler(canvas, steps=steps), lambda: None)
+        canvas = toy_canvas(
+            *(table, [MASK], draws),
+            trunk=lambda tokens, rows, time: tokens[..., None],
+            head=lambda hidden, *unused: table.expand(len(hidden), size),
+            seed=0,
+        )
+        finish(canvas, sampler(canvas, steps=steps))
         return stats.binomtest((canvas.tokens == 0).sum().item(), draws, law[0].item()).pvalue
 
     assert p_value_of(ancestral) > FALSE_ALARM
@@ -325,7 +333,7 @@ def test_each_row_of_first_hitting_has_its_own_clock(schedule):
         return TABLE[index_of(tokens)]
 
     canvas = toy_canvas(TABLE, [3, 3, 3], 20_000, schedule=schedule, trunk=trunk)
-    canvas.denoise(first_hitting(canvas), lambda: None)
+    finish(canvas, first_hitting(canvas))
     assert all((earlier > later).all() for earlier, later in itertools.pairwise(times))
     for k, time in enumerate(times):
         u = (1 - schedule.gamma(time)) / (1 - schedule.gamma(torch.ones((), dtype=torch.float64)))
@@ -336,7 +344,7 @@ def test_random_order_reveals_fixed_counts_and_ancestral_does_not():
     def counts(sampler) -> list[list[int]]:
         table = torch.zeros(1, 50, 4)
         canvas = toy_canvas(table, [3] * 50, 40, trunk=lambda tokens, rows, time: table.expand(len(tokens), 50, 4))
-        canvas.denoise(sampler(canvas, steps=8), lambda: None)
+        finish(canvas, sampler(canvas, steps=8))
         return [row.bincount(minlength=8).tolist() for row in canvas.reveal_steps]
 
     fixed = [6, 7, 6, 6, 6, 7, 6, 6]
@@ -359,18 +367,18 @@ def test_a_row_is_bitwise_the_same_alone_and_in_a_batch(case):
     starts = [[3, 3, 3], [1, 3, 3], [3, 0, 3], [3, 3, 2]] * 4
     keys = row_keys(len(starts), torch.Generator().manual_seed(5))
 
-    def finish(rows):
+    def samples(rows):
         canvas = toy_canvas(TABLE, starts[0], len(rows), keys=keys[rows])
         canvas.tokens.copy_(torch.tensor([starts[row] for row in rows]))
         canvas.fillable = canvas.tokens == MASK
         canvas.masked = canvas.fillable.clone()
-        canvas.denoise(sampler_of(case)(canvas, **CASES[case]), lambda: None)
+        finish(canvas, sampler_of(case)(canvas, **CASES[case]))
         return canvas.tokens, canvas.nfe, canvas.reveal_steps
 
-    together = finish(list(range(16)))
+    together = samples(list(range(16)))
     assert (together[1] > 0).all() and len(together[0].unique(dim=0)) > 5
     for row in range(16):
-        alone = finish([row])
+        alone = samples([row])
         assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, together, strict=True))
 
 
@@ -413,7 +421,7 @@ def paths(sampler, draws=300, **options):
 
     canvas = toy_canvas(TABLE, [3, 3, 3], draws)
     canvas.__class__ = Recorder
-    canvas.denoise(sampler(canvas, **options), lambda: None)
+    finish(canvas, sampler(canvas, **options))
     assert (canvas.tokens != MASK).all()
     return seen
 
@@ -422,7 +430,7 @@ def paths(sampler, draws=300, **options):
 @pytest.mark.parametrize("steps, sizes", [(3, {1}), (2, {1, 2}), (1, {3})])
 def test_the_surest_go_first(name, steps, sizes):
     scores = scores_by_hand(TABLE)[name]
-    seen = paths(SAMPLERS[name], steps=steps)
+    seen = paths(SAMPLERS["absorbing"][name], steps=steps)
     assert {len(chosen) for _, chosen in seen} == sizes
     for canvas, chosen in seen:
         masked = [i for i in range(3) if CANVASES[canvas, i] == MASK]
@@ -500,8 +508,8 @@ def test_a_nan_logit_is_named_by_row_and_step(case):
     table[CANVASES[:, 1] != MASK] = torch.nan
     canvas = toy_canvas(table, [3, 3, 3], 3)
     canvas.tokens[2, 1], canvas.fillable[2, 1], canvas.masked[2, 1] = 0, False, False
-    with pytest.raises(ValueError, match=r"logits that are no numbers .* for row \d in step \d"):
-        canvas.denoise(sampler_of(case)(canvas, **CASES[case]), lambda: None)
+    with pytest.raises(ValueError, match=r"NaN or infinite logits for row \d in step \d"):
+        finish(canvas, sampler_of(case)(canvas, **CASES[case]))
 
 
 # --- No waiting for the device, no tensor of the size of all logits
@@ -529,19 +537,14 @@ def run_on_meta(build, case, attention="sdpa"):
     model.set_attn_implementation(attention)
     # There is no autocast on the meta device, which the noise embedding turns off.
     model.model.noise_embedding.forward = lambda sigma: torch.empty(len(sigma), 16, device="meta")
-    options = model._options(None, {"guidance_scale": 2.0, "suppress_tokens": [1]})
     fillable = torch.arange(16).expand(3, 16) >= 4
     seen = torch.arange(16) < torch.tensor([16, 12, 9])[:, None]
+    processors = LogitsProcessorList([SuppressTokensLogitsProcessor([1], device="meta")])
     canvas = canvas_mdlm.Canvas(
         torch.empty(3, 16, dtype=torch.long, device="meta"),
         fillable & seen,
-        row_keys(3, torch.Generator().manual_seed(0)),
-        torch.arange(16).expand(3, 16),
-        trunk=model._trunk(seen, seen & ~fillable, options),
-        head=model._head(None, options),
-        schedule=LogLinearSchedule(),
-        vocab_size=48,
-        mask_token_id=47,
+        RowNoise(row_keys(3, torch.Generator().manual_seed(0)), torch.arange(16).expand(3, 16)),
+        model.denoiser(seen=seen, prompt=seen & ~fillable, guidance_scale=2.0, processors=processors),
     )
     with torch.no_grad():
         for _ in sampler_of(case)(canvas, **CASES[case]):
@@ -561,3 +564,37 @@ def test_the_logits_are_never_all_there_at_once_and_chunks_change_nothing(model,
     sizes.clear()
     assert torch.equal(model.generate(**options), whole)
     assert max(sizes) <= 500
+
+
+# --- Golden samples: computed by commit 3807833, on one thread of a CPU
+
+
+GOLDEN = {
+    f"{case}; {name}": {"sampler": case.split(",")[0]} | CASES[case] | options
+    for case in CASES
+    for name, options in {"plain": {}, "blocks": {"block_length": 6, "length": 40}}.items()
+}
+GOLDEN |= {
+    "legacy": {"steps": 5, "precision": "legacy_float32"},
+    "legacy; blocks": {"steps": 3, "precision": "legacy_float32", "block_length": 10, "last_step": "greedy"},
+    "guidance": {"steps": 5, "guidance_scale": 2.0},
+    "filters": {"steps": 5, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "suppress_tokens": [1, 2, 3]}
+    | {"precision": "float32"},
+    "stop": {"steps": 3, "block_length": 6, "stop_at_eos": True, "eos_token_id": [5, 15, 25, 35], "pad_token_id": 0},
+}
+GOLDEN |= {f"uniform; {last}": {"steps": 4, "last_step": last} for last in ("ancestral", "greedy", "none")}
+GOLDEN["uniform; blocks"] = {"steps": 3, "block_length": 10, "length": 40, "top_k": 20}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_samples_stay_the_same(build, name):
+    """Three prompts of different lengths: tokens and reveal steps of each sampler."""
+    model = build(diffusion_kind="uniform" if name.startswith("uniform") else "absorbing")
+    ids, mask = torch.full((3, 12), 9), torch.zeros(3, 12, dtype=torch.long)
+    for row, n in enumerate((12, 5, 9)):
+        ids[row, 12 - n :] = torch.randint(0, 46, (n,), generator=torch.Generator().manual_seed(n))
+        mask[row, 12 - n :] = 1
+    arguments = {"length": 28, "return_dict_in_generate": True, "output_reveal_steps": True} | GOLDEN[name]
+    output = model.generate(ids, attention_mask=mask, seed=[11, 12, 13], **arguments)
+    golden = load_file(GOLDEN_SAMPLES)[name]
+    assert torch.equal(torch.stack([output.sequences, output.reveal_steps]), golden.long())

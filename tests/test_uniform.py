@@ -11,15 +11,15 @@ import torch
 from laws import FALSE_ALARM, p_value, uniforms
 from safetensors.torch import load_file
 from tiny_run import BLOCK, write_inputs
-from toy import at
+from toy import at, finish
 from transformers import AutoModel, TextDiffusionStreamer
 
 from evaluation import validation_nelbo
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
-from modeling_mcd.canvas_mdlm import Canvas
+from modeling_mcd.canvas_mdlm import Canvas, Denoiser
 from modeling_mcd.draws_mdlm import draw_posterior
 from modeling_mcd.forward_process_mdlm import corrupt_uniformly, pick_uniformly, posterior_weights, uniform_nelbo
-from modeling_mcd.noise_mdlm import row_keys
+from modeling_mcd.noise_mdlm import RowNoise, row_keys
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
 from modeling_mcd.replay import Replay
 from modeling_mcd.sampling_mdlm import TAIL, uniform_ancestral
@@ -126,19 +126,18 @@ def times_of(steps: int) -> list[float]:
 
 def sample(tables, schedule, last_step, prompt=None, draws=200_000):
     tokens = torch.full((draws, 2), 0 if prompt is None else prompt)
-    canvas = Canvas(
-        tokens,
-        torch.tensor([[prompt is None, True]]).expand(draws, 2),
-        row_keys(draws, torch.Generator().manual_seed(0)),
-        torch.arange(2).expand(draws, 2),
+    denoiser = Denoiser(
         trunk=lambda tokens, rows, time, wanted: at(tables[time[0].item()][index_of(tokens)], wanted),
         head=lambda hidden, *unused: hidden,
         schedule=schedule,
         vocab_size=K,
         mask_token_id=None,
     )
-    canvas.write(canvas.fillable, pick_uniformly(canvas.when, K)[canvas.fillable])
-    canvas.denoise(uniform_ancestral(canvas, steps=3, last_step=last_step), lambda: None)
+    keys = row_keys(draws, torch.Generator().manual_seed(0))
+    fillable = torch.tensor([[prompt is None, True]]).expand(draws, 2)
+    canvas = Canvas(tokens, fillable, RowNoise(keys, torch.arange(2).expand(draws, 2)), denoiser)
+    canvas.write(canvas.fillable, pick_uniformly(canvas.u, K)[canvas.fillable])
+    finish(canvas, uniform_ancestral(canvas, steps=3, last_step=last_step))
     assert canvas.nfe.shape == (draws,) and (canvas.nfe == (3 if last_step == "none" else 4)).all()
     return index_of(tokens).bincount(minlength=16)
 

@@ -4,8 +4,8 @@ import itertools
 
 import torch
 
-from modeling_mcd.canvas_mdlm import Canvas
-from modeling_mcd.noise_mdlm import row_keys
+from modeling_mcd.canvas_mdlm import Canvas, Denoiser
+from modeling_mcd.noise_mdlm import RowNoise, row_keys
 from modeling_mcd.noise_schedule_mdlm import LogLinearSchedule
 
 
@@ -28,7 +28,7 @@ def at(states: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
 
 
 def toy_canvas(
-    table, start, draws=1, seed=1, schedule=None, temperature=1.0, trunk=None, keys=None, **options
+    table, start, draws=1, seed=1, schedule=None, temperature=1.0, trunk=None, head=None, keys=None
 ) -> Canvas:
     """`draws` rows of the canvas `start` before the table [canvas, position, token]; a row does not feel the others.
 
@@ -36,19 +36,23 @@ def toy_canvas(
     """
     trunk = trunk or (lambda tokens, rows, time: table[index_of(tokens)])
     tokens = torch.tensor(start).repeat(draws, 1)
-    return Canvas(
-        tokens,
-        tokens == MASK,
-        row_keys(draws, torch.Generator().manual_seed(seed)) if keys is None else keys,
-        torch.arange(tokens.shape[1]).expand_as(tokens),
+    keys = row_keys(draws, torch.Generator().manual_seed(seed)) if keys is None else keys
+    denoiser = Denoiser(
         trunk=lambda tokens, rows, time, wanted: at(trunk(tokens, rows, time), wanted),
-        head=lambda hidden, *unused: hidden,
+        head=head or (lambda hidden, *unused: hidden),
         schedule=schedule or LogLinearSchedule(),
         vocab_size=table.shape[-1],
         mask_token_id=MASK,
         draw={"temperature": temperature},
-        **options,
     )
+    return Canvas(tokens, tokens == MASK, RowNoise(keys, torch.arange(tokens.shape[1]).expand_as(tokens)), denoiser)
+
+
+def finish(canvas: Canvas, sampler) -> Canvas:
+    """The canvas after `sampler(canvas)`, all its steps done."""
+    for _ in canvas.denoise(sampler):
+        pass
+    return canvas
 
 
 def counts_of(canvas: Canvas) -> torch.Tensor:
@@ -60,5 +64,4 @@ def sample(
 ) -> Canvas:
     """A canvas after `sampler(canvas, **options)`."""
     canvas = toy_canvas(table, list(start), draws, seed, schedule, temperature)
-    canvas.denoise(sampler(canvas, **options), lambda: None)
-    return canvas
+    return finish(canvas, sampler(canvas, **options))
