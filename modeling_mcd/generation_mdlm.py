@@ -233,6 +233,12 @@ class Watchers:
     streamer: object | None
     callback: Callable[[int, torch.LongTensor], None] | None
 
+    def __post_init__(self):
+        if self.streamer is not None and not (hasattr(self.streamer, "put") and hasattr(self.streamer, "end")):
+            raise ValueError(f"streamer must have put and end, as a TextStreamer has, not {self.streamer!r}")
+        if self.callback is not None and not callable(self.callback):
+            raise ValueError(f"callback must be a function of a step and a canvas, not {self.callback!r}")
+
     def draft(self, step: int, tokens: torch.LongTensor):
         if hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(tokens[:1])

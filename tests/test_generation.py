@@ -12,7 +12,7 @@ import torch
 from laws import FALSE_ALARM, p_value, uniforms
 from small_model import MASK, make_context_matter
 from toy import counts_of, finish, index_of, sample, table_of_logits, toy_canvas
-from transformers import GenerationConfig, TextDiffusionStreamer
+from transformers import GenerationConfig, TextDiffusionStreamer, TextIteratorStreamer, TextStreamer
 
 from modeling_mcd import MDLMConfig, MDLMGenerationConfig, MDLMGenerationOutput
 from modeling_mcd.canvas_mdlm import Canvas
@@ -401,6 +401,13 @@ def test_generation_configuration_round_trip(tmp_path):
         ({"steps": True}, "steps .* not True"),
         ({"length": 0}, "length must be an integer of at least 1, not 0"),
         ({"length": 33}, "length is 33, but the model's context is 32"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, not 0"),
+        ({"max_new_tokens": 33}, "length is 33, but the model's context is 32"),
+        ({"length": 9, "max_new_tokens": 3}, r"give one length, not length \(9\) and max_new_tokens \(3\)"),
+        ({"max_length": 9, "length": 8}, r"give one length, not length \(8\) and max_length \(9\)"),
+        ({"max_length": 9, "max_new_tokens": 2}, r"one length, not max_length \(9\) and max_new_tokens \(2\)"),
+        ({"streamer": print}, "streamer must have put and end, as a TextStreamer has, not <built-in function print>"),
+        ({"callback": 5}, "callback must be a function of a step and a canvas, not 5"),
         ({"num_return_sequences": 0}, "num_return_sequences must be .* not 0"),
         ({"temperature": -0.1}, "temperature must be at least 0 and finite, not -0.1"),
         ({"temperature": float("nan")}, "temperature .* not nan"),
@@ -522,3 +529,39 @@ def test_a_streamer_gets_the_first_canvas_of_a_batch(model):
     for before, after in itertools.pairwise(streamer.drafts):
         assert torch.equal(after[before != MASK], before[before != MASK])
     assert torch.equal(streamer.drafts[-1], sequences[:1])
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_text_streamer_gets_the_prompt_and_the_rest(model, tokenizer, capsys, skip):
+    prompt = torch.tensor([[9] * 3 + tokenizer("hello ", add_special_tokens=False)["input_ids"]])
+    mask = (torch.arange(prompt.shape[1]) >= 3).long()[None]
+    streamer = TextStreamer(tokenizer, skip_prompt=skip)
+    sequence = model.generate(prompt, attention_mask=mask, length=20, steps=3, seed=0, streamer=streamer)[0, 3:]
+    assert capsys.readouterr().out == tokenizer.decode(sequence[6 if skip else 0 :]) + "\n"
+
+
+@pytest.mark.parametrize("streamer", [TextStreamer, TextIteratorStreamer, TextDiffusionStreamer])
+def test_a_streamer_that_skips_the_prompt_shows_all_where_there_is_none(model, tokenizer, capsys, streamer):
+    streamer = streamer(tokenizer, skip_prompt=True)
+    sequence = model.generate(length=20, steps=3, seed=0, streamer=streamer)[0]
+    shown = "".join(streamer) + "\n" if isinstance(streamer, TextIteratorStreamer) else capsys.readouterr().out
+    assert shown.endswith(tokenizer.decode(sequence) + "\n")
+
+
+# --- Lengths
+
+
+def test_lengths_have_the_names_of_transformers(model):
+    prompt, infill = torch.tensor([[1, 2, 3]]), torch.tensor([[1, MASK, 3]])
+    expected = model.generate(prompt, length=9, seed=0, steps=2)
+    for arguments in ({"max_length": 9}, {"max_new_tokens": 6}):
+        assert torch.equal(model.generate(prompt, seed=0, steps=2, **arguments), expected)
+    assert model.generate(max_new_tokens=5, steps=2).shape == (1, 5)
+    filled = model.generate(infill, max_new_tokens=5, steps=2)
+    assert filled.shape == (1, 8) and (filled != MASK).all()
+    model.generation_config.max_new_tokens = 4
+    assert model.generate(prompt, steps=2).shape == (1, 7)
+    assert model.generate(prompt, steps=2, length=9).shape == (1, 9), "the call's length replaces the model's"
+    given = MDLMGenerationConfig(max_length=8, steps=2)
+    assert model.generate(prompt, generation_config=given).shape == (1, 8)
+    assert model.generate(prompt, generation_config=given, max_new_tokens=2).shape == (1, 5)
