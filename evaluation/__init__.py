@@ -8,10 +8,10 @@ from .likelihood import causal_loss, validation_nelbo
 from .matched_entropy import matched_gen_ppl
 from .model_card import write_model_card
 from .plot import write_plot
-from .reference_text import read_texts, text_blocks
 from .report import RunReport, write_report
 from .results import load_report, save_results
 from .table import markdown_table
+from .text import read_texts, text_blocks
 
 
 __all__ = [

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 from evaluation.diversity import vocabulary_of
 from evaluation.judge import load_judge, load_pretrained
 from evaluation.options import PREFIX, EvaluationArguments
-from evaluation.reference_text import read_texts, text_blocks
 from evaluation.report import RunReport
 from evaluation.results import load_report
+from evaluation.text import read_texts, text_blocks
 from modeling_mcd import MDLMConfig
 from modeling_mcd.loading import check_tokens, load_model, read_checkpoint
 

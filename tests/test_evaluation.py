@@ -214,7 +214,7 @@ def test_held_out_blocks_are_bos_text_eos_spread_over_the_text(tokenizer):
         "op<|endoftext|>",
     ]  # 1st, 3rd, last of 6
     assert blocks[:, 0].eq(EOS).all() and blocks[:, -1].eq(EOS).all()
-    with pytest.raises(ValueError, match="holds 3 tokens, less than one block of 6"):
+    with pytest.raises(ValueError, match="holds 3 tokens, less text than one block of 6"):
         text_blocks(["ab"], tokenizer, length=6, count=1)
 
 

@@ -1,16 +1,22 @@
 """Text into blocks: what a block holds, what it does not depend on, and one clear line for every bad source."""
 
+import re
+import shutil
 import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
-from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from datasets import Dataset, DatasetDict, IterableDataset
+from tiny_run import run_python
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from evaluation.text import Divider, encode, pack, read_texts, text_blocks, token_stream
+from evaluation.text_sources import open_text
 from trainers.character_tokenizer import ALPHABET, character_tokenizer
-from trainers.runs.text_blocks import TextArguments, load_blocks, pack
+from trainers.runs.text_blocks import TextArguments, load_blocks, tokenizer_digest
 
 
 END = 46
@@ -80,26 +86,20 @@ def test_documents_are_one_stream_joined_by_eos(folder, tokenizer):
     assert rows(folder(texts), tokenizer, 13) == cut(stream(texts, tokenizer), 13)
 
 
-def test_a_block_does_not_depend_on_the_batches_of_documents(tokenizer):
+def test_a_block_does_not_depend_on_batches_or_pieces(tokenizer, monkeypatch):
     texts = many(150)
-    documents = Dataset.from_dict({"text": texts})
-
-    class Batched:
-        def __init__(self, size: int):
-            self.size = size
-
-        def iter(self, batch_size: int):
-            return documents.iter(batch_size=self.size)
-
     expected = cut(stream(texts, tokenizer), 13)
-    for size in (1, 7, 64, 1000):
-        assert [row["input_ids"].tolist() for row in pack(Batched(size), tokenizer, 13)] == expected
+    for batch, piece in ((1, 1), (50, 7), (2**18, 1000)):
+        monkeypatch.setattr("evaluation.text.BATCH", batch)
+        documents = ([text[i : i + piece] for i in range(0, len(text), piece)] for text in texts)
+        assert [block.tolist() for block in pack(documents, tokenizer, 13)] == expected
 
 
 def test_one_text_in_one_file_or_in_a_folder_is_the_same(tmp_path, tokenizer):
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "a.txt").write_text("hello world, this is it.")
-    (tmp_path / "only" / "notes.md").write_text("this is no text")
+    (tmp_path / "only" / "README.md").write_text("this is no text")
+    (tmp_path / "only" / ".hidden").write_text("nor is this")
     assert rows(tmp_path / "only", tokenizer) == rows(tmp_path / "only" / "a.txt", tokenizer)
 
 
@@ -189,13 +189,13 @@ def test_an_empty_or_too_short_text_is_refused(tmp_path, tokenizer, content):
 def test_a_missing_file_or_an_empty_folder_is_refused(tmp_path, tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "notes.md").write_text("this is no text")
+    (tmp_path / "empty" / "README.md").write_text("this is no text")
     for source, says in (
         (tmp_path / "nowhere.txt", "no such file or folder"),
         ("nowhere.txt", "no such file or folder"),
         (tmp_path / "nowhere", "no such file or folder"),
-        (tmp_path / "empty", "no .txt file in this folder"),
-        ("empty", "no .txt file in this folder"),
+        (tmp_path / "empty", "no text file in this folder"),
+        ("empty", "no text file in this folder"),
     ):
         with pytest.raises(FileNotFoundError) as error:
             rows(source, tokenizer)
@@ -223,6 +223,332 @@ def test_a_tokenizer_without_bos_or_eos_is_refused(tmp_path, missing):
     (tmp_path / "a.txt").write_text("abcdef")
     with pytest.raises(ValueError, match=f"the tokenizer has no {missing}_id"):
         rows(tmp_path / "a.txt", tokenizer)
+
+
+# --- Kinds of files
+
+
+def test_the_suffix_in_any_case_and_line_ends_do_not_matter(tmp_path, tokenizer):
+    text = "hello world,\nthis is it."
+    (tmp_path / "a.txt").write_text(text)
+    expected = rows(tmp_path / "a.txt", tokenizer)
+    for name, content in (
+        ("A.TXT", text.encode()),
+        ("a.md", text.encode()),
+        ("a", text.encode()),
+        ("bom.txt", b"\xef\xbb\xbf" + text.encode()),
+        ("dos.txt", text.replace("\n", "\r\n").encode()),
+        ("mac.txt", text.replace("\n", "\r").encode()),
+    ):
+        file = tmp_path / name / name  # in a folder of its own too
+        file.parent.mkdir()
+        file.write_bytes(content)
+        for source in (file, file.parent):
+            assert rows(source, tokenizer) == expected and read_texts(source) == [text], name
+
+
+TABLE = {"story": ["hello world", "this is it.\r\n"], "n": [1, 2]}
+
+
+def save_table(kind: str, place: Path) -> Path:
+    table = Dataset.from_dict(TABLE)
+    if kind == "saved":
+        table.save_to_disk(place)
+    elif kind == "splits":
+        DatasetDict(train=table.select([1]), held=table).save_to_disk(place)
+    elif kind == "folder":
+        place.mkdir()
+        table.select([0]).to_parquet(place / "0.parquet")
+        table.select([1]).to_parquet(place / "1.parquet")
+    else:
+        place = place.with_suffix(f".{kind}")
+        write = {"jsonl": table.to_json, "json": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}
+        write.get(kind, lambda file: table.to_csv(file, sep="\t"))(place)
+    return place
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "folder", "saved", "splits"])
+def test_tables_are_read_by_their_column(tmp_path, tokenizer, kind, streaming):
+    source = save_table(kind, tmp_path / "table")
+    more = {"train_split": "held"} if kind == "splits" else {}
+    expected = cut(stream(["hello world", "this is it.\n"], tokenizer), 8)
+    assert rows(source, tokenizer, text_column="story", streaming=streaming, **more) == expected
+    with pytest.raises(ValueError, match=r"no column 'text' for text_column; it has \['n', 'story'\]"):
+        rows(source, tokenizer, streaming=streaming, **more)
+
+
+def test_numbers_and_missing_values_of_a_csv_are_the_text_they_are(tmp_path):
+    (tmp_path / "a.csv").write_text("n,text\n1,NA\n2,007\n3,\n")
+    assert read_texts(tmp_path / "a.csv") == ["NA", "007", ""]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a"])
+@pytest.mark.parametrize("content", ['{"text": "hello"}\n{"text": "world"}\n', '[\n  {"text": "hello"}\n]'])
+def test_json_under_another_name_is_never_trained_on(tmp_path, tokenizer, name, content):
+    (tmp_path / name).write_text(content * 9)
+    with pytest.raises(ValueError, match=f"{name} holds JSON, not plain text: rename it to .jsonl"):
+        rows(tmp_path / name, tokenizer)
+
+
+def test_braces_at_the_start_of_a_text_are_text(tmp_path):
+    for text in ("{curly} beginnings", "{} and so on", "[1] a footnote", '["a", "b"]'):
+        (tmp_path / "a.txt").write_text(text)
+        assert read_texts(tmp_path / "a.txt") == [text]
+
+
+@pytest.mark.parametrize(
+    "files, says",
+    [
+        ({"a.txt.gz": b"x"}, r"a.txt.gz is not a kind of file that is read \(.gz\): unpack it first"),
+        ({"a.pdf": b"x"}, r"a.pdf is not a kind of file that is read \(.pdf\): plain text"),
+        ({"a.txt": b"x", "b.md": b"x"}, r"files of several kinds \(a.txt and b.md\)"),
+        ({"a.csv": b"x", "b.tsv": b"x"}, r"files of several kinds \(a.csv and b.tsv\)"),
+        ({"a.txt": "text".encode("utf-16")}, "a.txt is not UTF-8: .* `iconv -f UTF-16 -t UTF-8`"),
+        ({"a.txt": "text".encode("utf-16-le")}, "a.txt is not text, or is not UTF-8: .* `iconv -f UTF-16 -t UTF-8`"),
+        ({"a.jsonl": b'{"text": "a"}\n{"text": '}, "cannot be read as json"),
+        ({"a.parquet": b"text"}, "cannot be read as parquet"),
+        ({"state.json": b"{"}, "a saved dataset that cannot be loaded"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_what_is_not_read_is_refused_by_name(tmp_path, tokenizer, files, says):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    for source in {tmp_path, tmp_path / next(iter(files))} if len(files) == 1 and "state" not in says else {tmp_path}:
+        if source.name != "state.json":
+            with pytest.raises(ValueError, match=says):
+                rows(source, tokenizer)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "column, says",
+    [
+        (["hello", None], "row 1 of .* holds nothing in the column 'text', not text"),
+        ([1, 2], "the column 'text' of .* holds int64, not text"),
+        ([["a"], ["b"]], "the column 'text' of .* holds List, not text"),
+    ],
+)
+def test_a_row_without_text_is_named(tmp_path, tokenizer, streaming, column, says):
+    Dataset.from_dict({"text": column}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=says):
+        rows(tmp_path / "a.parquet", tokenizer, 6, streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"text_column": "story"},
+        {"train_split": "test"},
+        {"dataset_config": "en"},
+        {"dataset_revision": "v1"},
+        {"validation_split": "test"},
+        {"max_validation_blocks": 3},
+    ],
+    ids=str,
+)
+def test_an_option_without_a_use_is_refused(tmp_path, tokenizer, option):
+    (tmp_path / "a.txt").write_text("hello world")
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"^{name} is '?{value}'?, but "):
+        rows(tmp_path / "a.txt", tokenizer, **option)
+
+
+# --- What identifies a text and a tokenizer
+
+
+def test_a_text_is_identified_by_what_is_read(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.txt").write_text("one\n")
+    digest = open_text(tmp_path / "a").digest
+    (tmp_path / "a" / "1.txt").write_bytes(b"\xef\xbb\xbfone\r\n")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert open_text(tmp_path / "b").digest == digest, "neither the place nor the line ends are the text"
+    (tmp_path / "b" / "2.txt").write_text("")
+    assert open_text(tmp_path / "b").digest != digest, "an empty document is an EOS"
+    (tmp_path / "a" / "1.txt").write_text("two\n")
+    assert open_text(tmp_path / "a").digest != digest
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder", "saved"])
+def test_a_table_is_identified_by_its_content(tmp_path, monkeypatch, kind):
+    one = open_text(save_table(kind, tmp_path / "one"), column="story").digest
+    monkeypatch.setitem(TABLE, "story", ["hello world", "that is it."])
+    assert open_text(save_table(kind, tmp_path / "two"), column="story").digest != one
+
+
+def test_a_tokenizer_is_identified_by_its_ids_not_by_its_use(tmp_path):
+    tokenizer = character_tokenizer(32)
+    digest = tokenizer_digest(tokenizer)
+    tokenizer(["abc", "a"], truncation=True, max_length=2, split_special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_digest(tokenizer) == digest == tokenizer_digest(AutoTokenizer.from_pretrained(tmp_path))
+    seen = {digest, tokenizer_digest(ByT5Tokenizer()), tokenizer_digest(ByT5Tokenizer(extra_ids=7))}
+    tokenizer.backend_tokenizer.normalizer = None
+    seen.add(tokenizer_digest(tokenizer))
+    tokenizer.mask_token = None
+    seen.add(tokenizer_digest(tokenizer))
+    assert len(seen) == 5
+
+
+# --- Long documents, and the names of special tokens in a text
+
+SAMPLE = "It was 1,024 days  ago\tthat the [MASK]ed man's  horse (née “Été”)\n\n\n   ran off...  日本語 ok?\r\n <|endoftext|>x "
+
+
+def prose(count: int, seed: int = 0) -> str:
+    """Text with everything that tokenizers treat specially, `count` characters of it."""
+    generator = torch.Generator().manual_seed(seed)
+    pieces = re.findall(r"\s+|\S+", SAMPLE)
+    order = torch.randint(0, len(pieces), (count,), generator=generator).tolist()
+    return "".join(pieces[i] for i in order)[:count]
+
+
+def trained(model, trainer, pre=None, normalizer=None, mask="[MASK]", **options) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on `prose`."""
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre or backend.pre_tokenizer
+    backend.normalizer = normalizer or backend.normalizer
+    backend.train_from_iterator([prose(20_000, seed=9).replace("[MASK]", " ").replace("<|endoftext|>", " ")], trainer)
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "mask_token": mask}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **options)
+
+
+def byte_level(**options) -> PreTrainedTokenizerFast:
+    """GPT-2's: byte-level BPE with its pre-tokenizer."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    return trained(models.BPE(), trainer, pre_tokenizers.ByteLevel(**{"add_prefix_space": False} | options))
+
+
+def sentence_piece(scheme: str) -> PreTrainedTokenizerFast:
+    """Llama 2's and Gemma's: merges over all of the text, with spaces as ▁."""
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>"], show_progress=False)
+    return trained(
+        models.BPE(unk_token="<unk>", fuse_unk=True), trainer, pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    )
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    trainer = trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+    return trained(models.Unigram(), trainer, pre_tokenizers.Metaspace(), normalizers.NFKC())
+
+
+def superwords() -> PreTrainedTokenizerFast:
+    """Merges across spaces and lines: nothing may be cut."""
+    alphabet = sorted(set(SAMPLE))
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+    return trained(models.BPE(), trainer)
+
+
+def bytes_of_text() -> ByT5Tokenizer:
+    tokenizer = ByT5Tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "</s>", "mask_token": "[MASK]"})
+    return tokenizer
+
+
+TOKENIZERS = {
+    "characters": lambda: character_tokenizer(32),
+    "byte-level": byte_level,
+    "byte-level, prefix": lambda: byte_level(add_prefix_space=True),
+    "byte-level, no regex": lambda: byte_level(use_regex=False),
+    "metaspace, first": lambda: sentence_piece("first"),
+    "metaspace, always": lambda: sentence_piece("always"),
+    "unigram": unigram,
+    "superwords": superwords,
+    "bytes": bytes_of_text,
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(
+    "text", [prose(6_000), "a b" * 1000, "ab" * 1000, " " * 2000, "ab\n" * 1000], ids=lambda t: repr(t[:4])
+)
+def test_a_long_document_gives_the_ids_of_one_tokenisation(monkeypatch, name, text):
+    tokenizer = TOKENIZERS[name]()
+    at_once = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    for part, piece in ((256, 100), (300, 10**6), (777, 1000)):
+        monkeypatch.setattr("evaluation.text.PART", part)
+        document = [text[i : i + piece] for i in range(0, len(text), piece)]
+        ids = np.concatenate(list(token_stream([document], tokenizer))).tolist()
+        assert ids == [*at_once, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_long_document_is_really_cut(monkeypatch, name):
+    """Or the test above would be about nothing. Where merges cross everything there is no cut, and that is right."""
+    monkeypatch.setattr("evaluation.text.PART", 256)
+    parts = [text for text, _ in Divider(TOKENIZERS[name]()).parts([prose(20_000)])]
+    assert "".join(parts) == prose(20_000)
+    if name in ("superwords", "byte-level, no regex"):
+        assert len(parts) == 1
+    else:
+        assert len(parts) > 50 and max(map(len, parts[:-1])) <= 3 * 256
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_names_of_special_tokens_are_letters(name):
+    tokenizer = TOKENIZERS[name]()
+    text = "a [MASK] b[MASK]</s> <|endoftext|>c <mask>"
+    (ids,) = encode([text], tokenizer)
+    assert set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} & set(ids) == set()
+    if name == "byte-level":
+        assert "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ") == text
+    plain = "no such name in here"
+    assert encode([plain], tokenizer) == [tokenizer(plain, add_special_tokens=False)["input_ids"]]
+
+
+def words(vocabulary: list[str], **special) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", **special)
+
+
+def test_a_name_that_is_also_a_word_of_the_vocabulary_is_cut():
+    tokenizer = words(["?", "a", "[MASK]", "[", "MASK]"], mask_token="[MASK]")
+    assert tokenizer("a [MASK]", split_special_tokens=True)["input_ids"] == [1, 2], "the model itself knows it"
+    assert encode(["a [MASK] a", "a"], tokenizer) == [[1, 3, 4, 1], [1]]
+
+
+def test_a_text_that_gives_the_mask_in_any_case_is_refused():
+    tokenizer = words(["?", "a", "m"], mask_token="m")
+    with pytest.raises(ValueError, match="reads as its mask token 'm'"):
+        encode(["a m a"], tokenizer)
+
+
+def test_the_mask_in_a_file_never_becomes_its_id(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("one [MASK] here and there <|endoftext|> and so on " * 3)
+    blocks = torch.tensor(rows(tmp_path / "a.txt", tokenizer))
+    held_out = text_blocks(read_texts(tmp_path / "a.txt"), tokenizer, 8, 99)
+    assert held_out.equal(blocks) and not (blocks == tokenizer.mask_token_id).any()
+    assert (blocks[:, 1:-1] == END).sum() <= 1, "the end of the document"
+
+
+MEMORY = """
+import resource, sys
+from datasets import disable_progress_bars
+from trainers.character_tokenizer import character_tokenizer
+from trainers.runs.text_blocks import TextArguments, load_blocks
+disable_progress_bars()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+tokenizer = character_tokenizer(256)
+load_blocks(TextArguments(sys.argv[1], block_length=256), tokenizer)
+before = peak()
+load_blocks(TextArguments(sys.argv[2], block_length=256), tokenizer)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_large_file_takes_little_memory(tmp_path):
+    """16 MB took 3.7 GB when a document was tokenised at once."""
+    (tmp_path / "small.txt").write_text("the way of the data is one line, with no walking back. " * 6000)
+    (tmp_path / "large.txt").write_text("the way of the data is one line, with no walking back. " * 300_000)
+    result = run_python(MEMORY, str(tmp_path / "small.txt"), str(tmp_path / "large.txt"))
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 150, "MB more than a file of 330 kB"
 
 
 # --- A dataset of the Hub, as the library of datasets keeps it once loaded

@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None):
     )
     report = None
     if judge is not None:
-        report = start_report(judging, judge, tokenizer, teacher.config, text.train_text, training.output_dir)
+        report = start_report(judging, judge, tokenizer, teacher.config, text, training.output_dir)
 
     start_run(training, settings, checkpoint)
     first = trainer.teacher if trainer.has_teacher else trainer.whole_student()  # whole, even under ZeRO-3

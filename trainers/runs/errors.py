@@ -1,7 +1,7 @@
 """A user's mistake ends in one clear line."""
 
-import functools
 import errno
+import functools
 import sys
 
 

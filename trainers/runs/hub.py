@@ -2,9 +2,11 @@
 
 import shlex
 import sys
-from transformers import TrainingArguments
-from huggingface_hub import HfApi
 from pathlib import Path
+
+from huggingface_hub import HfApi
+from transformers import TrainingArguments
+
 from modeling_mcd.loading import reason_of
 
 

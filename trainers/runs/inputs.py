@@ -1,7 +1,9 @@
 """What a run reads: the tokenizer and the text."""
 
 from dataclasses import dataclass, field
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+
 from modeling_mcd.loading import check_tokens, reason_of
 from trainers.runs.text_blocks import TextArguments, load_blocks
 

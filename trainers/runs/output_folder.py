@@ -1,14 +1,16 @@
 """The output folder of a run: whose it is, where to resume, and how models are saved into it."""
 
 import dataclasses
-import yaml
 import os
-import transformers
 import shutil
 from pathlib import Path
-from trainers.exact_resume import fault_of, last_whole_checkpoint, read_object, remove_later_checkpoints
-from modeling_mcd.files import write_json
+
+import transformers
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from modeling_mcd.files import write_json
+from trainers.exact_resume import fault_of, last_whole_checkpoint, read_object, remove_later_checkpoints
 
 
 RUN = "run.json"  # which run a folder holds

@@ -1,16 +1,17 @@
 """A recipe is one YAML file = one run. `parse_recipe` turns it, and the command line after it, into typed dataclasses."""
 
-import sys
 import dataclasses
-import yaml
 import difflib
 import json
 import os
+import sys
+from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import get_args, get_type_hints
+
+import yaml
 from transformers import HfArgumentParser
-from itertools import zip_longest
-from collections.abc import Callable
 
 
 RECIPE_FOLDER = Path(__file__).resolve().parents[2] / "recipes"

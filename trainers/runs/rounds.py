@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from evaluation import RunReport, read_texts, vocabulary_of
 from evaluation.options import EvaluationArguments
 from trainers.runs.output_folder import save_model
+from trainers.runs.text_blocks import TextArguments
 
 
 HELD_OUT_BLOCKS = 512  # judged, evenly spread over the validation set
@@ -19,7 +20,7 @@ def start_report(
     judge: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     tokenizer: PreTrainedTokenizerBase,
     config,
-    text: str,
+    text: TextArguments,
     output_dir: str,
 ) -> RunReport:
     """The report of a run's output folder. Nothing is written yet, and nothing drawn.
@@ -27,12 +28,13 @@ def start_report(
     Args:
         judge: the judge and its tokenizer, as `load_judge` returns them.
         config: the configuration of the networks to judge.
-        text: where the training text lies; its words count as known if it is a file or a folder.
+        text: the training text; its words count as known if it is a local file or folder.
 
     Raises:
         ValueError: the judge or an option does not fit the networks.
     """
-    vocabulary = vocabulary_of(read_texts(text)) if Path(text).exists() else None
+    local = Path(text.train_text).exists()
+    vocabulary = vocabulary_of(read_texts(text.train_text, text.text_column, text.train_split)) if local else None
     protocol = arguments.protocol(*judge, vocabulary)
     steps, temperatures = arguments.evaluation_steps, arguments.evaluation_temperatures
     protocol.check(tokenizer, config, steps, temperatures)

@@ -1,19 +1,20 @@
-"""Text into blocks of fixed length: BOS + text + EOS, with EOS between documents.
+"""The training and validation text of a run, cut into blocks as `evaluation/text.py` says, and kept in the cache of `datasets`."""
 
-All documents are one long stream of tokens, cut every `block_length - 2` tokens; only the last incomplete block of the
-whole stream is dropped. A block therefore depends on the text, the tokenizer and the length alone, never on a batch size.
-"""
-
+import dataclasses
 import hashlib
-import numpy as np
-from dataclasses import dataclass, field
-from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
-from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
-from transformers import PreTrainedTokenizerBase
-from datasets.exceptions import DatasetGenerationError
+import json
+import tempfile
 from collections.abc import Iterator
-from modeling_mcd.loading import reason_of
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from evaluation.text import check_blocks, pack
+from evaluation.text_sources import TextSource, build_dataset, open_text
+from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
 
 
 @dataclass
@@ -21,145 +22,142 @@ class TextArguments:
     """Where the text comes from and how it is cut."""
 
     train_text: str = field(
-        metadata={"help": "A UTF-8 text file, a folder of .txt files, or the name of a Hub dataset."}
+        metadata={
+            "help": "Training text: a UTF-8 text file, a file or folder of .txt, .jsonl, .csv or .parquet, a folder of "
+            "save_to_disk, or the name of a Hub dataset."
+        }
     )
-    validation_text: str | None = field(default=None, metadata={"help": "The same, held out."})
+    validation_text: str | None = field(default=None, metadata={"help": "Held-out text, of the same kinds."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text; plain text files have none."})
     train_split: str = field(
-        default="train", metadata={"help": "Split of a Hub dataset, slices allowed: 'train[:-1000]'."}
+        default="train", metadata={"help": "Split of a Hub dataset; 'train[:-1000]' for a slice."}
     )
-    validation_split: str = field(default="validation", metadata={"help": "Split of a Hub dataset for validation."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
+    validation_split: str = field(default="validation", metadata={"help": "Split of the Hub dataset held out."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
-    text_column: str = field(default="text", metadata={"help": "Column of a Hub dataset that holds the text."})
     streaming: bool = field(
-        default=False, metadata={"help": "Read the training text as it goes, in order, unshuffled."}
+        default=False, metadata={"help": "Tokenise the training text while training: in order, not shuffled."}
     )
     block_length: int = field(default=1024, metadata={"help": "Tokens in a block, BOS and EOS included."})
-    max_validation_blocks: int | None = field(default=None, metadata={"help": "Use only the first so many."})
+    max_validation_blocks: int | None = field(default=None, metadata={"help": "Use only the first so many blocks."})
 
     def __post_init__(self):
         check_numbers(self, max_validation_blocks=AT_LEAST_1)
         for name in ("train_text", "validation_text"):
             if getattr(self, name) == "":  # as a path, it would be the current folder
-                raise ValueError(
-                    f"{name} is empty: give a text file, a folder of .txt files, or the name of a dataset"
-                )
+                raise ValueError(f"{name} is empty: give a text file, a folder of text, or the name of a dataset")
+        if self.validation_text is None:
+            for name in ("validation_split", "max_validation_blocks"):
+                if getattr(self, name) != default_of(name):
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r}, but there is no validation_text to use it for"
+                    )
+
+
+def default_of(name: str):
+    return next(field.default for field in dataclasses.fields(TextArguments) if field.name == name)
+
+
+@dataclass(frozen=True)
+class RunText:
+    """The text of a run: found and checked, not yet tokenised.
+
+    Args:
+        train, validation: the sources; validation is None when there is no validation_text.
+        arguments: what they were opened with.
+    """
+
+    train: TextSource
+    validation: TextSource | None
+    arguments: TextArguments
+
+    def digests(self) -> dict[str, str | None]:
+        """What identifies the content, for run.json: a run that goes on with another text is another run."""
+        return {
+            "train_text_digest": self.train.digest,
+            "validation_text_digest": None if self.validation is None else self.validation.digest,
+        }
+
+
+def open_run_text(text: TextArguments) -> RunText:
+    """Finds the text of a run. Reads plain text once, to check it; loads the rows of a dataset that is not streamed.
+
+    Raises:
+        FileNotFoundError: a text that is not there.
+        ValueError: a text that cannot be read, or an option that no text of this run has a use for.
+    """
+    options = {"column": text.text_column, "config": text.dataset_config, "revision": text.dataset_revision}
+    train = open_text(text.train_text, split=text.train_split, streaming=text.streaming, **options)
+    validation = None
+    if text.validation_text is not None:
+        validation = open_text(text.validation_text, split=text.validation_split, **options)
+    uses = {"train_split": "split" in train.uses}
+    if validation is not None:
+        uses["validation_split"] = "split" in validation.uses
+    for name, use in (("text_column", "column"), ("dataset_config", "config"), ("dataset_revision", "revision")):
+        uses[name] = any(use in source.uses for source in (train, validation) if source is not None)
+    for name, used in uses.items():
+        if not used and getattr(text, name) != default_of(name):
+            source = text.validation_text if name == "validation_split" else text.train_text
+            raise ValueError(f"{name} is {getattr(text, name)!r}, but {source!r} has no use for it: leave it out")
+    return RunText(train, validation, text)
 
 
 def load_blocks(
-    text: TextArguments, tokenizer: PreTrainedTokenizerBase
+    text: TextArguments | RunText, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Training and validation blocks: rows `{"input_ids": uint16 or int32 list of block_length}`.
 
     Raises:
-        FileNotFoundError, ValueError: with the file, the offset or the column at fault.
+        FileNotFoundError, ValueError: with the file, the offset, the row or the column at fault.
     """
-    train = blocks_of(text.train_text, tokenizer, text, text.train_split, text.streaming)
-    if text.validation_text is None:
+    text = text if isinstance(text, RunText) else open_run_text(text)
+    length, limit = text.arguments.block_length, text.arguments.max_validation_blocks
+    train = blocks_of(text.train, tokenizer, length, text.arguments.streaming)
+    if text.validation is None:
         return train, None
-    validation = blocks_of(text.validation_text, tokenizer, text, text.validation_split)
-    if text.max_validation_blocks is not None:
-        validation = validation.select(range(min(text.max_validation_blocks, len(validation))))
-    return train, validation
+    validation = blocks_of(text.validation, tokenizer, length)
+    return train, validation if limit is None else validation.select(range(min(limit, len(validation))))
 
 
 def blocks_of(
-    source: str, tokenizer: PreTrainedTokenizerBase, text: TextArguments, split: str, streaming: bool = False
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, block_length: int, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """The blocks of one source (a file, a folder, or a split of a Hub dataset)."""
-    block_length = text.block_length
-    if block_length < 3:
-        raise ValueError(f"block_length is {block_length}, but a block is BOS + text + EOS: at least 3")
-    for name in ("bos_token_id", "eos_token_id"):
-        if getattr(tokenizer, name) is None:
-            raise ValueError(
-                f"the tokenizer has no {name}, and a block is BOS + text + EOS: set it and save the tokenizer again"
-            )
-    documents, identity = _documents(source, text, split, streaming)
+    """The blocks of one source."""
+    check_blocks(tokenizer, block_length)
     features = Features({"input_ids": List(Value("uint16" if len(tokenizer) <= 2**16 else "int32"), block_length)})
-    arguments = {"documents": documents, "tokenizer": tokenizer, "block_length": block_length, "source": source}
+    arguments = {"source": source, "tokenizer": tokenizer, "block_length": block_length}
     if streaming:
-        blocks = IterableDataset.from_generator(pack, features=features, gen_kwargs=arguments)
+        blocks = IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
         next(iter(blocks))  # a text shorter than a block is refused here, not in the first step of a run
         return blocks
     # Our own fingerprint: that of a tokenizer object changes with its use, and a path says nothing of the file's content.
-    recipe = (
-        identity,
-        tokenizer.backend_tokenizer.to_str(),
-        block_length,
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
+    identity = repr((RULE, source.digest, tokenizer_digest(tokenizer), block_length, str(source.column)))
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return build_dataset(
+        Dataset.from_generator, _rows, features=features, gen_kwargs=arguments, fingerprint=fingerprint
     )
-    fingerprint = hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]
-    return _build(Dataset.from_generator, pack, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
 
 
-def _build(builder, *arguments, **options) -> Dataset | IterableDataset:
-    """Calls a function that makes a dataset; its complaint reaches the user, and not just that there was one."""
-    try:
-        return builder(*arguments, **options)
-    except DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
+RULE = 2  # of reading and packing; part of the cache's key, so that another rule does not find the blocks of this one
 
 
-def pack(
-    documents, tokenizer: PreTrainedTokenizerBase, block_length: int, source: str = "the text"
+def _rows(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, block_length: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Cuts a stream of documents (rows with a `text`) into blocks, as the module's docstring says."""
-    body, rest, blocks = block_length - 2, np.empty(0, dtype=np.int32), 0
-    for batch in documents.iter(batch_size=64):
-        encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
-        rest = np.concatenate([rest, *(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded)])
-        whole = len(rest) // body
-        for chunk in rest[: whole * body].reshape(whole, body):
-            yield {"input_ids": np.concatenate([[tokenizer.bos_token_id], chunk, [tokenizer.eos_token_id]])}
-        rest, blocks = rest[whole * body :], blocks + whole
-    if blocks == 0:
-        raise ValueError(
-            f"{source!r} holds less text than one block of {block_length} tokens: give more text or a smaller block_length"
-        )
+    for block in pack(source.documents(), tokenizer, block_length, source.name):
+        yield {"input_ids": block}
 
 
-def _documents(source: str, text: TextArguments, split: str, streaming: bool):
-    """The documents as a dataset with the one column `text`, and a string that identifies their content."""
-    path = Path(source)
-    if path.exists() or path.suffix == ".txt" or path.is_absolute():
-        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-        if not files or not path.exists():
-            raise FileNotFoundError(
-                f"text {source!r}: " + ("no .txt file in this folder" if path.is_dir() else "no such file or folder")
-            )
-        identity = [(str(f.resolve()), hashlib.sha256(f.read_bytes()).hexdigest()) for f in files]
-        if streaming:
-            for _ in _read_files(identity):  # a file that is not UTF-8 is refused here, not when a run comes to it
-                pass
-        builder = (IterableDataset if streaming else Dataset).from_generator
-        features = Features({"text": Value("large_string")})
-        return _build(builder, _read_files, features=features, gen_kwargs={"files": identity}), repr(identity)
-    try:
-        options = {"split": split, "revision": text.dataset_revision, "streaming": streaming}
-        documents = _build(load_dataset, source, text.dataset_config, **options)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"text {source!r} is no file or folder here, and cannot be had from the Hub: {reason_of(error)}"
-        ) from None
-    column, columns = text.text_column, documents.column_names
-    if columns is not None and column not in columns:
-        raise ValueError(f"dataset {source!r} has no column {column!r} for text_column; it has {sorted(columns)}")
-    documents = documents.select_columns([column])
-    if column != "text":
-        documents = documents.rename_column(column, "text")
-    return documents, "" if streaming else documents._fingerprint
-
-
-def _read_files(files: list[tuple[str, str]]) -> Iterator[dict[str, str]]:
-    """One document a file. The second entry of each pair, a digest, only ties the cache to the content."""
-    for name, _ in files:
-        try:
-            yield {"text": Path(name).read_bytes().decode("utf-8")}
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
-            ) from None
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hexadecimal digits that change with anything that changes the ids of a text, and not with use of the tokenizer."""
+    parts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    parts += [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "mask", "unk")]
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        parts.append({key: value for key, value in sorted(backend.items()) if key not in ("truncation", "padding")})
+    else:  # what it loads beside its vocabulary, such as the merges of a BPE
+        with tempfile.TemporaryDirectory() as folder:
+            files = tokenizer.save_vocabulary(folder)
+            parts += [(Path(file).name, Path(file).read_bytes()) for file in files if file is not None]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

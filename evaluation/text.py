@@ -1,0 +1,188 @@
+"""Text into blocks of fixed length, for training and for held-out text: BOS + text + EOS, with EOS between documents.
+
+All documents are one long stream of tokens, cut every `length - 2` tokens; only the last, incomplete block of the whole
+stream is dropped. A block therefore depends on the text, the tokenizer and the length alone: not on a batch size, nor on how
+a long document is divided so that tokenising it takes little memory.
+
+Text is text: the letters "[MASK]" in it are tokenised as letters, and so is the name of every other special token.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from evaluation.text_sources import open_text
+
+
+BATCH = 2**18  # characters tokenised at a time; a token takes some 200 bytes until it is an integer
+PART = 2**15  # characters of a long document that are tokenised apart from the rest
+CONTEXT = 128  # characters on either side of a cut that are tokenised to check it
+
+# How vocabularies write a space and a line end: as they are, byte-level (GPT-2), or as SentencePiece does.
+SPACE, NEWLINE, BLANK = " Ġ▁", "\nĊ", r" Ġ▁\nĊ\rč\tĉ\s"
+# Where a document may be cut, and the tokens that forbid it because they could lie across the cut.
+CUTS = (
+    (re.compile(r"\S(?= )"), re.compile(f"[^{BLANK}][{SPACE}]")),
+    (re.compile(r"\S(?=\n)"), re.compile(f"[^{BLANK}][{NEWLINE}]")),
+    (re.compile(r"\n(?=\S)"), re.compile(f"[{NEWLINE}][^{BLANK}]")),
+    (re.compile(r"\S(?=\S)"), re.compile(r"(?!<0x[0-9A-F]{2}>$)..", re.DOTALL)),
+)
+
+
+def read_texts(source: str | Path, column: str = "text", split: str = "train") -> list[str]:
+    """All documents of a text, see `open_text`, which says what the arguments are and what it raises."""
+    return ["".join(document) for document in open_text(source, column=column, split=split).documents()]
+
+
+def text_blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> torch.LongTensor:
+    """At most `count` blocks [count, length], spread evenly over the documents `texts`.
+
+    Raises:
+        ValueError: less text than one block, or a tokenizer without BOS or EOS.
+    """
+    blocks = np.array(list(pack(([text] for text in texts), tokenizer, length, "the reference text")))
+    chosen = torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).round().long()
+    return torch.from_numpy(blocks).long()[chosen]
+
+
+def check_blocks(tokenizer: PreTrainedTokenizerBase, length: int):
+    """Raises ValueError unless blocks of this length can be made with this tokenizer."""
+    if length < 3:
+        raise ValueError(f"block_length is {length}, but a block is BOS + text + EOS: at least 3")
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(
+                f"the tokenizer has no {name}, and a block is BOS + text + EOS: set it and save the tokenizer again"
+            )
+
+
+def pack(
+    documents: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase, length: int, name: str = "the text"
+) -> Iterator[np.ndarray]:
+    """Yields the blocks [length] int32 of documents, each given as an iterable of its pieces.
+
+    Raises:
+        ValueError: less text than one block (`name` says whose), or what `check_blocks` refuses.
+    """
+    check_blocks(tokenizer, length)
+    body, rest, tokens, blocks = length - 2, np.empty(0, dtype=np.int32), 0, 0
+    for ids in token_stream(documents, tokenizer):
+        tokens += len(ids)
+        rest = np.concatenate([rest, ids])
+        full = len(rest) // body
+        for chunk in rest[: full * body].reshape(full, body):
+            yield np.concatenate([[tokenizer.bos_token_id], chunk, [tokenizer.eos_token_id]], dtype=np.int32)
+        rest, blocks = rest[full * body :], blocks + full
+    if blocks == 0:
+        raise ValueError(
+            f"{name!r} holds {tokens} tokens, less text than one block of {length} tokens: "
+            "give more text or a smaller block_length"
+        )
+
+
+def token_stream(documents: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """Yields the int32 ids of all documents in arrays of bounded size, with an EOS after each document."""
+    divider = Divider(tokenizer)
+    texts, last, size = [], [], 0
+
+    def encoded() -> np.ndarray:
+        arrays = []
+        for ids, ends in zip(encode(texts, tokenizer), last, strict=True):
+            arrays.append(np.array([*ids, tokenizer.eos_token_id] if ends else ids, dtype=np.int32))
+        return np.concatenate(arrays)
+
+    for document in documents:
+        for text, ends in divider.parts(document):
+            texts.append(text)
+            last.append(ends)
+            size += len(text) + 1
+            if size >= BATCH:
+                yield encoded()
+                texts, last, size = [], [], 0
+    if texts:
+        yield encoded()
+
+
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids of texts without added tokens. The name of a special token in a text is read as the letters it is made of.
+
+    Some vocabularies hold such a name as an ordinary entry too. It is then cut after its first character.
+
+    Raises:
+        ValueError: when a text gives the mask's id even so.
+    """
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    encoded = tokenizer(texts, **options, return_attention_mask=False)["input_ids"]
+    names = {name for name in tokenizer.all_special_tokens if len(name) > 1 and name != tokenizer.unk_token}
+    special = {*tokenizer.convert_tokens_to_ids(sorted(names)), tokenizer.mask_token_id}
+    for i, ids in enumerate(encoded):
+        if special.isdisjoint(ids):
+            continue
+        inside = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in sorted(names))
+        parts = [part for part in re.split(inside, texts[i]) if part]
+        encoded[i] = [j for part in tokenizer(parts, **options)["input_ids"] for j in part]
+        if tokenizer.mask_token_id in encoded[i]:
+            raise ValueError(
+                f"the text holds something that the tokenizer reads as its mask token {tokenizer.mask_token!r}, which "
+                "would be taken for noise: remove it from the text, or give the tokenizer another mask token"
+            )
+    return encoded
+
+
+class Divider:
+    """Divides long documents where the tokens of the parts, one after the other, are the tokens of the document.
+
+    A cut is made only where both hold:
+
+    1. No token of the vocabulary lies across it: none holds a character that is no blank before a space, say. So no merge of
+       a BPE and no piece of a Unigram model can cross, and the two sides are tokenised independently of one another.
+    2. `CONTEXT` characters on either side give the same ids together as apart. That covers what is not the vocabulary's:
+       normalisers that look at neighbours, prefixes at the start of a text, unknown tokens that are fused, and
+       pre-tokenisers that look ahead.
+
+    Where there is no such place, the document grows until there is one: the result is then right, at the price of memory.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer, self._cuts = tokenizer, None
+
+    @property
+    def cuts(self) -> list[re.Pattern]:
+        """The kinds of places that the vocabulary allows; found when a document is long enough to need them."""
+        if self._cuts is None:
+            special = set(self.tokenizer.all_special_tokens)
+            tokens = [token for token in self.tokenizer.get_vocab() if token not in special]
+            self._cuts = [place for place, forbidden in CUTS if not any(map(forbidden.search, tokens))]
+        return self._cuts
+
+    def parts(self, document: Iterable[str]) -> Iterator[tuple[str, bool]]:
+        """Yields (part, whether it is the last of the document)."""
+        text, start = "", 0  # what is left of the document; where in it to look for the next cut
+        for piece in document:
+            text += piece
+            begin = 0
+            while start + PART + CONTEXT <= len(text):
+                place = self.place(text, start, start + PART)
+                start += PART
+                if place is not None:
+                    yield text[begin:place], False
+                    begin = start = place
+            text, start = text[begin:], start - begin
+        yield text, True
+
+    def place(self, text: str, start: int, end: int) -> int | None:
+        """The last good place for a cut in the later half of text[start:end]; None if the best few are not good."""
+        start = (start + end) // 2
+        for cut in self.cuts:
+            candidates = [match.end() for match in cut.finditer(text, max(start, end - 1024), end)]
+            candidates = candidates or [match.end() for match in cut.finditer(text, start, end)]
+            for place in candidates[:-9:-1]:
+                left, right = text[max(place - CONTEXT, 0) : place], text[place : place + CONTEXT]
+                together, *apart = encode([left + right, left, right], self.tokenizer)
+                if together == [*apart[0], *apart[1]]:
+                    return place
+        return None
