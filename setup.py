@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
@@ -22,8 +23,8 @@ EXTRAS["dev"] = [
 ]
 
 setup(
-    name="mcd",
-    version="0.1.0",
+    name="mcd-diffusion",  # "mcd" is another project's
+    version=re.search(r'^__version__ = "(.+)"', Path("modeling_mcd/__init__.py").read_text(encoding="utf-8"), re.M)[1],
     description="Masked diffusion language models that write well in a few steps: Masked Consistency Distillation and its kin",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -1,15 +1,41 @@
-"""Masked diffusion language models for transformers. Importing this package registers them with the Auto classes."""
+"""Masked diffusion language models for transformers. Importing this package registers them with the Auto classes.
 
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+The files named `*_mdlm.py` travel to the Hub beside the weights, for `trust_remote_code=True`.
+"""
+
+from .requirements_mdlm import MINIMUM  # noqa: F401  (first: an old transformers lacks names that the others import)
+
+
+# isort: split
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .configuration_mdlm import MDLMConfig
 from .generation_mdlm import MDLMGenerationConfig, MDLMGenerationOutput
 from .modeling_mdlm import MDLMForMaskedDiffusion, MDLMModel
 
 
+__version__ = "0.2.0"
+
+
+class NotCausal:
+    """Registered with `AutoModelForCausalLM` so that asking it for one of these models names the right Auto class."""
+
+    config_class = MDLMConfig
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        raise ValueError(
+            "a masked diffusion model is not a causal language model: load it with AutoModel or AutoModelForMaskedLM"
+        )
+
+    _from_config = from_pretrained
+
+
 AutoConfig.register(MDLMConfig.model_type, MDLMConfig, exist_ok=True)
 AutoModel.register(MDLMConfig, MDLMForMaskedDiffusion, exist_ok=True)
 AutoModelForMaskedLM.register(MDLMConfig, MDLMForMaskedDiffusion, exist_ok=True)
+AutoModelForCausalLM.register(MDLMConfig, NotCausal, exist_ok=True)
 MDLMConfig.register_for_auto_class()
 MDLMForMaskedDiffusion.register_for_auto_class("AutoModel")
 

@@ -1,5 +1,10 @@
 """Configuration of the diffusion language model: absorbing (MDLM, arXiv 2406.07524) or uniform (Duo, arXiv 2506.10892)."""
 
+from .requirements_mdlm import MINIMUM  # noqa: F401  (first: an old transformers lacks names that the others import)
+
+
+# isort: split
+
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -80,8 +85,12 @@ class MDLMConfig(PreTrainedConfig):
             )
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id ({self.mask_token_id}) must lie in [0, vocab_size = {self.vocab_size})")
-        # `AutoModelForMaskedLM` finds the remote code too; `save_pretrained` itself writes only the `AutoModel` entry.
-        kwargs.setdefault("auto_map", {"AutoModelForMaskedLM": "modeling_mdlm.MDLMForMaskedDiffusion"})
+        # Replaced, never merged: an entry that names someone else's repository must not travel into what is saved.
+        kwargs["auto_map"] = {
+            "AutoConfig": "configuration_mdlm.MDLMConfig",
+            "AutoModel": "modeling_mdlm.MDLMForMaskedDiffusion",
+            "AutoModelForMaskedLM": "modeling_mdlm.MDLMForMaskedDiffusion",
+        }
         super().__post_init__(**kwargs)
 
 

@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
 
 import modeling_mcd
-from modeling_mcd import MDLMForMaskedDiffusion
+from modeling_mcd import MDLMForMaskedDiffusion, requirements_mdlm
+from modeling_mcd.convert_checkpoints import convert
+from modeling_mcd.loading import load_model
+
+
+PACKAGE = Path(modeling_mcd.__file__).parent
 
 
 SCRIPT = """
@@ -142,7 +148,7 @@ def test_a_model_saved_from_remote_code_is_whole(visit):
 
 
 def test_the_code_beside_the_weights_is_the_package_s_own(visit):
-    saved, package = visit[3], Path(modeling_mcd.__file__).parent
+    saved, package = visit[3], PACKAGE
     copied = {file.name for file in saved.glob("*.py")} - {"__init__.py"}
     assert copied == {file.name for file in package.glob("*_mdlm.py")}
     for name in copied:
@@ -154,3 +160,60 @@ def test_the_package_reads_what_remote_code_saved(visit):
     loaded = modeling_mcd.MDLMForMaskedDiffusion.from_pretrained(again)
     assert loaded.generation_config.steps == 3
     assert torch.equal(loaded.generate(seed=0, steps=4), model.generate(seed=0, steps=4))
+
+
+# --- A transformers that is too old
+
+
+@pytest.mark.parametrize("version", ["4.57.0", "5.0.1", "5.19.9"])
+@pytest.mark.parametrize("module", ["modeling_mcd", "modeling_mcd.loading", "saved.configuration_mdlm"])
+def test_an_old_transformers_is_refused_in_one_line(build, tmp_path, version, module):
+    """Before any name is imported that it may lack: the stub has none."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text(f'__version__ = "{version}"\n')
+    build().save_pretrained(tmp_path / "saved")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])}
+    command = [sys.executable, "-c", f"import {module}"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        f"ImportError: this model needs transformers >= 5.20, found {version}: "
+        "pip install --upgrade 'transformers>=5.20'"
+    )
+
+
+def test_the_minimum_version_is_that_of_the_package():
+    assert f'"transformers>={requirements_mdlm.MINIMUM},<6"' in (PACKAGE.parent / "setup.py").read_text()
+
+
+# --- Whose code and which class
+
+
+def test_someone_elses_auto_map_never_travels(build, tmp_path):
+    build().save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    own = dict(config["auto_map"])
+    config["auto_map"] |= {"AutoModelForMaskedLM": "evil/code--x.Y", "AutoModelForCausalLM": "evil/code--x.Y"}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    load_model(tmp_path / "theirs").save_pretrained(tmp_path / "student")
+    convert(tmp_path / "theirs", tmp_path / "converted")
+    AutoModel.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "again")
+    for folder in ("student", "converted", "again"):
+        assert json.loads((tmp_path / folder / "config.json").read_text())["auto_map"] == own, folder
+
+
+def test_asking_for_a_causal_model_names_the_right_class(build, tmp_path):
+    build().save_pretrained(tmp_path)
+    for ask in (AutoModelForCausalLM.from_pretrained, lambda path: AutoModelForCausalLM.from_config(build().config)):
+        with pytest.raises(
+            ValueError, match="not a causal .*: load it with AutoModel or AutoModelForMaskedLM"
+        ) as error:
+            ask(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_the_version_stands_once():
+    built = subprocess.run(
+        [sys.executable, "setup.py", "--version", "--name"], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert built.stdout.split()[-2:] == [modeling_mcd.__version__, "mcd-diffusion"]
