@@ -203,6 +203,17 @@ def test_the_training_of_a_judge_refuses_as_the_others_do(inputs, output):
 # --- Tokenizer and networks
 
 
+def reordered(tokenizer: Path, folder: Path) -> Path:
+    """A tokenizer with the same letters in the opposite order."""
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    content["model"]["vocab"] = dict(zip(words, reversed(words.values()), strict=True))
+    if folder != tokenizer:
+        shutil.copytree(tokenizer, folder)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
 @both
 def test_a_tokenizer_without_a_mask_token(refusal, tmp_path, entry):
     tokenizer = character_tokenizer(BLOCK)
@@ -223,6 +234,31 @@ def test_a_tokenizer_that_does_not_fit_the_model(refusal, inputs, tmp_path, entr
     save_teacher(tmp_path / "larger", vocab_size=50)
     line = refusal(entry, **{"teacher" if entry == "run_mcd" else "model": tmp_path / "larger"})
     assert "the tokenizer's mask token has the id 47, the model's mask_token_id is 49" in line
+
+
+@pytest.mark.parametrize("entry, network", [("run_mcd", {}), ("run_mdlm", {"model": "teacher"})])
+def test_a_tokenizer_of_the_same_size_with_other_letters(refusal, inputs, tmp_path, entry, network):
+    reordered(inputs / "tokenizer", tmp_path / "tokenizer")
+    network = {key: inputs / name for key, name in network.items()}
+    line = refusal(entry, tokenizer=tmp_path / "tokenizer", **network)
+    assert "reads the id 0 as '-', and the one saved with" in line and "as ' ': a model needs the tokenizer" in line
+
+
+@pytest.mark.parametrize("field", ["teacher", "student", "model"])
+def test_weights_that_are_not_finite(refusal, inputs, tmp_path, field):
+    network = MDLMForMaskedDiffusion.from_pretrained(inputs / "teacher")
+    network.lm_head.weight.data[3, 3] = float("nan")
+    network.save_pretrained(tmp_path / "network")
+    line = refusal("run_mdlm" if field == "model" else "run_mcd", **{field: tmp_path / "network"})
+    assert f"{field} '{tmp_path / 'network'}': its weight lm_head.weight holds a number that is not finite" in line
+
+
+def test_a_broken_tokenizer_file(refusal, inputs, tmp_path):
+    shutil.copytree(inputs / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"version": 3}')
+    assert f"tokenizer '{tmp_path / 'tokenizer'}' cannot be loaded: " in refusal(
+        "run_mcd", tokenizer=tmp_path / "tokenizer"
+    )
 
 
 def test_a_teacher_and_a_student_of_different_vocabularies(refusal, tmp_path):
@@ -373,11 +409,7 @@ def test_recipes(inputs, output, tmp_path, capsys, entry, recipe, says):
 
 def judge_of_other_ids(folder: Path) -> Path:
     save_judge(folder)
-    content = json.loads((folder / "tokenizer.json").read_text())
-    words = content["model"]["vocab"]
-    content["model"]["vocab"] = dict(zip(words, reversed(words.values()), strict=True))
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    return folder
+    return reordered(folder, folder)
 
 
 @pytest.mark.parametrize(

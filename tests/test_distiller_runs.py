@@ -83,6 +83,19 @@ def test_collating_pads_what_is_shorter_and_adds_nothing_to_equal_blocks():
     ]
 
 
+def test_columns_with_a_value_for_each_token_are_used_or_refused():
+    row = {"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1], "text": "abc", "n": 3}
+    assert may_be_noised(collate_blocks([row, row | {"input_ids": [4], "completion_mask": [1]}])).tolist() == [
+        [False, True, True],
+        [True, False, False],
+    ]
+    both = collate_blocks([row | {"labels": [1, 2, -100]}])
+    assert both["labels"].tolist() == [[-100, 2, -100]]
+    for name in ("position_ids", "assistant_masks", "token_type_ids"):
+        with pytest.raises(ValueError, match=f"a column '{name}' with a value for each token, which has no meaning"):
+            collate_blocks([row | {name: [0, 1, 2]}])
+
+
 # --- Resume
 
 

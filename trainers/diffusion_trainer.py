@@ -23,6 +23,8 @@ from trainers.trajectories import step_noise
 
 EVALUATION_STEP = 2**63  # no training step: evaluation has a stream of noise of its own
 
+TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "attention_mask")  # of the rows of a dataset
+
 # What `TrainingArguments` takes as it comes, to fail on it in the middle of a run, or to train nothing.
 TRAINING_NUMBERS = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), AT_LEAST_1),
@@ -93,11 +95,22 @@ def pick_cpu_backend(arguments: TrainingArguments):
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """`input_ids` [B, L] of rows that have them, with `labels` and `attention_mask` where the rows have these too.
+    """A batch of rows: `input_ids` [B, L], with `labels` and `attention_mask` [B, L] where the rows call for them.
 
-    Rows shorter than the longest are padded on the right, and the padding is neither seen nor noised.
+    Rows may hold `labels` (-100: neither noised nor scored), `completion_mask` (0: the same) and `attention_mask` (0: not
+    seen either). Shorter rows are padded on the right, and the padding is neither seen nor noised.
+
+    Raises:
+        ValueError: names a column with a value for each token that has no meaning here, such as `position_ids`.
     """
     lengths = [len(row["input_ids"]) for row in rows]
+    for name, value in rows[0].items():
+        per_token = hasattr(value, "__len__") and not isinstance(value, str) and len(value) == lengths[0]
+        if per_token and name not in TOKEN_COLUMNS:
+            raise ValueError(
+                f"the rows hold a column {name!r} with a value for each token, which has no meaning here "
+                f"({', '.join(TOKEN_COLUMNS)} have): remove it from the dataset"
+            )
 
     def padded(name: str, value: int) -> torch.Tensor:
         return torch.tensor([[*row[name], *[value] * (max(lengths) - len(row[name]))] for row in rows]).long()
@@ -105,6 +118,8 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
     batch = {"input_ids": padded("input_ids", 0)}
     if "labels" in rows[0]:
         batch["labels"] = padded("labels", -100)
+    if "completion_mask" in rows[0]:
+        batch["labels"] = batch.get("labels", batch["input_ids"]).masked_fill(padded("completion_mask", 0) == 0, -100)
     if "attention_mask" in rows[0]:
         batch["attention_mask"] = padded("attention_mask", 0)
     elif min(lengths) < max(lengths):

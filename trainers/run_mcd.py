@@ -14,7 +14,6 @@ from transformers import set_seed
 from evaluation import RunReport, load_report, save_results, write_report
 from evaluation.judge import load_judge
 from evaluation.options import EvaluationArguments
-from modeling_mcd.loading import load_model
 from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
 from trainers.distillation_trainer import DistillationTrainer, check_same_network, check_same_tokens
 from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
@@ -22,7 +21,14 @@ from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
 from trainers.runs.errors import one_line_errors
 from trainers.runs.hub import push_to_hub, take_hub_api
-from trainers.runs.inputs import TokenizerArguments, check_block_length, check_tokenizer, load_data, load_tokenizer
+from trainers.runs.inputs import (
+    TokenizerArguments,
+    check_block_length,
+    check_tokenizer,
+    load_data,
+    load_network,
+    load_tokenizer,
+)
 from trainers.runs.output_folder import find_checkpoint, recipe_text, run_settings, save_model, short_name, start_run
 from trainers.runs.recipe import parse_recipe_of
 from trainers.runs.rounds import RoundCallback, held_out_blocks, start_report
@@ -64,11 +70,11 @@ def main(arguments: list[str] | None = None):
     checkpoint = find_checkpoint(training, settings)
     set_seed(training.seed)
     tokenizer = load_tokenizer(tokenizer_arguments)
-    teacher = load_model(networks.teacher)
-    student = teacher if networks.student is None else load_model(networks.student)
+    teacher = load_network(networks.teacher, "teacher")
+    student = teacher if networks.student is None else load_network(networks.student, "student")
     check_same_tokens(teacher.config, student.config, trainer_class.diffusion_kind)
     check_same_network(teacher.config, student.config)
-    check_tokenizer(tokenizer, teacher.config)
+    check_tokenizer(tokenizer, teacher.config, networks.teacher)
     check_block_length(text.block_length, "teacher", teacher.config)
     check_block_length(text.block_length, "student", student.config)
     judge = None

@@ -12,11 +12,17 @@ from transformers import set_seed
 from evaluation import save_results, validation_nelbo, write_report
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, check_numbers
-from modeling_mcd.loading import load_model
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.runs.errors import one_line_errors
 from trainers.runs.hub import push_to_hub, take_hub_api
-from trainers.runs.inputs import TokenizerArguments, check_block_length, check_tokenizer, load_data, load_tokenizer
+from trainers.runs.inputs import (
+    TokenizerArguments,
+    check_block_length,
+    check_tokenizer,
+    load_data,
+    load_network,
+    load_tokenizer,
+)
 from trainers.runs.output_folder import find_checkpoint, recipe_text, run_settings, save_model, short_name, start_run
 from trainers.runs.recipe import parse_recipe
 from trainers.runs.text_blocks import TextArguments
@@ -49,7 +55,7 @@ class ModelArguments:
 
 def build_model(arguments: ModelArguments, tokenizer, context: int) -> MDLMForMaskedDiffusion:
     if arguments.model is not None:
-        return load_model(arguments.model, diffusion_kind=arguments.diffusion_kind)
+        return load_network(arguments.model, "model", diffusion_kind=arguments.diffusion_kind)
     kind = arguments.diffusion_kind or "absorbing"
     return MDLMForMaskedDiffusion(
         MDLMConfig(
@@ -80,7 +86,7 @@ def main(arguments: list[str] | None = None):
     tokenizer = load_tokenizer(tokenizer_arguments)
     set_seed(training.seed)
     model = build_model(model_arguments, tokenizer, text.block_length)
-    check_tokenizer(tokenizer, model.config)
+    check_tokenizer(tokenizer, model.config, model_arguments.model)
     check_block_length(text.block_length, "model", model.config)
     train, validation = load_data(text, tokenizer, training)
     trainer = MDLMTrainer(model, training, train_dataset=train, eval_dataset=validation)

@@ -1,25 +1,34 @@
-"""What a run reads: the tokenizer and the text."""
+"""What a run reads: networks, their tokenizer, and the text."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from modeling_mcd.loading import check_tokens, reason_of
-from trainers.runs.text_blocks import TextArguments, load_blocks
+from modeling_mcd.loading import check_tokens, load_model, reason_of, split_revision
+from trainers.runs.text_blocks import RunText, TextArguments, load_blocks, open_run_text, tokenizer_digest
+from trainers.runs.waiting import main_process_first
 
 
 @dataclass
 class TokenizerArguments:
-    tokenizer: str = field(metadata={"help": "Folder or Hub name of the tokenizer."})
+    tokenizer: str = field(metadata={"help": "Folder or Hub name (`name@revision`) of the tokenizer."})
     add_mask_token: bool = field(
-        default=False, metadata={"help": "Give the tokenizer a [MASK] when it has none: one more token, at the end."}
+        default=False, metadata={"help": "If the tokenizer has no mask token, add [MASK] as its last token."}
     )
 
 
 def load_tokenizer(arguments: TokenizerArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a mask token if `add_mask_token` asks for it, and with EOS as BOS if it has no BOS.
+
+    Raises:
+        FileNotFoundError: names the tokenizer that cannot be loaded.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    except (OSError, ValueError) as error:
+        name, revision = split_revision(arguments.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    except Exception as error:  # a broken folder raises whatever its broken file makes the reader raise
         raise FileNotFoundError(f"tokenizer {arguments.tokenizer!r} cannot be loaded: {reason_of(error)}") from None
     if tokenizer.mask_token_id is None and arguments.add_mask_token:
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
@@ -28,24 +37,87 @@ def load_tokenizer(arguments: TokenizerArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config):
-    """Raises ValueError unless the tokenizer's [MASK] is the model's, if it has one, and all tokens are in the vocabulary."""
+def load_network(name: str, argument: str, **options) -> PreTrainedModel:
+    """`load_model`, for the network that the recipe calls `argument`.
+
+    Raises:
+        ValueError: it cannot be loaded, or a weight is NaN or infinite: no training would notice before its first step.
+    """
+    model = load_model(name, **options)
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{argument} {name!r}: its weight {parameter_name} holds a number that is not finite")
+    return model
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config, network: str | None = None):
+    """Refuses a tokenizer that is not the one a network was trained with.
+
+    Args:
+        config: the network's configuration.
+        network: where the network came from, if it was loaded; a tokenizer saved beside it is compared token by token.
+
+    Raises:
+        ValueError: no mask token, or another one than the network's; tokens outside its vocabulary; tokens that the network
+            knows by other ids.
+    """
     if config.diffusion_kind == "absorbing" and tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token: set add_mask_token to true, or give one that has")
     check_tokens(tokenizer, config)
+    other = None if network is None else tokenizer_beside(network)
+    if other is None:
+        return
+    ids = [i for i in range(min(len(tokenizer), len(other))) if i != config.mask_token_id]
+    ours, theirs = tokenizer.convert_ids_to_tokens(ids), other.convert_ids_to_tokens(ids)
+    for i, our, their in zip(ids, ours, theirs, strict=True):
+        if our != their:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} reads the id {i} as {our!r}, and the one saved with {network!r} "
+                f"as {their!r}: a model needs the tokenizer that it was trained with, not merely one as large"
+            )
+
+
+def tokenizer_beside(network: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the folder or repository of a network that was loaded; None if there is none that loads."""
+    name, revision = split_revision(network)
+    file = Path(name, "tokenizer_config.json")
+    if not Path(name).exists():
+        file = try_to_load_from_cache(name, file.name, revision=revision)
+    if not isinstance(file, (str, Path)) or not Path(file).is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(Path(file).parent, trust_remote_code=False)
+    except Exception:  # of a kind that needs its own code, say; the vocabulary's size was checked
+        return None
 
 
 def check_block_length(block_length: int, name: str, config):
-    """Raises ValueError when a block is longer than the context of the model, which `name` calls by its argument."""
+    """Raises ValueError if a block is longer than the context of the network that the recipe calls `name`."""
     if block_length > config.max_position_embeddings:
         raise ValueError(
             f"block_length is {block_length}, but the {name}'s context is {config.max_position_embeddings} tokens"
         )
 
 
-def load_data(text: TextArguments, tokenizer: PreTrainedTokenizerBase, training: TrainingArguments):
-    """The blocks; the first process of each machine prepares the cache that the others read."""
+def open_data(text: TextArguments, training: TrainingArguments) -> RunText:
+    """Finds and checks the text of a run, before anything else is loaded. All processes must call it.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_run_text`; also streaming text without max_steps.
+    """
     if text.streaming and training.max_steps <= 0:
         raise ValueError("streaming text has no known length, so an epoch has none either: give max_steps")
-    with training.main_process_first():
+    with main_process_first(training):
+        return open_run_text(text)
+
+
+def load_data(text: RunText | TextArguments, tokenizer: PreTrainedTokenizerBase, training: TrainingArguments):
+    """Training and validation blocks, see `load_blocks`; the first process of each machine prepares the others' cache."""
+    text = text if isinstance(text, RunText) else open_data(text, training)
+    with main_process_first(training):
         return load_blocks(text, tokenizer)
+
+
+def data_digests(text: RunText, tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+    """What run.json keeps of the content of text and tokenizer, whose names do not tell it."""
+    return {**text.digests(), "tokenizer_digest": tokenizer_digest(tokenizer)}

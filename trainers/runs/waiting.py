@@ -1,0 +1,52 @@
+"""One process works, the others wait, however long it takes.
+
+A barrier of torch.distributed, and so `TrainingArguments.main_process_first`, gives up after the group's timeout (10 or 30
+minutes), which tokenising a large text or judging many samples may exceed. Here the others ask the group's key-value store
+now and then, and no collective is pending meanwhile.
+"""
+
+import contextlib
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+
+import torch.distributed
+from transformers import TrainingArguments
+
+
+LONGEST_PAUSE = 1.0  # seconds between two looks
+_calls = itertools.count()  # all processes make the same calls in the same order
+
+
+@contextlib.contextmanager
+def main_process_first(training: TrainingArguments, local: bool = True) -> Iterator[None]:
+    """The first process (of each machine, if `local`) runs the block, then all others do.
+
+    All processes must come here, the same number of times. When the block fails in the first process, the others, who would
+    wait for nothing, exit with status 1 and no message: the first one has given it.
+    """
+    if training.world_size == 1:  # also sets up the process group
+        yield
+        return
+    own_rank = training.local_process_index if local else training.process_index
+    first = training.process_index - own_rank  # global rank of the process to wait for
+    store = torch.distributed.PrefixStore(
+        "trainers.runs.waiting", torch.distributed.distributed_c10d._get_default_store()
+    )
+    key = f"{next(_calls)}/{first}"
+    if own_rank > 0:
+        pause = 0.01
+        while not store.check([key]):
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        if store.get(key) != b"done":
+            sys.exit(1)
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        store.set(key, "failed")
+        raise
+    store.set(key, "done")
