@@ -1,7 +1,6 @@
 """Likelihood on held-out blocks: the bound of a masked diffusion model, and the exact loss of an autoregressive one."""
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from evaluation.generative_perplexity import sequence_nll
@@ -49,22 +48,25 @@ def validation_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: in
         for rows in torch.arange(count).split(batch_size):
             noisy = blocks[rows].masked_fill(masked[rows], mask_token_id).to(model.device)
             sigma = -gamma[rows].log().float().to(model.device)
-            logits = model(input_ids=noisy, timesteps=sigma, logits_rows=masked[rows].to(model.device)).logits.float()
-            logits[:, mask_token_id] = -torch.inf
-            losses = cross_entropy(logits, blocks[rows][masked[rows]].to(model.device), reduction="none")
+            head = model(input_ids=noisy, timesteps=sigma, hidden_rows=masked[rows].to(model.device))
+            losses = head.map(negative_log, blocks[rows][masked[rows]].to(model.device))
             total += (weights[rows][masked[rows]] * losses.cpu().double()).sum().item()
     model.train(was_training)
     return total / (draws * count * length)
 
 
+def negative_log(log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return -log_p.gather(-1, tokens[:, None])[:, 0]
+
+
 def uniform_sum(model, x_0: torch.Tensor, z_t: torch.Tensor, gamma: torch.Tensor, slope: torch.Tensor) -> float:
     """Sum of `uniform_nelbo` over the tokens of some blocks [b, L], noised to z_t at gamma [b]."""
-    logits = model(input_ids=z_t.to(model.device), timesteps=-gamma.log().float().to(model.device)).logits.flatten(
-        0, 1
-    )
+    every = torch.ones_like(x_0, dtype=torch.bool, device=model.device)
+    sigma = -gamma.log().float().to(model.device)
+    head = model(input_ids=z_t.to(model.device), timesteps=sigma, hidden_rows=every)
     gamma, slope = (values[:, None].expand_as(x_0).flatten().float().to(model.device) for values in (gamma, slope))
     x_0, z_t = x_0.flatten().to(model.device), z_t.flatten().to(model.device)
-    return uniform_nelbo(logits.float().log_softmax(dim=-1), z_t, x_0, gamma, slope).double().sum().item()
+    return head.map(uniform_nelbo, z_t, x_0, gamma, slope).double().sum().item()
 
 
 def causal_loss(judge: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 8) -> float:

@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from .draws_mdlm import draw_tokens
+from .head_mdlm import in_chunks
 from .noise_mdlm import RowNoise
 from .noise_schedule_mdlm import NoiseSchedule
-
-
-CHUNK = 2**24  # logits at a time: bounds the memory of the head whatever the batch, the length and the vocabulary
 
 
 @dataclass(frozen=True)
@@ -195,12 +193,12 @@ class Answer:
     def map(self, function: Callable, *values: torch.Tensor) -> torch.Tensor:
         """`function(logits [m, V], *values [m])` of all positions, m at a time: a tensor [n]."""
         denoiser, values = self.canvas.denoiser, [self.canvas.send(value) for value in values]
-        size, results = max(1, CHUNK // denoiser.vocab_size), []
-        for start in range(0, len(self.hidden), size):
-            part = slice(start, start + size)
+
+        def of_chunk(part: slice) -> torch.Tensor:
             logits = denoiser.head(self.hidden[part], self.tokens, self.row_of[part])
-            results.append(function(logits, *(value[part] for value in values)))
-        return torch.cat(results)
+            return function(logits, *(value[part] for value in values))
+
+        return in_chunks(of_chunk, len(self.hidden), denoiser.vocab_size, self.hidden.device)
 
     def score(self, measure: Callable) -> torch.Tensor:
         """`measure(logits, mask_token_id)` of every position asked for, [B, L] float32 on the CPU; -inf elsewhere.

@@ -188,7 +188,7 @@ class MDLMGenerationMixin:
                     allow_is_bidirectional_skip=False,
                 )
             inputs = {"input_ids": tokens, "timesteps": sigma, "attention_mask": attention_mask}
-            hidden = network(**inputs, output_positions=wanted).last_hidden_state
+            hidden = network(**inputs, hidden_rows=wanted).last_hidden_state
             return hidden.unflatten(0, (2, -1)).movedim(0, 2) if guided else hidden
 
         def logits_of(hidden: torch.Tensor, tokens: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:

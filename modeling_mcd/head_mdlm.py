@@ -1,10 +1,14 @@
-"""The head over chosen positions: hidden rows, the head's parameters, and one chunked engine over the vocabulary."""
+"""The head over chosen positions: hidden rows with the head's parameters, and the one loop over chunks of the vocabulary.
 
+A loss, a draw or a likelihood needs logits at some positions only, and needs them only for a moment. So a network hands
+out its hidden states there (`HeadRows`), and `in_chunks` runs the head on as many rows at a time as the device's budget
+allows: the logits [B, L, V] of a batch are never built. This is also what another network must offer to be trained here.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate.utils import extract_model_from_parallel
-from torch import nn
 from transformers.utils import ModelOutput
 
 
@@ -16,41 +20,62 @@ ACCELERATOR_CHUNK = 2**26
 CPU_COLUMNS = 1024  # of logits in one product on a CPU, where writing rows of a whole vocabulary takes a third longer
 
 
-@dataclass
-class HeadRows:
-    """Hidden rows of one network and the head that makes token distributions of them.
+def in_chunks(
+    function: Callable[[slice], torch.Tensor], count: int, vocab_size: int, device: torch.device
+) -> torch.Tensor:
+    """The results of `function(rows)`, joined, for slices that together cover `range(count)`.
+
+    Every slice holds as many rows as the device's budget for logits [rows, V] allows, at least one. For a count of zero
+    the function is called once, with an empty slice, so that dtype and shape of the result are still its own.
 
     Args:
-        hidden: [rows, d].
+        function: takes a slice of m rows, and returns a tensor [m, ...].
+    """
+    size = max(1, CHUNK.get(device.type, ACCELERATOR_CHUNK) // vocab_size)
+    return torch.cat([function(slice(start, start + size)) for start in range(0, max(count, 1), size)])
+
+
+@dataclass
+class HeadRows(ModelOutput):
+    """Hidden rows of one network, and the head that turns them into token distributions: `forward(hidden_rows=...)`.
+
+    The head's parameters are views that the forward makes: the wrappers that train a network (DDP, DeepSpeed) then see
+    them used, and ZeRO-3 holds them complete until their gradient has arrived. A `ModelOutput`, since those wrappers look
+    for tensors in such outputs.
+
+    Args:
+        hidden: [R, d].
         weight, bias: of the head, [V, d] and [V].
-        mask_token_id: the token that gets no probability; None for uniform-state diffusion, where every token may stand.
+        mask_token_id: the token that gets no probability (SUBS, see `log_probabilities`); None under uniform diffusion,
+            where any token may be the right one.
     """
 
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
-    mask_token_id: int | None
+    hidden: torch.FloatTensor | None = None
+    weight: torch.FloatTensor | None = None
+    bias: torch.FloatTensor | None = None
+    mask_token_id: int | None = None
 
-    def __len__(self) -> int:
-        return len(self.hidden)
+    def at(self, chosen: torch.Tensor | slice) -> "HeadRows":
+        """The rows that a boolean mask [R], indices or a slice choose."""
+        return replace(self, hidden=self.hidden[chosen])
 
-    def __getitem__(self, which) -> "HeadRows":
-        """The rows that a boolean mask [rows], indices or a slice choose."""
-        return replace(self, hidden=self.hidden[which])
+    def put(self, chosen: torch.Tensor, rows: "HeadRows") -> "HeadRows":
+        """A copy in which `rows`, of the same head, replace those that a boolean mask [R] or indices choose.
 
-    def put(self, which: torch.Tensor, rows: "HeadRows") -> "HeadRows":
-        """A copy in which `rows`, of the same head, stand at the places that a boolean mask [rows] or indices choose."""
+        Raises:
+            ValueError: when `rows` come from another head.
+        """
         if rows.weight.data_ptr() != self.weight.data_ptr():
-            raise ValueError("put: the rows belong to another head, under which they would mean something else")
+            raise ValueError("put: the rows belong to another head, which would give them another meaning")
         hidden = self.hidden.clone()
-        hidden[which] = rows.hidden
+        hidden[chosen] = rows.hidden
         return replace(self, hidden=hidden)
 
     def to(self, dtype: torch.dtype) -> "HeadRows":
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=self.bias.to(dtype))
 
     def matmul_dtype(self) -> torch.dtype:
-        """What the head's products run in here: the autocast's dtype if there is one, else that of the weights."""
+        """The dtype of the head's products here: that of an active autocast, else that of the weights."""
         device = self.hidden.device.type
         if torch.is_autocast_enabled(device) and self.hidden.dtype != torch.float64:
             return torch.get_autocast_dtype(device)
@@ -58,13 +83,16 @@ class HeadRows:
 
     @torch.no_grad()
     def log_probabilities(self, temperature: float = 1.0) -> torch.Tensor:
-        """[rows, V] of softmax(logits / temperature) under SUBS; float32, or float64 for float64 rows. No gradient.
+        """[R, V] of softmax(logits / temperature) without [MASK]; float32, or float64 for float64 rows. No gradient.
 
-        All rows at once: for a few rows, where the log-probabilities themselves are wanted.
+        SUBS (MDLM, arXiv 2406.07524, Sec. 3.2.3) has two rules. [MASK] gets no probability: that is done here. A visible
+        token is predicted with certainty: that needs no head, so these rows are never asked for at visible positions.
+
+        Builds the logits of all rows at once; `map` goes through them in chunks.
         """
         vocab_size, scale = len(self.weight), 1 / temperature
         logits = self.hidden.new_empty(
-            len(self), vocab_size, dtype=torch.promote_types(self.hidden.dtype, torch.float32)
+            len(self.hidden), vocab_size, dtype=torch.promote_types(self.hidden.dtype, torch.float32)
         )
         columns = CPU_COLUMNS if logits.device.type == "cpu" else vocab_size
         for start in range(0, vocab_size, columns):
@@ -74,36 +102,21 @@ class HeadRows:
             logits[:, self.mask_token_id] = MASK_LOGIT
         log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
         if self.mask_token_id is not None:
-            log_probabilities[:, self.mask_token_id] = MASK_LOGIT  # under every network, so that they agree on it
+            log_probabilities[:, self.mask_token_id] = MASK_LOGIT  # the same under every network: no divergence there
         return log_probabilities
 
+    def map(self, function: Callable[..., torch.Tensor], *values: torch.Tensor) -> torch.Tensor:
+        """`function(log-probabilities [m, V], *values [m])` for all rows, m at a time: [R, ...]. No gradient.
 
-def head_rows(model: nn.Module, positions: torch.Tensor, **inputs) -> HeadRows:
-    """Runs the trunk of `model`, wrapped for training (DDP, DeepSpeed) or not, and hands out rows of its output.
+        Args:
+            values: tensors [R, ...], cut as the rows are.
+        """
+        own = self.to(self.matmul_dtype())
 
-    Args:
-        positions: a boolean mask [B, L], or indices into the flattened canvas, [rows].
-        inputs: of the forward: input_ids, timesteps, attention_mask.
-    """
-    outputs = model(hidden_rows=positions, **inputs)
-    config = extract_model_from_parallel(model).config
-    mask_token_id = config.mask_token_id if config.diffusion_kind == "absorbing" else None
-    return HeadRows(outputs.hidden_rows, outputs.head_weight, outputs.head_bias, mask_token_id)
+        def of_chunk(rows: slice) -> torch.Tensor:
+            return function(own.at(rows).log_probabilities(), *(value[rows] for value in values))
 
-
-@dataclass
-class MDLMHiddenRowsOutput(ModelOutput):
-    """What a loss needs to run the head itself, chunk by chunk.
-
-    The head's parameters are views, made inside the forward: the wrappers that train the model (DDP, ZeRO-3) then see
-    them used, and have them whole and ready for their gradient when the backward comes.
-
-    Args:
-        hidden_rows: [rows, hidden_size], the trunk's output at the positions asked for.
-        head_weight: [vocab_size, hidden_size].
-        head_bias: [vocab_size].
-    """
-
-    hidden_rows: torch.FloatTensor | None = None
-    head_weight: torch.FloatTensor | None = None
-    head_bias: torch.FloatTensor | None = None
+        with torch.autocast(
+            self.hidden.device.type, enabled=False
+        ):  # the products have their dtype; the rest is float32
+            return in_chunks(of_chunk, len(self.hidden), len(self.weight), self.hidden.device)

@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mdlm import MDLMConfig
 from .generation_mdlm import MDLMGenerationMixin
-from .head_mdlm import MDLMHiddenRowsOutput
+from .head_mdlm import HeadRows
 
 
 class MDLMLayerNorm(nn.Module):
@@ -127,7 +127,7 @@ class MDLMAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        output_positions: torch.Tensor | None = None,
+        hidden_rows: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, _ = hidden_states.shape
@@ -137,10 +137,10 @@ class MDLMAttention(nn.Module):
         if self.config.rotary_precision == "native":
             position_embeddings = tuple(angles.to(query.dtype) for angles in position_embeddings)
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        if output_positions is not None:
-            query = torch.take_along_dim(query, output_positions[:, None, :, None], dim=2)
+        if hidden_rows is not None:
+            query = torch.take_along_dim(query, hidden_rows[:, None, :, None], dim=2)
             if attention_mask is not None:
-                attention_mask = torch.take_along_dim(attention_mask, output_positions[:, None, :, None], dim=2)
+                attention_mask = torch.take_along_dim(attention_mask, hidden_rows[:, None, :, None], dim=2)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
         return self.o_proj(output.flatten(2)), weights
@@ -174,16 +174,16 @@ class MDLMLayer(GradientCheckpointingLayer):
         conditioning: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        output_positions: torch.Tensor | None = None,
+        hidden_rows: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = self.modulation(
             conditioning
         )
         branch = modulate(self.attention_norm(hidden_states), shift_attention, scale_attention)
-        branch, _ = self.attention(branch, position_embeddings, attention_mask, output_positions, **kwargs)
-        if output_positions is not None:
-            hidden_states = torch.take_along_dim(hidden_states, output_positions[..., None], dim=1)
+        branch, _ = self.attention(branch, position_embeddings, attention_mask, hidden_rows, **kwargs)
+        if hidden_rows is not None:
+            hidden_states = torch.take_along_dim(hidden_states, hidden_rows[..., None], dim=1)
         hidden_states = hidden_states + gate_attention * self.dropout(branch)
         branch = self.mlp(modulate(self.mlp_norm(hidden_states), shift_mlp, scale_mlp))
         return hidden_states + gate_mlp * self.dropout(branch)
@@ -236,15 +236,15 @@ class MDLMModel(MDLMPreTrainedModel):
         timesteps: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        output_positions: torch.LongTensor | None = None,
+        hidden_rows: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         r"""
         timesteps (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
             Total noise sigma = -log gamma(t) of each row. Needed with `config.time_conditioning`, ignored without it.
-        output_positions (`torch.LongTensor` of shape `(batch_size, positions)`, *optional*):
-            The positions of each row whose hidden states are wanted, in that order. Under SDPA and eager attention the last
-            layer then serves the others as keys and values alone.
+        hidden_rows (`torch.LongTensor` of shape `(batch_size, positions)`, *optional*):
+            The positions of each row whose hidden states are returned, in that order. Under SDPA and eager attention the
+            last layer then computes queries and MLP for these alone.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -265,12 +265,12 @@ class MDLMModel(MDLMPreTrainedModel):
         # The masks of other attention implementations are for as many queries as keys.
         narrow = self.config._attn_implementation in ("sdpa", "eager")
         for layer in self.layers:
-            positions = output_positions if narrow and layer is self.layers[-1] else None
+            positions = hidden_rows if narrow and layer is self.layers[-1] else None
             hidden_states = layer(
                 hidden_states, conditioning, position_embeddings, attention_mask, positions, **kwargs
             )
-        if output_positions is not None and not narrow:
-            hidden_states = torch.take_along_dim(hidden_states, output_positions[..., None], dim=1)
+        if hidden_rows is not None and not narrow:
+            hidden_states = torch.take_along_dim(hidden_states, hidden_rows[..., None], dim=1)
         shift, scale = self.norm_modulation(conditioning)
         return BaseModelOutput(last_hidden_state=modulate(self.norm(hidden_states), shift, scale))
 
@@ -301,23 +301,24 @@ class MDLMForMaskedDiffusion(MDLMGenerationMixin, MDLMPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        logits_rows: torch.Tensor | None = None,
         hidden_rows: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput | MDLMHiddenRowsOutput:
+    ) -> MaskedLMOutput | HeadRows:
         r"""
         timesteps (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
             Total noise sigma = -log gamma(t) of each row. Needed with `config.time_conditioning`, ignored without it.
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Token to predict at each position, -100 for none. The loss is the mean cross-entropy of the others, float32.
-        logits_rows (`torch.Tensor`, *optional*):
-            The positions to run the head on: a boolean mask of shape `(batch_size, sequence_length)`, or indices
-            into the flattened canvas, shape `(rows,)`. Logits then have shape `(rows, vocab_size)`, and the full
-            `(batch_size, sequence_length, vocab_size)` tensor is never built.
         hidden_rows (`torch.Tensor`, *optional*):
-            Positions as in `logits_rows`, at which to return the hidden states and the head's parameters
-            (`MDLMHiddenRowsOutput`) without running the head.
+            Positions at which to stop before the head: a boolean mask of shape `(batch_size, sequence_length)`, or
+            indices into the flattened canvas, shape `(rows,)`. The result is then a [`HeadRows`]: the hidden states of
+            these positions, `(rows, hidden_size)`, with the head's parameters, from which losses and draws are computed
+            in chunks. Not together with `labels`.
         """
+        if hidden_rows is not None and labels is not None:
+            raise ValueError(
+                "labels and hidden_rows exclude each other: compute the loss from the rows that are returned"
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -329,12 +330,12 @@ class MDLMForMaskedDiffusion(MDLMGenerationMixin, MDLMPreTrainedModel):
         hidden_states = outputs.last_hidden_state
         if hidden_rows is not None:
             weight, bias = self.lm_head.weight, self.lm_head.bias
-            rows = hidden_states.flatten(0, 1)[hidden_rows.flatten()]
-            return MDLMHiddenRowsOutput(rows, weight.view_as(weight), bias.view_as(bias))
-        if logits_rows is not None:
-            logits_rows = logits_rows.flatten()
-            hidden_states = hidden_states.flatten(0, 1)[logits_rows]
-            labels = None if labels is None else labels.flatten()[logits_rows]
+            return HeadRows(
+                hidden=hidden_states.flatten(0, 1)[hidden_rows.flatten()],
+                weight=weight.view_as(weight),
+                bias=bias.view_as(bias),
+                mask_token_id=self.config.mask_token_id,
+            )
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:

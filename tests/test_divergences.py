@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import modeling_mcd.head_mdlm as head_mdlm
 import trainers.divergences as divergences
 from modeling_mcd.forward_process_mdlm import uniform_nelbo
-from modeling_mcd.head_mdlm import HeadRows, head_rows
+from modeling_mcd.head_mdlm import HeadRows
 from trainers.divergences import DIVERGENCES, cross_entropy, differentiated, divergence
 
 
@@ -57,7 +57,7 @@ def plain(kind, student, teacher, tau, beta):
 
 @pytest.fixture(params=[1, 3, 100], ids=lambda rows: f"{rows}_rows_a_chunk")
 def chunk(request, monkeypatch):
-    monkeypatch.setitem(divergences.CHUNK, "cpu", request.param * V)
+    monkeypatch.setitem(head_mdlm.CHUNK, "cpu", request.param * V)
     monkeypatch.setattr(head_mdlm, "CPU_COLUMNS", 5)
 
 
@@ -141,9 +141,9 @@ def test_no_rows_give_zero_and_zero_gradients(kind):
     student, teacher = make_rows(4, 0, torch.float32), make_rows(4, 1, torch.float32)
     none = torch.zeros(4, dtype=torch.bool)
     if kind == "cross_entropy":
-        values = cross_entropy(student[none], torch.arange(0))
+        values = cross_entropy(student.at(none), torch.arange(0))
     else:
-        values = divergence(kind, student[none], teacher[none], 0.9)
+        values = divergence(kind, student.at(none), teacher.at(none), 0.9)
     assert values.shape == (0,) and values.sum() == 0
     values.sum().backward()
     assert all(tensor.grad.eq(0).all() for tensor in leaves(student))
@@ -166,7 +166,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("alike", [True, False])
 def test_nothing_is_larger_than_a_chunk_or_the_head(monkeypatch, kind, alike):
     rows, vocab_size = 64, 100
-    monkeypatch.setitem(divergences.CHUNK, "cpu", 8 * vocab_size)
+    monkeypatch.setitem(head_mdlm.CHUNK, "cpu", 8 * vocab_size)
     student, teacher = (make_rows(rows, seed, torch.float32, vocab_size, 99) for seed in (0, 1))
     with LargestTensor() as largest:
         if kind == "cross_entropy":
@@ -208,18 +208,20 @@ def test_autocast_rounds_the_products_alone():
     """Under bf16 autocast: the values of the formula on logits that were made in bf16, everything after in float32."""
     student, teacher = make_rows(64, 0, torch.float32), make_rows(64, 1, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        values = divergence("student_teacher", student, teacher, 0.9)
+        values = divergence("student_teacher", student, teacher)
         values.mean().backward()
+        likelihoods = student.map(lambda log_p: torch.linalg.vecdot(log_p.exp(), log_p))
 
-    def rounded(rows, temperature):
-        logits = torch.addmm(*(t.bfloat16() for t in (rows.bias, rows.hidden, rows.weight.T)), beta=1, alpha=1)
-        return logits.float().index_fill(1, torch.tensor(MASK), -1e6) / temperature
+    def rounded(rows):
+        logits = torch.addmm(*(t.bfloat16() for t in (rows.bias, rows.hidden, rows.weight.T)))
+        return logits.float().index_fill(1, torch.tensor(MASK), -1e6).log_softmax(-1)
 
-    log_p, log_q = rounded(student, 1).log_softmax(-1), rounded(teacher, 0.9).log_softmax(-1)
-    assert values.dtype == torch.float32
-    assert torch.allclose(values, (log_p.exp() * (log_p - log_q)).sum(-1), rtol=0.05, atol=0.02)
+    log_p, log_q = rounded(student), rounded(teacher)
+    assert values.dtype == likelihoods.dtype == torch.float32
+    torch.testing.assert_close(values, (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(likelihoods, (log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-6)
     exact = HeadRows(*(tensor.detach().double().requires_grad_() for tensor in leaves(student)), MASK)
-    divergence("student_teacher", exact, teacher.to(torch.float64), 0.9).mean().backward()
+    divergence("student_teacher", exact, teacher.to(torch.float64)).mean().backward()
     for ours, double in zip(leaves(student), leaves(exact), strict=True):
         assert ours.grad.dtype == torch.float32
         assert (ours.grad - double.grad).norm() < 0.02 * double.grad.norm()
@@ -238,7 +240,7 @@ def test_rows_are_chosen_and_put_together():
     first, second = make_rows(6, 0), make_rows(6, 1)
     second = HeadRows(second.hidden, first.weight, first.bias, MASK)
     chosen = torch.tensor([True, False, False, True, True, False])
-    merged = first.put(chosen, second[chosen])
+    merged = first.put(chosen, second.at(chosen))
     together = torch.where(chosen[:, None], second.log_probabilities(), first.log_probabilities())
     assert torch.equal(merged.log_probabilities(), together)
     assert torch.equal(first.log_probabilities(), make_rows(6, 0).log_probabilities())  # a copy
@@ -252,7 +254,7 @@ def test_rows_are_chosen_and_put_together():
         ({"kind": "kl"}, "'kl', but must be one of student_teacher, teacher_student"),
         ({"beta": 1.5}, "beta is 1.5, but must lie in"),
         ({"temperature": 0.0}, "temperature is 0.0, but must be positive"),
-        ({"teacher": make_rows(3, 1)}, "4 rows of the student's and 3 of the teacher's"),
+        ({"teacher": make_rows(3, 1)}, "the student has 4 rows and the teacher 3"),
     ],
 )
 def test_wrong_arguments_name_the_value(arguments, message):
@@ -275,21 +277,21 @@ def batch():
 def test_rows_and_head_give_the_models_own_logits(build):
     model = build()
     ids, masked, z_t = batch()
-    rows = head_rows(model, masked, input_ids=z_t)
+    rows = model(z_t, hidden_rows=masked)
     logits = model(z_t).logits[masked].detach()
     assert rows.mask_token_id == 47
     assert torch.allclose(
         rows.log_probabilities(), logits.index_fill(1, torch.tensor(47), -1e6).log_softmax(-1), atol=1e-4
     )
     places = masked.flatten().nonzero()[:, 0]
-    assert torch.equal(head_rows(model, places, input_ids=z_t).hidden, rows.hidden)
+    assert torch.equal(model(z_t, hidden_rows=places).hidden, rows.hidden)
     uniform = build(diffusion_kind="uniform", mask_token_id=None)
-    assert head_rows(uniform, masked, input_ids=ids, timesteps=torch.ones(2)).mask_token_id is None
+    assert uniform(ids, hidden_rows=masked, timesteps=torch.ones(2)).mask_token_id is None
 
 
 def gradients_of(model, forward=None):
     ids, masked, z_t = batch()
-    rows = head_rows(forward or model, masked, input_ids=z_t)
+    rows = (forward or model)(z_t, hidden_rows=masked)
     cross_entropy(rows, ids[masked]).sum().div(64).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -299,7 +301,7 @@ def gradients_of(model, forward=None):
 def test_gradients_reach_every_parameter_as_through_logits(build):
     model = build()
     ids, masked, z_t = batch()
-    logits = model(z_t, logits_rows=masked).logits.index_fill(1, torch.tensor(47), -1e6)
+    logits = model(z_t).logits[masked].index_fill(1, torch.tensor(47), -1e6)
     torch.nn.functional.cross_entropy(logits, ids[masked], reduction="sum").div(64).backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -325,7 +327,7 @@ import contextlib, os, sys
 import torch
 import torch.distributed as dist
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
-from trainers.divergences import cross_entropy, divergence, head_rows
+from trainers.divergences import cross_entropy, divergence
 
 def build(seed):
     shapes = dict(vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, conditioning_size=16)
@@ -338,14 +340,14 @@ def build(seed):
 
 def loss_of(model, teacher, ids, masked, uneven):
     z_t, tokens = ids.masked_fill(masked, 47), ids[masked]
-    student = head_rows(model, masked, input_ids=z_t)
+    student = model(z_t, hidden_rows=masked)
     with torch.no_grad():
-        targets = head_rows(teacher, masked, input_ids=z_t)
+        targets = teacher(z_t, hidden_rows=masked)
     taught = tokens % 3 > 0
-    kl = divergence("student_teacher", student[taught], targets[taught], 0.9)
+    kl = divergence("student_teacher", student.at(taught), targets.at(taught), 0.9)
     if uneven:  # the backward then goes over the head again
         kl = kl * (tokens[taught] / 46 - 0.3)
-    return (kl.sum() + cross_entropy(student[~taught], tokens[~taught]).sum()) / ids.numel()
+    return (kl.sum() + cross_entropy(student.at(~taught), tokens[~taught]).sum()) / ids.numel()
 
 wrapper, out = sys.argv[1:]
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -8,7 +8,6 @@ import torch
 from tiny_run import BLOCK, save_teacher, write_inputs
 from transformers import AutoModel, TrainerCallback
 
-from modeling_mcd.head_mdlm import head_rows
 from trainers.divergences import cross_entropy
 from trainers.exact_resume import fault_of
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
@@ -114,7 +113,7 @@ def test_the_hybrid_repairs_what_makes_plain_student_first_kl_explode(teacher):
     """Where the teacher sees the token, SUBS makes it a point mass: teacher-first KL is the cross-entropy, student-first
     KL is of order 1e6 (the FAILED row of the paper's ablation), which the hybrid replaces by the cross-entropy."""
     x_0 = blocks()[:1]
-    student = head_rows(teacher, torch.ones_like(x_0, dtype=torch.bool), input_ids=torch.full_like(x_0, 47))
+    student = teacher(torch.full_like(x_0, 47), hidden_rows=torch.ones_like(x_0, dtype=torch.bool))
     log_student = student.log_probabilities()
     point_mass = torch.full_like(log_student, -1e6).scatter(1, x_0[0][:, None], 0.0)
     reveal = cross_entropy(student, x_0[0])

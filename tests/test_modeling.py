@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
+from deepspeed.runtime.zero.utils import apply_to_tensors_only
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from small_model import MASK, assert_same_weights
+from torch.nn.parallel.distributed import _find_tensors
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, pipeline
 
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion, MDLMModel
+from modeling_mcd.head_mdlm import HeadRows
 
 
 DATA = Path(__file__).parent / "data"
@@ -271,20 +275,40 @@ def test_labels_of_minus_100_are_left_out_of_the_loss(model):
     torch.testing.assert_close(outputs.loss.double(), torch.stack(chosen).mean(), atol=1e-6, rtol=0)
 
 
-def test_chosen_rows_equal_the_gathered_full_logits(model):
-    ids, labels = tokens(3, 8), tokens(3, 8, seed=1)
+def test_hidden_rows_with_the_head_give_the_full_logits(model):
+    ids = tokens(3, 8)
     mask = torch.rand(3, 8, generator=torch.Generator().manual_seed(2)) < 0.4
-    labels[mask & (labels % 3 == 0)] = -100
     indices = mask.flatten().nonzero()[:, 0]
     with torch.no_grad():
-        full = model(ids, labels=labels.masked_fill(~mask, -100))
+        logits = model(ids).logits.flatten(0, 1)
         for rows in (mask, indices, indices.flip(0)):
-            outputs = model(ids, labels=labels, logits_rows=rows)
-            expected = full.logits.flatten(0, 1)[indices if rows is mask else rows]
-            assert outputs.logits.shape == (mask.sum(), 48)
-            torch.testing.assert_close(outputs.logits, expected, atol=1e-6, rtol=0)
-            torch.testing.assert_close(outputs.loss, full.loss, atol=1e-6, rtol=0)
-        assert model(ids, logits_rows=torch.zeros(3, 8, dtype=torch.bool)).logits.shape == (0, 48)
+            head = model(ids, hidden_rows=rows)
+            assert isinstance(head, HeadRows) and head.mask_token_id == MASK and head.hidden.shape == (mask.sum(), 32)
+            expected = logits[indices if rows is mask else rows]
+            torch.testing.assert_close(head.hidden @ head.weight.T + head.bias, expected, atol=1e-5, rtol=0)
+        none = model(ids, hidden_rows=torch.zeros(3, 8, dtype=torch.bool))
+        assert none.hidden.shape == (0, 32)
+    with pytest.raises(ValueError, match="labels and hidden_rows exclude each other"):
+        model(ids, labels=ids, hidden_rows=mask)
+
+
+def test_hidden_rows_never_run_the_head(model):
+    model.lm_head.register_forward_hook(lambda *unused: pytest.fail("the head ran"))
+    model(tokens(3, 8), hidden_rows=torch.tensor([0, 9, 23]))
+
+
+def test_wrappers_find_every_tensor_of_head_rows(model):
+    """What DDP, DeepSpeed, accelerate's autocast and torch's pytrees do with a forward's result."""
+    head = model(tokens(3, 8), hidden_rows=torch.tensor([0, 9, 23]))
+    tensors = [head.hidden, head.weight, head.bias]
+    assert all(a is b for a, b in zip(_find_tensors(head), tensors, strict=True))
+    leaves, tree = torch.utils._pytree.tree_flatten(head)
+    again = torch.utils._pytree.tree_unflatten([leaf * 2 for leaf in leaves[:3]] + leaves[3:], tree)
+    assert type(again) is HeadRows and again.mask_token_id == MASK and torch.equal(again.bias, head.bias * 2)
+    rounded = convert_to_fp32(head.to(torch.bfloat16))
+    assert type(rounded) is HeadRows and rounded.hidden.dtype == torch.float32 and rounded.mask_token_id == MASK
+    touched = apply_to_tensors_only(lambda tensor: tensor.clone(), head)
+    assert touched is head and head.weight is not tensors[1] and head["weight"] is head.weight
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
@@ -295,7 +319,7 @@ def test_chosen_positions_of_the_trunk_are_those_of_the_whole_canvas(model, atte
     mask = torch.arange(8) < torch.tensor([[8], [5], [7]]) if padded else None
     with torch.no_grad():
         whole = model.model(ids, attention_mask=mask).last_hidden_state
-        chosen = model.model(ids, attention_mask=mask, output_positions=positions).last_hidden_state
+        chosen = model.model(ids, attention_mask=mask, hidden_rows=positions).last_hidden_state
     torch.testing.assert_close(chosen, torch.stack([whole[b, positions[b]] for b in range(3)]), atol=1e-6, rtol=0)
 
 
@@ -303,15 +327,8 @@ def test_the_last_layer_runs_on_chosen_positions_only(model):
     shapes = []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
-    model.model(tokens(3, 8), output_positions=torch.tensor([[1, 4], [7, 2], [5, 3]]))
+    model.model(tokens(3, 8), hidden_rows=torch.tensor([[1, 4], [7, 2], [5, 3]]))
     assert shapes == [(3, 8, 32), (3, 2, 32)]
-
-
-def test_the_head_runs_on_chosen_rows_only(model):
-    shapes = []
-    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
-    model(tokens(3, 8), logits_rows=torch.tensor([0, 9, 23]))
-    assert shapes == [(3, 48)]
 
 
 # --- Time conditioning
@@ -376,8 +393,10 @@ def test_compiles_to_one_graph(model):
     ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
     mask[0, 5:] = 0
     with torch.no_grad():
-        for arguments in ({}, {"attention_mask": mask}, {"logits_rows": torch.tensor([1, 4])}):
+        for arguments in ({}, {"attention_mask": mask}):
             torch.testing.assert_close(compiled(ids, **arguments).logits, model(ids, **arguments).logits)
+        rows = {"hidden_rows": torch.tensor([1, 4])}
+        torch.testing.assert_close(compiled(ids, **rows).hidden, model(ids, **rows).hidden)
 
 
 # --- Saving and loading

@@ -17,7 +17,7 @@ from scipy import stats
 from toy import CANVASES, MASK, counts_of, finish, index_of, sample, table_of_logits, toy_canvas
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
-from modeling_mcd import canvas_mdlm
+from modeling_mcd import canvas_mdlm, head_mdlm
 from modeling_mcd.draws_mdlm import confidence as log_confidence
 from modeling_mcd.draws_mdlm import draw_tokens, draw_truncated, margin, negative_entropy, probability_of
 from modeling_mcd.noise_mdlm import RowNoise, philox, row_keys
@@ -560,7 +560,7 @@ def test_the_logits_are_never_all_there_at_once_and_chunks_change_nothing(model,
     options |= {"steps": 1} if "ancestral" in case or case == "random" else {}
     whole = model.generate(**options)
     assert case not in ("ancestral", "random") or max(sizes) == 4 * 32 * 48
-    monkeypatch.setattr(canvas_mdlm, "CHUNK", 500)
+    monkeypatch.setitem(head_mdlm.CHUNK, "cpu", 500)
     sizes.clear()
     assert torch.equal(model.generate(**options), whole)
     assert max(sizes) <= 500

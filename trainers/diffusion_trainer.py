@@ -14,7 +14,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, check_numbers
-from modeling_mcd.head_mdlm import HeadRows, head_rows
+from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
 from trainers.exact_resume import fault_of, last_whole_checkpoint, register_head, write_manifest
 from trainers.teacher import EMACallback, Follower
@@ -213,9 +213,8 @@ class DiffusionTrainer(Trainer):
 
     def rows(self, network, positions: torch.Tensor, z: torch.Tensor, gamma: torch.Tensor, inputs: dict) -> HeadRows:
         """What a network makes of the canvas z [B, L] at noise level gamma [B], at some positions [B, L]."""
-        return head_rows(
-            network,
-            positions,
+        return network(
+            hidden_rows=positions,
             input_ids=z,
             timesteps=-gamma.log().float(),
             attention_mask=inputs.get("attention_mask"),

@@ -1,7 +1,7 @@
 """Divergences between token distributions, one value a row, from hidden rows and the head: [rows, V] is never built.
 
-`head_rows` runs a network's trunk and hands out the hidden rows at the positions that carry loss, with the head that
-belongs to them. `divergence` and `cross_entropy` run the head themselves, a chunk of rows at a time: a chunk's logits
+A network's `forward(hidden_rows=...)` returns the hidden rows at the positions that carry loss, with the head that
+belongs to them (`HeadRows`). `divergence` and `cross_entropy` run the head themselves, a chunk of rows at a time: a chunk's logits
 become its values and its part of the gradients, and are gone before the next chunk's are made.
 
 SUBS is inside: for absorbing diffusion every row is a masked position, [MASK] gets no probability, and the softmax goes
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
-from modeling_mcd.head_mdlm import ACCELERATOR_CHUNK, CHUNK, HeadRows
+from modeling_mcd.head_mdlm import HeadRows, in_chunks
 
 
 # Each formula takes log p and log q [chunk, V], which it may overwrite, and gives the value of each row with its gradient
@@ -101,8 +101,10 @@ def divergence(
         raise ValueError(f"beta is {beta}, but must lie in [0, 1]")
     if temperature <= 0:
         raise ValueError(f"the teacher's temperature is {temperature}, but must be positive")
-    if len(student) != len(teacher):
-        raise ValueError(f"{len(student)} rows of the student's and {len(teacher)} of the teacher's: give pairs")
+    if len(student.hidden) != len(teacher.hidden):
+        raise ValueError(
+            f"the student has {len(student.hidden)} rows and the teacher {len(teacher.hidden)}: give them in pairs"
+        )
     formula, options = DIVERGENCES[kind], ()
     if kind == "jensen_shannon":
         formula, options = {0: (teacher_first, ()), 1: (student_first, ())}.get(beta, (formula, (beta,)))
@@ -110,7 +112,7 @@ def divergence(
         teacher = teacher.to(teacher.matmul_dtype())
 
     def loss(log_p: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return formula(log_p, teacher[rows].log_probabilities(temperature), *options)
+        return formula(log_p, teacher.at(rows).log_probabilities(temperature), *options)
 
     return row_losses(loss, student)
 
@@ -122,8 +124,8 @@ def cross_entropy(student: HeadRows, tokens: torch.Tensor, weights: torch.Tensor
         tokens: [rows] int64.
         weights: [rows]. The same as a product afterwards, but for its cost: see `RowLosses`.
     """
-    if len(student) != len(tokens):
-        raise ValueError(f"{len(student)} rows, but {len(tokens)} tokens: give one for each row")
+    if len(student.hidden) != len(tokens):
+        raise ValueError(f"{len(student.hidden)} rows, but {len(tokens)} tokens: give one for each row")
 
     def loss(log_p: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = tokens[rows, None]
@@ -202,23 +204,27 @@ def sweep(loss: Loss, student: HeadRows, needed: tuple[bool, ...], upstream: tor
         upstream: [rows]; all ones when not given.
     """
     hidden, weight, dtype = student.hidden, student.weight, torch.promote_types(student.weight.dtype, torch.float32)
-    values = hidden.new_zeros(len(hidden), dtype=dtype)
     of_hidden = torch.zeros_like(hidden) if needed[0] else None
     of_weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
     of_bias = torch.zeros_like(student.bias, dtype=dtype) if needed[2] else None
-    size = max(1, CHUNK.get(hidden.device.type, ACCELERATOR_CHUNK) // len(weight))
-    for start in range(0, len(hidden), size):
-        rows = slice(start, start + size)
-        values[rows], gradient = loss(student[rows].log_probabilities(), rows)
+
+    def of_chunk(rows: slice) -> torch.Tensor:
+        values, gradient = loss(student.at(rows).log_probabilities(), rows)
         if upstream is not None:
             gradient.mul_(upstream[rows, None])
         if needed[2]:
-            of_bias += gradient.sum(dim=0)
+            of_bias.add_(gradient.sum(dim=0))
         gradient = gradient.to(weight.dtype)
         if needed[0]:
             torch.mm(gradient, weight, out=of_hidden[rows])
         if needed[1] and weight.dtype == dtype:
             of_weight.addmm_(gradient.T, hidden[rows])
         elif needed[1]:
-            of_weight += gradient.T @ hidden[rows]
+            of_weight.add_(gradient.T @ hidden[rows])
+        return values
+
+    with torch.autocast(
+        hidden.device.type, enabled=False
+    ):  # the products have their dtype; nothing else may be rounded
+        values = in_chunks(of_chunk, len(hidden), len(weight), hidden.device)
     return values, (of_hidden, of_weight, of_bias)

@@ -86,8 +86,8 @@ class DSCDTrainer(DistillationTrainer):
 
         count = m.sum().clamp(min=1)
         still_masked, tempered = m_teacher[m], at_temperature(student, temperature)
-        agree = divergence("teacher_student", tempered[still_masked], teacher, temperature=temperature).sum()
-        agree = agree + cross_entropy(tempered[~still_masked], x_0[m & ~m_teacher]).sum()
+        agree = divergence("teacher_student", tempered.at(still_masked), teacher, temperature=temperature).sum()
+        agree = agree + cross_entropy(tempered.at(~still_masked), x_0[m & ~m_teacher]).sum()
         consistency = self.bounded(temperature**2 * agree / count)
         reconstruction = self.bounded(cross_entropy(student, x_0[m]).sum() / count)
         loss = weight * consistency + (1 - weight) * reconstruction

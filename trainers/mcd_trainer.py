@@ -92,8 +92,8 @@ class MCDTrainer(DistillationTrainer):
             teacher = self.rows(self.teacher, m_s, z_s, gamma_s, inputs)
 
         still_masked = m_s[m_t]  # of the student's rows, those that the teacher sees masked too
-        consistency = divergence(self.args.divergence, student[still_masked], teacher, temperature=tau).sum()
-        reveal = self.reveal_loss(student[~still_masked], x_0[m_t & ~m_s]).sum()
+        consistency = divergence(self.args.divergence, student.at(still_masked), teacher, temperature=tau).sum()
+        reveal = self.reveal_loss(student.at(~still_masked), x_0[m_t & ~m_s]).sum()
         tokens = (maskable if self.args.reduction == "all_tokens" else m_t).sum().clamp(min=1)
         loss = (consistency + reveal) / tokens
 

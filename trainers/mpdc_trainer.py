@@ -68,10 +68,10 @@ class MPDCTrainer(DistillationTrainer):
 
         anchor, still_masked = anchored[:, None].expand_as(m_t)[m_t], m_s[m_t]
         revealed = ~still_masked & ~anchor
-        agree = divergence("jensen_shannon", student[still_masked], target).sum()
-        agree = agree + divergence_from_token("jensen_shannon", student[revealed], x_0[m_t][revealed]).sum()
+        agree = divergence("jensen_shannon", student.at(still_masked), target).sum()
+        agree = agree + divergence_from_token("jensen_shannon", student.at(revealed), x_0[m_t][revealed]).sum()
         weights = nelbo_weight(self.schedule, t)[:, None].expand_as(u)[m_t][anchor]
-        nelbo = cross_entropy(student[anchor], x_0[m_t][anchor], weights).sum()
+        nelbo = cross_entropy(student.at(anchor), x_0[m_t][anchor], weights).sum()
         tokens = maskable.sum().clamp(min=1)
         loss = (agree + nelbo) / tokens
 

@@ -12,6 +12,7 @@ delta that doubles from round to round (grows k-fold in the paper, where k = 2),
 So a token's target is the distribution that it was drawn from, and the last step's where it was never drawn.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,12 +80,8 @@ def reveal_thresholds(starts: list[torch.Tensor], delta: float, epsilon: float, 
 
 
 def draw(rows: HeadRows, uniforms: torch.Tensor) -> torch.Tensor:
-    """A token of each row, [rows], drawn in float64; never all rows over the vocabulary at once."""
-    parts = [
-        draw_tokens(rows[chosen].log_probabilities(), uniforms[chosen], rows.mask_token_id)
-        for chosen in torch.arange(len(rows), device=uniforms.device).split(256)
-    ]
-    return torch.cat(parts) if parts else uniforms.new_empty(0, dtype=torch.long)
+    """One token for each row, [R], drawn in float64 by the uniforms [R]."""
+    return rows.map(functools.partial(draw_tokens, mask_token_id=rows.mask_token_id), uniforms)
 
 
 class SDTTTrainer(DistillationTrainer):
@@ -127,6 +124,6 @@ class SDTTTrainer(DistillationTrainer):
             targets = rows if targets is None else targets.put(masked[m_t], rows)
             if i + 1 < len(starts):
                 reveal = masked & ~masked_at(thresholds[i], u)
-                z = z.masked_scatter(reveal, draw(rows[reveal[masked]], which[reveal]))
+                z = z.masked_scatter(reveal, draw(rows.at(reveal[masked]), which[reveal]))
                 masked = masked & ~reveal
         return targets, (m_t & ~masked).sum() / m_t.sum().clamp(min=1)
