@@ -16,7 +16,7 @@ from tiny_run import BLOCK, ROOT, mcd_arguments, save_judge, save_teacher, write
 from modeling_mcd import MDLMForMaskedDiffusion
 from trainers import run_judge, run_mcd, run_mdlm
 from trainers.character_tokenizer import character_tokenizer
-from trainers.exact_resume import last_whole_checkpoint
+from trainers.exact_resume import last_complete_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -500,9 +500,9 @@ def test_an_output_folder_that_cannot_be_made(refusal, tmp_path, entry):
 
 def test_a_folder_in_which_a_run_was_killed_at_its_first_write(inputs, output):
     output.mkdir()
-    (output / "run.json.tmp").write_text('{"adam_be')
+    (output / ".run.json.0123abcd.tmp").write_text('{"adam_be')
     run_mdlm.main([*mdlm_arguments(inputs, output), "--disable_tqdm=true"])
-    assert (output / "model.safetensors").is_file() and not (output / "run.json.tmp").exists()
+    assert (output / "model.safetensors").is_file() and not list(output.glob(".run.json*"))
 
 
 UNREADABLE = pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"], ids=["cut off", "a list", "not UTF-8"])
@@ -525,12 +525,12 @@ def test_a_checkpoint_whose_manifest_cannot_be_read(refusal, finished, output, f
     (output / "checkpoint-4" / file).write_bytes(content)
     line = refusal("run_mcd", num_rounds=1, resume_from_checkpoint=output / "checkpoint-4")
     assert f"cannot resume from {output / 'checkpoint-4'}: {file} is cut off, or no JSON object" in line
-    assert last_whole_checkpoint(output).name == "checkpoint-2"
+    assert last_complete_checkpoint(output).name == "checkpoint-2"
 
 
 def test_the_training_of_a_judge_stores_no_token(inputs, output):
     run_judge.main([*judge_arguments(inputs, output), "--hub_token=hf_secret"])
-    assert {"model.safetensors", "training_args.bin", "run.json"} <= contents(output).keys()
+    assert {"model.safetensors", "run.json"} <= contents(output).keys()
     assert not [name for name, content in contents(output).items() if b"hf_secret" in content]
 
 
@@ -631,7 +631,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_written_model(full_disk
 
 def test_the_disks_were_full_at_different_moments_and_earlier_checkpoints_are_intact(full_disks):
     home, _ = full_disks
-    last = [last_whole_checkpoint(home / size / "full" / "run") for size in SIZES]
+    last = [last_complete_checkpoint(home / size / "full" / "run") for size in SIZES]
     assert last[0] is None and last[-1].name == "checkpoint-8" and len(set(last)) >= 3
 
 

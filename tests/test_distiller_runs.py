@@ -123,7 +123,7 @@ def test_a_resumed_run_ends_bitwise_as_one_that_never_stopped(method, stopped_at
         trainer.train_dataset = [{"input_ids": row.tolist()} for row in blocks()] * 8
         trainer.train(checkpoint)
         measured = [{k: v for k, v in entry.items() if "runtime" not in k} for entry in trainer.state.log_history]
-        followers = {name: follower.model.state_dict() for name, follower in trainer.followers.items()}
+        followers = {name: follower.model.state_dict() for name, follower in trainer.companions.items()}
         return measured[:8], {"student": trainer.model.state_dict()} | followers
 
     logs, weights = run(tmp_path / "whole")

@@ -159,10 +159,10 @@ def test_prompt_and_padding_carry_no_gradient_and_padding_is_not_seen(method, ne
     gradient = torch.autograd.grad(loss, trainer.model.lm_head.bias)[0]
     assert gradient.abs().sum() > 0
     changed = inputs | {"input_ids": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 3)}
-    trainer._noise_step = None
+    trainer.reset_noise()
     assert trainer.compute_loss(trainer.model, changed).item() == loss.item()
     everything_given = inputs | {"labels": torch.full_like(inputs["labels"], -100)}
-    trainer._noise_step = None
+    trainer.reset_noise()
     nothing = trainer.compute_loss(trainer.model, everything_given)
     nothing.backward()
     assert nothing.item() == 0

@@ -1,45 +1,39 @@
-"""What all methods share: the noise of a step, followers in every checkpoint, exact resume, logs, and when to stop."""
+"""What all methods share: the noise of a step, logging, and evaluation of the network that is handed on."""
 
-import math
-import os
-import shutil
 from collections.abc import Sized
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 
-from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, check_numbers
+from modeling_mcd.checks_mdlm import BELOW_1, check_numbers
 from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
-from trainers.exact_resume import fault_of, last_whole_checkpoint, register_head, write_manifest
+from trainers.exact_resume import ExactResumeArguments, ExactResumeTrainer
 from trainers.teacher import EMACallback, Follower
 from trainers.trajectories import step_noise
 
+
+logger = logging.get_logger(__name__)
 
 EVALUATION_STEP = 2**63  # no training step: evaluation has a stream of noise of its own
 
 TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "attention_mask")  # of the rows of a dataset
 
-# What `TrainingArguments` takes as it comes, to fail on it in the middle of a run, or to train nothing.
-TRAINING_NUMBERS = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), AT_LEAST_1),
-    "gradient_accumulation_steps": AT_LEAST_1,
-    **dict.fromkeys(("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps"), POSITIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), BELOW_1),
-    **dict.fromkeys(("adam_epsilon", "weight_decay", "max_grad_norm", "warmup_steps"), NOT_NEGATIVE),
-    "dataloader_num_workers": NOT_NEGATIVE,
-    "max_steps": ("be at least 1, or -1 to count epochs", lambda value: value == -1 or value >= 1),
-    "seed": ("lie in [0, 2^32)", lambda value: 0 <= value < 2**32),
+# Settings of the Trainer that would do nothing here, or act on a network that is not the one handed on.
+UNUSED = {
+    "label_smoothing_factor": "the loss is the method's own",
+    "fp16_full_eval": "evaluation runs the network that is handed on, at the training's precision",
+    "bf16_full_eval": "evaluation runs the network that is handed on, at the training's precision",
+    "include_for_metrics": "evaluation gives a loss and no predictions",
 }
 
 
 @dataclass
-class DiffusionTrainingArguments(TrainingArguments):
+class DiffusionTrainingArguments(ExactResumeArguments):
     """`TrainingArguments` with the defaults that masked diffusion needs, and the EMA of the student.
 
     Raises:
@@ -47,12 +41,11 @@ class DiffusionTrainingArguments(TrainingArguments):
     """
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "Blocks are not the model's arguments."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "The time strata need whole batches."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "The time strata need full batches."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run instead."})
     lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Learning-rate schedule."})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Every parameter is always used."}
     )
@@ -61,37 +54,11 @@ class DiffusionTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        pick_cpu_backend(self)
-        check_numbers(self, **TRAINING_NUMBERS, ema_decay=("lie in [0, 1) or be null", BELOW_1[1]))
+        check_numbers(self, ema_decay=("lie in [0, 1) or be null", BELOW_1[1]))
         super().__post_init__()
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if processes > 1 and (self.world_size != processes or self.distributed_state.distributed_type == "NO"):
-            raise ValueError(
-                f"{processes} processes were launched, but accelerate would not synchronise their gradients; start with "
-                "`accelerate launch --config_file recipes/accelerate/ddp_cpu.yaml` (or another configuration there)"
-            )
-        for callback in get_reporting_integration_callbacks(self.report_to):
-            try:
-                callback()
-            except RuntimeError as error:  # its package is missing
-                raise ValueError(f"report_to {self.report_to}: {error} Or take report_to none.") from None
-        if self.save_strategy == "steps" and self.logging_strategy == "steps" and self.save_steps % self.logging_steps:
-            raise ValueError(
-                f"save_steps ({self.save_steps}) must be a multiple of logging_steps ({self.logging_steps}): a run that "
-                "is resumed between two log lines could not give the same line again"
-            )
-
-
-def pick_cpu_backend(arguments: TrainingArguments):
-    """Without an accelerator: gloo under DeepSpeed, else accelerate's CPU mode. Other launches train unsynchronised ranks."""
-    if torch.accelerator.is_available():
-        return
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        if distributed:
-            arguments.ddp_backend, arguments.use_cpu = arguments.ddp_backend or "gloo", False
-    else:
-        arguments.use_cpu = True
+        for name, reason in UNUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, but would do nothing: {reason}; leave it out")
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -150,35 +117,51 @@ def check_training_batch(arguments: TrainingArguments, dataset):
         )
 
 
-class DiffusionTrainer(Trainer):
+class DiffusionTrainer(ExactResumeTrainer):
     """A Trainer whose loss is drawn from keyed noise, and whose checkpoints hold every network that the run needs.
 
     A subclass writes `compute_loss`, calling `noise_of_batch` for its randomness and `record` for what it logs, and puts
-    each network that follows the student into `self.followers`.
+    each network that follows the student into `self.companions`.
+
+    One network is judged, saved and pushed: the EMA of the student if one is kept (`args.ema_decay`), else the student. It
+    is what `evaluate`, `predict`, `save_model`, `push_to_hub`, early stopping and `load_best_model_at_end` act on.
+
+    Raises:
+        ValueError: names an argument that would do nothing (`compute_metrics`, ...), an optimizer that cannot be built, or
+            a batch that the data cannot fill.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss returns a mean over the micro-batch
 
     def __init__(self, model, args: DiffusionTrainingArguments, *, data_collator=collate_blocks, **kwargs):
+        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "model_init"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} would do nothing: the loss is the method's own, and evaluation gives that loss alone"
+                )
         super().__init__(model, args, data_collator, **kwargs)
+        train_in_float32(self.model)
         self.check_optimizer()
         if self.train_dataset is not None:
             check_training_batch(args, self.train_dataset)
         if args.eval_strategy != "no":
-            self.check_evaluation_batch(self.eval_dataset)
-        self.model_accepts_loss_kwargs = False
+            several = isinstance(self.eval_dataset, dict)
+            for dataset in self.eval_dataset.values() if several else [self.eval_dataset]:
+                self.check_evaluation_batch(dataset)
         self.schedule = noise_schedule_of(self.model.config)
         self.mask_token_id = self.model.config.mask_token_id
-        self.followers: dict[str, Follower] = {}
         if args.ema_decay is not None:
-            self.followers["ema"] = Follower(self.model)
-            self.followers["ema"].model.to(args.device)
-            self.add_callback(EMACallback(self.followers["ema"], args.ema_decay))
+            self.companions["ema"] = Follower(self.model)
+            self.companions["ema"].model.to(args.device)
+            self.add_callback(EMACallback(self.companions["ema"], args.ema_decay))
         self._recorded: dict[str, list[torch.Tensor]] = {}
-        self._noise_step, self._micro_step = None, 0
+        self.reset_noise()
 
     def check_optimizer(self):
-        """Raises ValueError for what the Trainer would find out only in `train`, when a run has claimed its folder."""
+        """Raises ValueError if the optimizer or the scheduler cannot be built.
+
+        The Trainer would notice only in `train`, after the output folder is claimed.
+        """
         args = self.args
         try:
             self.get_optimizer_cls_and_kwargs(args, self.model)
@@ -187,14 +170,32 @@ class DiffusionTrainer(Trainer):
         except (ImportError, TypeError, ValueError) as error:
             raise ValueError(
                 f"optim {args.optim.value!r} with optim_args {args.optim_args}, or lr_scheduler_type "
-                f"{args.lr_scheduler_type.value!r} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}, cannot be had: {error}"
+                f"{args.lr_scheduler_type.value!r} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}, cannot be built: "
+                f"{error}"
             ) from None
 
     def whole_student(self) -> torch.nn.Module:
-        """The network that the run hands on, whole on every rank: the EMA if one is kept, else a copy of the student."""
-        if "ema" in self.followers:
-            return self.followers["ema"].model
+        """The network that the run hands on, unsharded on every rank: the EMA if one is kept, else a copy of the student."""
+        if "ema" in self.companions:
+            return self.companions["ema"].model
         return Follower(self.accelerator.unwrap_model(self.model)).model
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Saves the network that is handed on, see the class, into `output_dir` or `args.output_dir`."""
+        checkpoint = _internal_call and output_dir is not None
+        if checkpoint or "ema" not in self.companions:
+            return super().save_model(output_dir, _internal_call)
+        output_dir = output_dir or self.args.output_dir
+        if self.args.should_save:
+            self.whole_student().save_pretrained(output_dir)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def reset_noise(self):
+        """Forgets which micro-batches of the current step have had their noise: the next batch is the step's first again."""
+        self._noise_step, self._micro_step = None, 0
 
     def noise_of_batch(self, input_ids: torch.Tensor, draws: int = 1) -> tuple[torch.Tensor, ...]:
         """Stratified times [B], locking scalars u [B, L] and `draws` - 1 further uniforms [B, L], see `step_noise`."""
@@ -212,7 +213,7 @@ class DiffusionTrainer(Trainer):
         return tuple(values.to(input_ids.device) for values in noise)
 
     def rows(self, network, positions: torch.Tensor, z: torch.Tensor, gamma: torch.Tensor, inputs: dict) -> HeadRows:
-        """What a network makes of the canvas z [B, L] at noise level gamma [B], at some positions [B, L]."""
+        """Runs a network on the canvas z [B, L] at noise level gamma [B]; returns its rows at `positions` (a mask [B, L])."""
         return network(
             hidden_rows=positions,
             input_ids=z,
@@ -240,92 +241,38 @@ class DiffusionTrainer(Trainer):
     def compute_loss_context_manager(self):
         return self.accelerator.autocast()  # for the teacher and the head, which run outside the student's forward
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._stop_unless_finite(loss, "loss")
-        return loss
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if grad_norm is not None and not self.args.fp16:  # under fp16 the loss scaler skips such steps itself
-            self._stop_unless_finite(grad_norm, "gradient norm")
-        return grad_norm
-
-    def _stop_unless_finite(self, value: torch.Tensor | float, name: str):
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the {name} is {float(value)} at step {self.state.global_step}{self.place()}; nothing was saved since "
-                "the last checkpoint, and a run with a smaller learning_rate can go on from there"
-            )
-
-    def place(self) -> str:
-        """Where in the method's schedule the run stands, for messages; empty when there is no schedule."""
-        return ""
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        network = self.companions["ema"].model if "ema" in self.companions else model
         recorded, self._recorded = self._recorded, {}  # the training's own, for its next log line
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss = self.compute_loss(network, self._prepare_inputs(inputs))
         self._recorded = recorded
         return loss.detach(), None, None
 
-    def evaluate(self, eval_dataset=None, *args, **kwargs):
-        self.check_evaluation_batch(self.eval_dataset if eval_dataset is None else eval_dataset)
-        self._noise_step = None
-        return super().evaluate(eval_dataset, *args, **kwargs)
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        self.check_evaluation_batch(dataloader.dataset)
+        self.reset_noise()
+        return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def check_evaluation_batch(self, dataset):
-        """Only whole batches are evaluated, so that fewer rows than one would silently give no loss at all."""
+        """Raises ValueError for fewer rows than one batch: only full batches are evaluated, so there would be no loss."""
         batch = self.args.eval_batch_size * self.args.world_size
-        if isinstance(dataset, Sized) and not isinstance(dataset, dict) and len(dataset) < batch:
+        if isinstance(dataset, Sized) and len(dataset) < batch:
             raise ValueError(
                 f"per_device_eval_batch_size is {self.args.per_device_eval_batch_size}, a batch of {batch} in all, but the "
-                f"validation set has only {len(dataset)} blocks, and the time strata need a whole batch: make it smaller"
+                f"validation set has only {len(dataset)} blocks, and the time strata need a full batch: make it smaller"
             )
 
-    # Checkpoints: followers first, then the Trainer's own files, the manifest, and the trainer's state last of all.
 
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            if self.args.should_save:
-                for name, follower in self.followers.items():
-                    follower.save(str(folder / name))
-            super()._save_checkpoint(model, trial)
-        except Exception:
-            if self.args.should_save and fault_of(folder) is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+def train_in_float32(model: torch.nn.Module):
+    """Makes the weights float32, in place, if any that is trained has half precision: bfloat16 loses steps below 0.4 %.
 
-    def _save_rng_state(self, output_dir: str):
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(Path(output_dir))
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(Path(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(f"cannot resume: no whole checkpoint in {self.args.output_dir}")
-        if resume_from_checkpoint is not None:
-            resume_from_checkpoint = str(resume_from_checkpoint)
-            fault = fault_of(Path(resume_from_checkpoint))
-            if fault is not None:
-                raise ValueError(f"cannot resume from {resume_from_checkpoint}: {fault}")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # a finished run, started again: not a step more
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if is_deepspeed_zero3_enabled():
-            register_head(self.accelerator.unwrap_model(self.model))
-        if resume_from_checkpoint is not None:
-            for name, follower in self.followers.items():
-                follower.load(os.path.join(resume_from_checkpoint, name))
-        return prepared
+    transformers loads a network in the precision of its file (`dtype="auto"`). ZeRO-3 keeps float32 weights of its own.
+    """
+    half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if half and not is_deepspeed_zero3_enabled():
+        logger.warning(
+            f"the model's weights are {str(half.pop()).removeprefix('torch.')} and are trained as float32; bf16=True makes "
+            "training faster and keeps float32 weights"
+        )
+        model.float()

@@ -25,11 +25,11 @@ class DistillationArguments(DiffusionTrainingArguments):
     warmup_steps: float = field(default=500, metadata={"help": "Steps of linear warm-up."})
 
     def __post_init__(self):
-        super().__post_init__()
         check_numbers(self, num_rounds=AT_LEAST_1, steps_per_round=AT_LEAST_1)
         steps = self.num_rounds * self.steps_per_round
         if self.max_steps == -1:
             self.max_steps = steps
+        super().__post_init__()
         if self.max_steps > steps:
             raise ValueError(
                 f"max_steps ({self.max_steps}) goes beyond the last round, which ends at num_rounds * steps_per_round = "
@@ -119,12 +119,12 @@ class DistillationTrainer(DiffusionTrainer):
         check_same_tokens(first, self.model.config, self.diffusion_kind)
         check_same_network(first, self.model.config)
         if self.has_teacher:
-            self.followers["teacher"] = Follower(self.model if teacher is None else teacher, self.model.dtype)
-            self.teacher = self.followers["teacher"].model.to(args.device)
+            self.companions["teacher"] = Follower(self.model if teacher is None else teacher, self.model.dtype)
+            self.teacher = self.companions["teacher"].model.to(args.device)
         elif teacher is not None:
             raise ValueError(f"{type(self).__name__} has no teacher but the student itself: give only that one")
 
-    def place(self) -> str:
+    def schedule_position(self) -> str:
         return f" (round {self.args.round_of(self.state.global_step) + 1} of {self.args.num_rounds})"
 
 

@@ -74,7 +74,7 @@ class MCDTrainer(DistillationTrainer):
 
     def __init__(self, model, args: MCDTrainingArguments, *, teacher: nn.Module | None = None, **kwargs):
         super().__init__(model, args, teacher=teacher, **kwargs)
-        self.add_callback(TeacherCallback(self.followers["teacher"], args.teacher_ema_decay))
+        self.add_callback(TeacherCallback(self.companions["teacher"], args.teacher_ema_decay))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x_0, maskable = inputs["input_ids"], may_be_noised(inputs)

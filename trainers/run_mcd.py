@@ -2,7 +2,7 @@
 
     accelerate launch trainers/run_mcd.py recipes/tiny.yaml [--key value ...]
 
-Killed and started again with the same command, it goes on from the last whole checkpoint.
+Killed and started again with the same command, it goes on from the last complete checkpoint.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,6 @@ from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
 from trainers.runs.errors import one_line_errors
-from trainers.runs.hub import push_to_hub, take_hub_api
 from trainers.runs.inputs import (
     TokenizerArguments,
     check_block_length,
@@ -28,10 +27,12 @@ from trainers.runs.inputs import (
     load_data,
     load_network,
     load_tokenizer,
+    open_data,
 )
-from trainers.runs.output_folder import find_checkpoint, recipe_text, run_settings, save_model, short_name, start_run
+from trainers.runs.output_folder import short_name
 from trainers.runs.recipe import parse_recipe_of
 from trainers.runs.rounds import RoundCallback, held_out_blocks, start_report
+from trainers.runs.run import Run
 from trainers.runs.text_blocks import TextArguments
 from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments
 
@@ -65,11 +66,16 @@ def main(arguments: list[str] | None = None):
         arguments,
     )
     trainer_class, _, title = METHODS[method.trainer]
-    hub = take_hub_api(training)  # we push once, when everything is saved
-    settings = run_settings(training, method, networks, tokenizer_arguments, text)
-    checkpoint = find_checkpoint(training, settings)
+    if training.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end is true, but a distillation hands on the student of its last round: choose by the table "
+            "among the rounds, which are all exported"
+        )
+    run = Run(training, method, networks, tokenizer_arguments, text)
+    source = open_data(text, training)
     set_seed(training.seed)
     tokenizer = load_tokenizer(tokenizer_arguments)
+    run.identify(source, tokenizer)
     teacher = load_network(networks.teacher, "teacher")
     student = teacher if networks.student is None else load_network(networks.student, "student")
     check_same_tokens(teacher.config, student.config, trainer_class.diffusion_kind)
@@ -80,7 +86,7 @@ def main(arguments: list[str] | None = None):
     judge = None
     if judging.judge is not None and training.process_index == 0:
         judge = load_judge(judging.judge, judging.judge_dtype, training.device)
-    train, validation = load_data(text, tokenizer, training)
+    train, validation = load_data(source, tokenizer, training)
     trainer = trainer_class(
         student,
         training,
@@ -92,32 +98,31 @@ def main(arguments: list[str] | None = None):
     if judge is not None:
         report = start_report(judging, judge, tokenizer, teacher.config, text, training.output_dir)
 
-    start_run(training, settings, checkpoint)
-    first = trainer.teacher if trainer.has_teacher else trainer.whole_student()  # whole, even under ZeRO-3
-    if checkpoint is None:
-        save_model(first, tokenizer, training, "teacher")
-    if training.process_index == 0:
-        save_results(
-            training.output_dir,
-            recipe=recipe_text(training, method, networks, tokenizer_arguments, text, judging),
-            data=f"Distilled on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
-            method=f"Distilled from {short_name(networks.teacher)} by {title}.",
-            repository=training.hub_model_id,
-        )
-        if report is not None:
-            if validation is not None:
-                report.judge_text(held_out_blocks(validation), tokenizer)
-            report.judge("teacher", first, tokenizer, label="teacher")
-            print(f"\n{report.write()}\n", flush=True)
-    trainer.add_callback(RoundCallback(trainer, tokenizer, report))
-    trainer.train(checkpoint)
+    with run.start():
+        first = trainer.teacher if trainer.has_teacher else trainer.whole_student()  # whole, even under ZeRO-3
+        if run.checkpoint is None:
+            run.save(first, tokenizer, "teacher")
+        if run.is_first:
+            save_results(
+                training.output_dir,
+                recipe=run.recipe(judging),
+                data=f"Distilled on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
+                method=f"Distilled from {short_name(networks.teacher)} by {title}.",
+                repository=training.hub_model_id,
+            )
+            if report is not None:
+                if validation is not None:
+                    report.judge_text(held_out_blocks(validation), tokenizer)
+                report.judge("teacher", first, tokenizer, label="teacher")
+                print(f"\n{report.write()}\n", flush=True)
+        trainer.add_callback(RoundCallback(trainer, tokenizer, report))
+        trainer.train(run.checkpoint)
 
-    student = trainer.whole_student()
-    save_model(student, tokenizer, training)
-    if training.process_index == 0:
-        finish(trainer, student, tokenizer, report)
-        if hub is not None:
-            push_to_hub(training, hub)
+        student = trainer.whole_student()
+        run.save(student, tokenizer)
+        if run.is_first:
+            finish(trainer, student, tokenizer, report)
+        run.push()
     trainer.end()
 
 

@@ -1,6 +1,8 @@
-"""Pre-trains a masked diffusion language model from text.
+"""Pre-trains a diffusion language model from text.
 
-accelerate launch trainers/run_mdlm.py recipes/tiny_teacher.yaml
+    accelerate launch trainers/run_mdlm.py recipes/tiny_teacher.yaml [--key value ...]
+
+Killed and started again with the same command, it goes on from the last complete checkpoint.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +16,6 @@ from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, check_numbers
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.runs.errors import one_line_errors
-from trainers.runs.hub import push_to_hub, take_hub_api
 from trainers.runs.inputs import (
     TokenizerArguments,
     check_block_length,
@@ -22,18 +23,24 @@ from trainers.runs.inputs import (
     load_data,
     load_network,
     load_tokenizer,
+    open_data,
 )
-from trainers.runs.output_folder import find_checkpoint, recipe_text, run_settings, save_model, short_name, start_run
+from trainers.runs.output_folder import short_name
 from trainers.runs.recipe import parse_recipe
+from trainers.runs.run import Run
 from trainers.runs.text_blocks import TextArguments
 
 
 @dataclass
 class ModelArguments:
-    """The network: a saved one to go on from, or the shape of a new one."""
+    """The network: a saved one to go on from, or the shape of a new one.
+
+    Raises:
+        ValueError: names the field; also when both are given.
+    """
 
     model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name to go on from; null: a new network."}
+        default=None, metadata={"help": "Folder or Hub name of the network to go on from; null: a new one."}
     )
     hidden_size: int = field(default=768, metadata={"help": "Width."})
     num_hidden_layers: int = field(default=12, metadata={"help": "Blocks."})
@@ -41,16 +48,27 @@ class ModelArguments:
     conditioning_size: int = field(default=128, metadata={"help": "Width of the noise embedding."})
     hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout."})
     noise_schedule: Literal["log_linear", "cosine"] = field(
-        default="log_linear", metadata={"help": "What of a text is still visible at which time."}
+        default="log_linear",
+        metadata={"help": "Noise schedule gamma(t): the part of the tokens that is still visible at time t."},
     )
     diffusion_kind: Literal["absorbing", "uniform"] | None = field(
         default=None,
-        metadata={"help": "Noise turns a token into [MASK] (MDLM; the default), or into any token (Duo)."},
+        metadata={
+            "help": "What noise turns a token into: absorbing: [MASK] (MDLM; the default); uniform: any token (Duo)."
+        },
     )
 
     def __post_init__(self):
         shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "conditioning_size")
         check_numbers(self, **dict.fromkeys(shape, AT_LEAST_1), hidden_dropout=BELOW_1)
+        if self.model is None:
+            return
+        for name in (*shape, "hidden_dropout", "noise_schedule"):
+            value = getattr(self, name)
+            if value != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name} is {value!r}, but the model {self.model!r} has its own: leave one of them out"
+                )
 
 
 def build_model(arguments: ModelArguments, tokenizer, context: int) -> MDLMForMaskedDiffusion:
@@ -80,36 +98,35 @@ def main(arguments: list[str] | None = None):
     model_arguments, tokenizer_arguments, text, training = parse_recipe(
         (ModelArguments, TokenizerArguments, TextArguments, MDLMTrainingArguments), arguments
     )
-    hub = take_hub_api(training)  # we push once, when everything is saved
-    settings = run_settings(training, model_arguments, tokenizer_arguments, text)
-    checkpoint = find_checkpoint(training, settings)
+    run = Run(training, model_arguments, tokenizer_arguments, text)
+    source = open_data(text, training)
     tokenizer = load_tokenizer(tokenizer_arguments)
     set_seed(training.seed)
+    run.identify(source, tokenizer)
     model = build_model(model_arguments, tokenizer, text.block_length)
     check_tokenizer(tokenizer, model.config, model_arguments.model)
     check_block_length(text.block_length, "model", model.config)
-    train, validation = load_data(text, tokenizer, training)
+    train, validation = load_data(source, tokenizer, training)
     trainer = MDLMTrainer(model, training, train_dataset=train, eval_dataset=validation)
 
-    start_run(training, settings, checkpoint)
-    trainer.train(checkpoint)
-    model = trainer.whole_student()
-    save_model(model, tokenizer, training)
-    if training.process_index == 0:
-        report = save_results(
-            training.output_dir,
-            recipe=recipe_text(training, model_arguments, tokenizer_arguments, text),
-            data=f"Trained on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
-            method="Trained by the continuous-time NELBO.",
-            repository=training.hub_model_id,
-        )
-        if validation is not None:
-            nelbo = validation_nelbo(model, torch.tensor(validation["input_ids"]))
-            trainer.save_metrics("eval", {"nelbo": nelbo})
-            print(f"NELBO on the validation text: {nelbo:.4f} nats per token")
-        write_report(training.output_dir, report)
-        if hub is not None:
-            push_to_hub(training, hub)
+    with run.start():
+        trainer.train(run.checkpoint)
+        model = trainer.whole_student()
+        run.save(model, tokenizer)
+        if run.is_first:
+            report = save_results(
+                training.output_dir,
+                recipe=run.recipe(),
+                data=f"Trained on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
+                method="Trained by the continuous-time NELBO.",
+                repository=training.hub_model_id,
+            )
+            if validation is not None:
+                nelbo = validation_nelbo(model, torch.tensor(validation["input_ids"]))
+                run.save_figures(nelbo=nelbo)
+                print(f"NELBO on the validation text: {nelbo:.4f} nats per token")
+            write_report(training.output_dir, report)
+        run.push()
     trainer.end()
 
 

@@ -89,7 +89,7 @@ class SDTTTrainer(DistillationTrainer):
 
     def __init__(self, model, args: SDTTTrainingArguments, *, teacher: nn.Module | None = None, **kwargs):
         super().__init__(model, args, teacher=teacher, **kwargs)
-        self.add_callback(TeacherCallback(self.followers["teacher"]))
+        self.add_callback(TeacherCallback(self.companions["teacher"]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x_0, maskable = inputs["input_ids"], may_be_noised(inputs)

@@ -1,0 +1,335 @@
+"""What resume rests on: checkpoints that are complete and undamaged, and the hooks of `Trainer` that we use.
+
+A test of section "Hooks" that fails after an upgrade of transformers says in its first line what no longer holds.
+"""
+
+import copy
+import json
+import math
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import mcd_arguments, write_inputs
+from toy_distillers import ROWS, blocks
+from transformers import TrainerCallback
+
+from trainers import run_mcd
+from trainers.exact_resume import (
+    MANIFEST,
+    TRAINER_STATE,
+    ExactResumeArguments,
+    clear_later_checkpoints,
+    fault_of,
+    last_complete_checkpoint,
+    read_object,
+)
+from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
+
+
+RUN = {"ema_decay": 0.9, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 9, "logging_steps": 1}
+RUN |= {"learning_rate": 1e-2, "warmup_steps": 2, "disable_tqdm": True, "report_to": "none"}
+
+
+def build(networks, folder, eval_dataset=None, **settings):
+    """An MCD trainer of 8 steps in two rounds with teacher and EMA, always from the same weights."""
+    teacher, student = copy.deepcopy(networks["absorbing"])
+    settings = {**RUN, "num_rounds": 2, "steps_per_round": 4, "delta": 0.125, "seed": 11, **settings}
+    arguments = MCDTrainingArguments(output_dir=str(folder), per_device_train_batch_size=ROWS, **settings)
+    rows = [{"input_ids": row.tolist()} for row in blocks()] * 8
+    return MCDTrainer(student, arguments, teacher=teacher, train_dataset=rows, eval_dataset=eval_dataset)
+
+
+@pytest.fixture
+def trainer_of(networks):
+    return partial(build, networks)
+
+
+@pytest.fixture(scope="module")
+def whole(networks, tmp_path_factory):
+    """A run that nothing befell; copy its folder before you change it."""
+    trainer = build(networks, tmp_path_factory.mktemp("whole") / "run")
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    return shutil.copytree(whole.args.output_dir, tmp_path / "run")
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """What was said as a warning."""
+    said = []
+    monkeypatch.setattr("trainers.exact_resume.logger.warning", said.append)
+    return said
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if "checkpoint" in path.name)
+
+
+# --- Checkpoints
+
+
+def test_a_flipped_byte_in_any_file_is_found(finished):
+    folder = finished / "checkpoint-2"
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    assert {f"{path.relative_to(folder)}" for path in files} >= {
+        *("model.safetensors", "ema/model.safetensors", "teacher/model.safetensors", "optimizer.pt", "scheduler.pt"),
+        *("rng_state.pth", "config.json", "training_args.bin", TRAINER_STATE),
+    }
+    assert fault_of(folder) is None
+    for path in files:
+        content = path.read_bytes()
+        flip(path)
+        assert path.name in fault_of(folder), path
+        path.write_bytes(content)
+    assert fault_of(folder) is None
+    (folder / MANIFEST).unlink()
+    assert "manifest.json is missing: it was never written to the end" in fault_of(folder)
+
+
+@pytest.mark.parametrize("file", ["ema/model.safetensors", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over(file, trainer_of, whole, finished, lines):
+    flip(finished / "checkpoint-8" / file)
+    resumed = trainer_of(finished)
+    resumed.train(True)
+    assert [line for line in lines if "checkpoint-8 is passed over: " in line and file in line]
+    assert resumed._resumed_from == finished / "checkpoint-6" and fault_of(finished / "checkpoint-8") is None
+    for one, other in ((resumed.model, whole.model), (resumed.whole_student(), whole.whole_student())):
+        assert all(torch.equal(value, other.get_parameter(name)) for name, value in one.named_parameters())
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(trainer_of, finished):
+    flip(finished / "checkpoint-6" / "config.json")
+    with pytest.raises(ValueError, match="cannot resume from .*checkpoint-6: config.json is damaged"):
+        trainer_of(finished).train(str(finished / "checkpoint-6"))
+
+
+def test_with_nothing_to_resume_from_nothing_is_removed(finished, lines):
+    before = names(finished)
+    for name in before:
+        flip(finished / name / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"none to resume from \(checkpoint-8: model.safetensors is damaged.*checkpoint-2"
+    ):
+        last_complete_checkpoint(finished)
+    assert names(finished) == before
+    for name in before:  # never completed
+        (finished / name / MANIFEST).unlink()
+    assert last_complete_checkpoint(finished) is None
+    clear_later_checkpoints(finished, None)
+    assert names(finished) == [f"incomplete-{name}" for name in before]
+    assert sum("there is nothing to resume from: it is now" in line for line in lines) == 4
+
+
+def test_what_is_removed_is_said(finished, lines):
+    (finished / "checkpoint-8" / MANIFEST).unlink()
+    (finished / "checkpoint-final").mkdir()  # not ours
+    clear_later_checkpoints(finished, last_complete_checkpoint(finished))
+    assert names(finished) == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-final"]
+    assert "removing" in lines[-1] and "checkpoint-8 (manifest.json is missing" in lines[-1]
+
+
+def test_a_manifest_of_sizes_alone_is_not_trusted(finished):
+    (finished / "checkpoint-2" / MANIFEST).write_text('{"model.safetensors": 10}')
+    assert fault_of(finished / "checkpoint-2") == (
+        "manifest.json has no digests: it is of an earlier version of this library"
+    )
+
+
+def test_an_error_in_a_save_leaves_no_torn_checkpoint(trainer_of, tmp_path):
+    trainer = trainer_of(tmp_path)
+
+    class Broken:
+        def save(self, folder):
+            if folder.startswith(str(tmp_path / "checkpoint-4")):
+                raise OSError("the disk is full")
+
+    trainer.companions["broken"] = Broken()
+    with pytest.raises(OSError, match="the disk is full"):
+        trainer.train()
+    assert names(tmp_path) == ["checkpoint-2"] and trainer.args.save_total_limit == 9
+
+
+# --- Hooks
+
+
+def test_hook_save_model_is_the_first_call_of_a_save(trainer_of, tmp_path):
+    """The Trainer's first call of a save is `save_model(folder, _internal_call=True)`: there companions are written."""
+    trainer, seen = trainer_of(tmp_path, max_steps=2), []
+
+    class Watch:
+        def save(self, folder):
+            seen.append([path.name for path in (tmp_path / "checkpoint-2").iterdir()])
+
+        def load(self, folder):
+            raise AssertionError
+
+    trainer.companions = {"watch": Watch(), **trainer.companions}
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "stale").touch()
+    with pytest.raises(FileNotFoundError):  # the folder was cleared, and nothing of the Trainer's is there yet
+        trainer.train()
+    assert seen == []
+
+
+def test_hook_on_save_comes_after_the_last_file(finished):
+    """The Trainer calls `on_save` after its last file, the trainer's state: there the manifest is written."""
+    folder = finished / "checkpoint-2"
+    files = read_object(folder / MANIFEST)["files"]
+    assert files.keys() == {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    assert TRAINER_STATE in files
+
+
+def test_hook_rotation_obeys_the_limit_of_the_moment(trainer_of, tmp_path):
+    """The Trainer reads `args.save_total_limit` when it rotates: so an old checkpoint outlives a new one's save."""
+    trainer, seen = trainer_of(tmp_path, save_total_limit=1), []
+
+    class Watch(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            seen.append((names(tmp_path), [f.name for f in tmp_path.glob("checkpoint-*") if (f / MANIFEST).exists()]))
+
+    trainer.callback_handler.callbacks.insert(0, Watch())
+    trainer.train()
+    assert seen[1] == (["checkpoint-2", "checkpoint-4"], ["checkpoint-2"])
+    assert names(tmp_path) == ["checkpoint-8"] and trainer.args.save_total_limit == 1
+
+
+def test_hook_on_train_begin_comes_after_the_optimizer_s_state(trainer_of, finished):
+    """The Trainer calls `on_train_begin` when optimizer and scheduler are restored, before any forward."""
+    trainer, seen = trainer_of(finished), []
+    restore, step = trainer._restore, trainer.training_step
+
+    def watch_restore(folder):
+        seen.append(
+            ("restore", len(trainer.optimizer.state), trainer.lr_scheduler.last_epoch, trainer.state.global_step)
+        )
+        restore(folder)
+
+    def watch_step(*arguments):
+        seen.append("step")
+        return step(*arguments)
+
+    trainer._restore, trainer.training_step = watch_restore, watch_step
+    trainer.train(finished / "checkpoint-6")
+    parameters = len(list(trainer.model.parameters()))
+    assert seen[0] == ("restore", parameters, 6, 6) and seen[1:] == ["step"] * 2
+
+
+def test_hook_run_epoch_is_not_entered_by_a_finished_run(trainer_of, finished):
+    """`Trainer._run_epoch` runs the steps of an epoch: a finished run that is started again makes none."""
+    trainer = trainer_of(finished)
+    trainer.training_step = None
+    assert trainer.train(True).global_step == 8
+
+
+def test_hook_grad_norm_is_asked_before_the_optimizer_steps(trainer_of, tmp_path):
+    """`Trainer._get_grad_norm` returns the norm before `optimizer.step`: a NaN in it stops the run and moves no weight."""
+    trainer = trainer_of(tmp_path)
+    trainer.model.lm_head.bias.register_hook(lambda gradient: gradient * math.nan)
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(FloatingPointError, match="the gradient norm is nan at step 0"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_hook_on_train_end_comes_after_the_best_model_is_loaded(trainer_of, tmp_path):
+    """The Trainer loads the best checkpoint's network before `on_train_end`: there companions follow."""
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+    settings |= {"metric_for_best_model": "height", "eval_dataset": [{"input_ids": row.tolist()} for row in blocks()]}
+    trainer = trainer_of(tmp_path, per_device_eval_batch_size=ROWS, **settings)
+    heights = iter([1.0, 3.0, 2.0, 0.0])
+    trainer.evaluate = lambda *arguments, **options: {"eval_height": next(heights, 0.0)}
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    best = {
+        name: load_file(tmp_path / "checkpoint-4" / name / "model.safetensors") for name in (".", "ema", "teacher")
+    }
+    for network, state in ((trainer.model, best["."]), (trainer.whole_student(), best["ema"])):
+        assert all(torch.equal(value, state[name]) for name, value in network.named_parameters())
+    last = load_file(tmp_path / "checkpoint-8" / "ema" / "model.safetensors")
+    assert not torch.equal(last["lm_head.weight"], best["ema"]["lm_head.weight"])
+
+
+# --- A smaller learning rate
+
+
+def test_the_advice_after_a_nan_works_when_followed(tmp_path, monkeypatch):
+    """Word by word, from the message: the run goes on from its checkpoint with half the learning rate, and is resumable."""
+    inputs = write_inputs(tmp_path)
+    loss_of = MCDTrainer.compute_loss
+
+    def compute_loss(self, *arguments, **options):  # diverges at a learning rate of 1e-2
+        loss = loss_of(self, *arguments, **options)
+        return loss * math.nan if self.state.global_step == 5 and self.args.learning_rate > 6e-3 else loss
+
+    monkeypatch.setattr(MCDTrainer, "compute_loss", compute_loss)
+    command = [*mcd_arguments(inputs, tmp_path / "run", num_rounds=2), "--report_to", "none"]
+    with pytest.raises(SystemExit) as stop:
+        run_mcd.main(command)
+    advice = stop.value.code.split("add `")[1].split("` to the same command")[0]
+    assert advice == (
+        f"--resume_from_checkpoint {tmp_path / 'run' / 'checkpoint-4'} --output_dir NEW_FOLDER --learning_rate 0.005"
+    )
+    monkeypatch.chdir(tmp_path)
+    run_mcd.main([*command, *advice.split()])
+    history = read_object(tmp_path / "NEW_FOLDER" / "checkpoint-8" / TRAINER_STATE)["log_history"]
+    rates = {entry["step"]: entry["learning_rate"] for entry in history if "loss" in entry}
+    assert rates == {1: 0.0, 2: 0.005, 3: 0.01, 4: 0.01, 5: 0.005, 6: 0.005, 7: 0.005, 8: 0.005}
+    run = json.loads((tmp_path / "NEW_FOLDER" / "run.json").read_text())
+    assert run["started_from"]["changed"] == {"learning_rate": [0.01, 0.005]} and run["learning_rate"] == 0.005
+    # Stopped and started again with the same command, or without the checkpoint that is no longer needed.
+    expected = (tmp_path / "NEW_FOLDER" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "NEW_FOLDER" / "checkpoint-8")
+    (tmp_path / "NEW_FOLDER" / "model.safetensors").unlink()
+    run_mcd.main([*command, *advice.split()])
+    assert (tmp_path / "NEW_FOLDER" / "model.safetensors").read_bytes() == expected
+    shutil.rmtree(tmp_path / "run")
+    run_mcd.main([*command, "--output_dir", "NEW_FOLDER", "--learning_rate", "0.005"])
+
+
+# --- Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"save_only_model": True}, "save_only_model is true, but such checkpoints have no optimizer"),
+        ({"hub_strategy": "every_save"}, "hub_strategy is 'every_save', but a run is pushed once"),
+        ({"learning_rate": None}, "learning_rate is null, but must be a positive number"),
+        ({"fsdp": True}, "FSDP is not supported"),
+        ({"save_total_limit": 0}, "save_total_limit must be at least 1, not 0"),
+        ({"save_total_limit": 1, "metric_for_best_model": "loss"}, "save_total_limit is 1, but with load_best"),
+        ({"save_steps": 3, "logging_steps": 2}, r"save_steps \(3\) must be a multiple of logging_steps \(2\): a run"),
+        (
+            {"save_steps": 0.3, "logging_steps": 0.1, "max_steps": 25},
+            r"save_steps \(0.3\) must be a multiple of logging_steps \(0.1\), which is every 8 and every 3 of 25 steps",
+        ),
+    ],
+)
+def test_settings_that_would_break_resume_are_refused(settings, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        ExactResumeArguments(output_dir=str(tmp_path), **settings)
+
+
+def test_fsdp_from_the_launcher_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP is not supported"):
+        ExactResumeArguments(output_dir=str(tmp_path))
+
+
+def test_ratios_are_of_the_steps(trainer_of, tmp_path):
+    trainer_of(tmp_path, save_steps=0.5, logging_steps=0.25, max_steps=8).train()
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-8"]
+    ExactResumeArguments(output_dir=str(tmp_path), save_steps=0.3, logging_steps=0.1, max_steps=100)
