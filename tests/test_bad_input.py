@@ -535,9 +535,9 @@ def test_the_training_of_a_judge_stores_no_token(inputs, output):
 
 
 def test_a_checkpoint_of_another_run(refusal, finished):
-    line = refusal("run_mcd", num_rounds=1, learning_rate=2e-2, resume_from_checkpoint=finished / "checkpoint-4")
+    line = refusal("run_mcd", num_rounds=1, seed=6, resume_from_checkpoint=finished / "checkpoint-4")
     assert f"cannot resume from {finished / 'checkpoint-4'}: " in line
-    assert "learning_rate was 0.01 there and is 0.02 here" in line
+    assert "seed was 5 there and is 6 here (only learning_rate and" in line
 
 
 def test_a_checkpoint_that_is_not_there(refusal, tmp_path):
