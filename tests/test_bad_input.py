@@ -29,14 +29,16 @@ def output(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def mdlm_arguments(inputs: Path, output: Path) -> list[str]:
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def mdlm_arguments(inputs: Path, output: Path, model: Path | None = None) -> list[str]:
+    """Of a new network, or of one to go on from."""
     settings = {
         "tokenizer": inputs / "tokenizer",
         "train_text": inputs / "text.txt",
         "block_length": BLOCK,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
+        **(SHAPE if model is None else {"model": model}),
         "max_steps": 2,
         "output_dir": output,
     }
@@ -84,7 +86,8 @@ def refusal(inputs, output, capsys):
         before = contents(output)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            main([*arguments_of(inputs, output), *(f"--{key}={value}" for key, value in changes.items()), *words])
+            base = {"model": changes["model"]} if entry == "run_mdlm" and "model" in changes else {}
+            main([*arguments_of(inputs, output, **base), *(f"--{key}={value}" for key, value in changes.items()), *words])
         assert contents(output) == before, "the output folder must be as it was"
         lines = capsys.readouterr().err.splitlines()
         if isinstance(stop.value.code, str):  # Python itself prints it on standard error, and exits with status 1
