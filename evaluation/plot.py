@@ -19,11 +19,10 @@ def write_plot(folder: str | Path, results: list[dict]):
         target, plain = held_out_row(results, rows[0]), plain_rows(rows)
         if target is not None and None in (target.get("gen_ppl"), target.get("entropy")):
             target = None
-        for model in dict.fromkeys(row["model"] for row in plain):
-            points = [row for row in plain if row["model"] == model]
-            # Gen-PPL is drawn only where its entropy is: a row that lacks either stands in the table, with its note.
-            points = [row for row in points if None not in map(row.get, ("nfe", "gen_ppl", "entropy"))]
-            points.sort(key=lambda row: row["nfe"])
+        # Gen-PPL is drawn only where its entropy is: a row that lacks either is in the table, with its note.
+        measured = [row for row in plain if None not in map(row.get, ("nfe", "gen_ppl", "entropy"))]
+        for model in dict.fromkeys(row["model"] for row in measured):
+            points = sorted((row for row in measured if row["model"] == model), key=lambda row: row["nfe"])
             nfe = [row["nfe"] for row in points]
             (line,) = perplexity.plot(nfe, [row["gen_ppl"] for row in points], "o-", label=model)
             entropy.plot(nfe, [row["entropy"] for row in points], "o-", color=line.get_color())
@@ -31,14 +30,14 @@ def write_plot(folder: str | Path, results: list[dict]):
             if matched:
                 heights = [row["matched_gen_ppl"] for row in matched]
                 perplexity.plot([row["nfe"] for row in matched], heights, "s--", color=line.get_color(), alpha=0.6)
-        missing = len(notes_of(plain))
-        if missing:
-            perplexity.set_title(f"{missing} point(s) could not be measured: see the table", fontsize="small")
+        if notes_of(plain):
+            perplexity.set_title(f"points that could not be measured: {len(notes_of(plain))}", fontsize="small")
         if target is not None:
             perplexity.axhline(target["gen_ppl"], color="grey", linestyle=":", label="held-out text")
             entropy.axhline(target["entropy"], color="grey", linestyle=":")
-        perplexity.set(xscale="log", yscale="log", xlabel="NFE", ylabel="generative perplexity")
-        entropy.set(xscale="log", xlabel="NFE", ylabel=f"unigram entropy (nats, {rows[0]['entropy_unit']})")
+        scale = "log" if measured else "linear"  # a logarithmic axis cannot be empty
+        perplexity.set(xscale=scale, yscale=scale, xlabel="NFE", ylabel="generative perplexity")
+        entropy.set(xscale=scale, xlabel="NFE", ylabel=f"unigram entropy (nats, {rows[0]['entropy_unit']})")
         for formatter in (perplexity.yaxis.set_major_formatter, perplexity.yaxis.set_minor_formatter):
             formatter(LogFormatter())  # 40, not 4 x 10^1
         for panel in (perplexity, entropy):
@@ -46,7 +45,8 @@ def write_plot(folder: str | Path, results: list[dict]):
             panel.set_xticks(ticks, [str(n) for n in ticks])
             panel.xaxis.minorticks_off()
             panel.grid(alpha=0.3)
-        perplexity.legend(title=None if target is None else "dashed: at matched entropy")
+        if perplexity.lines:
+            perplexity.legend(title=None if target is None else "dashed: at matched entropy")
         entropy.set_title(f"{rows[0]['samples']} samples x {rows[0]['seeds']} seeds", fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

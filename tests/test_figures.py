@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 import statistics
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from evaluation import EvaluationProtocol, evaluate_model, load_report, markdown_table, save_results, write_report
 from evaluation import figures as figures_room
-from evaluation.evaluate_model import KEY, SETTINGS
+from evaluation.evaluate_model import KEY, SETTINGS, evaluate_held_out_text
 from evaluation.figures import FIGURES, Figure, over_seeds
+from evaluation.team import ALONE, Team
 from modeling_mcd import MDLMForMaskedDiffusion, MDLMGenerationConfig
 
 
@@ -243,3 +246,45 @@ def test_a_row_of_trouble_is_measured_again(model, rows):
     assert rows(model, known_rows=good) == []
     bad = rows(eos_only(model))
     assert rows(model, known_rows=bad) == bad
+
+
+# --- Shared work
+
+
+class Thread(Team):
+    """One of several processes, as a thread."""
+
+    def __init__(self, rank: int, parts: list, barrier: threading.Barrier):
+        self.rank, self.size, self.parts, self.barrier = rank, len(parts), parts, barrier
+
+    def gather(self, part) -> list:
+        self.parts[self.rank] = part
+        self.barrier.wait()
+        parts = list(self.parts)
+        self.barrier.wait()
+        return parts
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_shared_work_gives_the_rows_of_one_process(size, model, judge, tokenizer):
+    """Also with more processes than samples; every process has every row."""
+    protocol = EvaluationProtocol(judge, tokenizer, samples=5, seeds=2, length=12, batch_size=2)
+    blocks = torch.arange(5 * 12).view(5, 12) % 40
+
+    def rows_of(team) -> list[dict]:
+        held_out = evaluate_held_out_text(blocks, tokenizer, protocol, team=team)
+        return [held_out, *evaluate_model("m", model, tokenizer, protocol, [2, 3], team=team)]
+
+    parts, barrier = [None] * size, threading.Barrier(size)
+    with ThreadPoolExecutor(size) as pool:
+        of_all = list(pool.map(lambda rank: rows_of(Thread(rank, parts, barrier)), range(size)))
+    for rows in of_all:
+        for shared, alone in zip(rows, rows_of(ALONE), strict=True):
+            for name, value in alone.items():
+                assert shared[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
+
+
+def test_every_sample_falls_to_one_process():
+    for size in (1, 2, 3, 8):
+        shares = [Thread(rank, [None] * size, None).share(5) for rank in range(size)]
+        assert [number for share in shares for number in share] == list(range(5))

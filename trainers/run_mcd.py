@@ -11,8 +11,7 @@ from typing import Literal
 
 from transformers import set_seed
 
-from evaluation import RunReport, load_report, save_results, write_report
-from evaluation.judge import load_judge
+from evaluation import load_report, save_results, write_report
 from evaluation.options import EvaluationArguments
 from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
 from trainers.distillation_trainer import DistillationTrainer, check_same_network, check_same_tokens
@@ -31,7 +30,7 @@ from trainers.runs.inputs import (
 )
 from trainers.runs.output_folder import short_name
 from trainers.runs.recipe import parse_recipe_of
-from trainers.runs.rounds import RoundCallback, held_out_blocks, start_report
+from trainers.runs.rounds import RoundCallback, held_out_blocks, load_run_judge, start_report
 from trainers.runs.run import Run
 from trainers.runs.text_blocks import TextArguments
 from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments
@@ -83,9 +82,7 @@ def main(arguments: list[str] | None = None):
     check_tokenizer(tokenizer, teacher.config, networks.teacher)
     check_block_length(text.block_length, "teacher", teacher.config)
     check_block_length(text.block_length, "student", student.config)
-    judge = None
-    if judging.judge is not None and training.process_index == 0:
-        judge = load_judge(judging.judge, judging.judge_dtype, training.device)
+    judge = load_run_judge(judging, training)
     train, validation = load_data(source, tokenizer, training)
     trainer = trainer_class(
         student,
@@ -96,10 +93,10 @@ def main(arguments: list[str] | None = None):
     )
     report = None
     if judge is not None:
-        report = start_report(judging, judge, tokenizer, teacher.config, text, training.output_dir)
+        report = start_report(judging, judge, tokenizer, teacher.config, text, training)
 
     with run.start():
-        first = trainer.teacher if trainer.has_teacher else trainer.whole_student()  # whole, even under ZeRO-3
+        first = trainer.teacher if trainer.has_teacher else trainer.whole_student()  # complete, even under ZeRO-3
         if run.checkpoint is None:
             run.save(first, tokenizer, "teacher")
         if run.is_first:
@@ -110,32 +107,35 @@ def main(arguments: list[str] | None = None):
                 method=f"Distilled from {short_name(networks.teacher)} by {title}.",
                 repository=training.hub_model_id,
             )
-            if report is not None:
-                if validation is not None:
-                    report.judge_text(held_out_blocks(validation), tokenizer)
-                report.judge("teacher", first, tokenizer, label="teacher")
-                print(f"\n{report.write()}\n", flush=True)
+        if report is not None:  # all processes share the work
+            if validation is not None:
+                report.judge_text(held_out_blocks(validation), tokenizer)
+            report.judge("teacher", first, tokenizer, label="teacher")
+            table = report.write()
+            if run.is_first:
+                print(f"\n{table}\n", flush=True)
         trainer.add_callback(RoundCallback(trainer, tokenizer, report))
         trainer.train(run.checkpoint)
 
         student = trainer.whole_student()
         run.save(student, tokenizer)
+        last = f"round-{training.round_of(trainer.state.global_step - 1) + 1}"
+        if report is not None:
+            report.judge(last, student, tokenizer, label=last)
         if run.is_first:
-            finish(trainer, student, tokenizer, report)
+            finish(trainer, last)
         run.push()
     trainer.end()
 
 
-def finish(trainer: DistillationTrainer, student, tokenizer, report: RunReport | None):
-    """The table once more, the card beside the model, a sample of teacher and student, and where everything is."""
+def finish(trainer: DistillationTrainer, last: str):
+    """Prints the table once more, a sample of the teacher and one of the last round, and what was saved where."""
     folder = Path(trainer.args.output_dir)
-    last = f"round-{trainer.args.round_of(trainer.state.global_step - 1) + 1}"
-    if report is not None:
-        report.judge(last, student, tokenizer, label=last)
     results = load_report(folder)
     print(f"\n{write_report(folder, results)}")
     for name in ("teacher", last):
         rows = [row for row in results["results"] if row["model"] == name]
+        rows = [row for row in rows if row.get("example")]
         if rows:
             row = min(rows, key=lambda row: abs(row["steps"] - 8))
             print(f"\n{name}, {row['steps']} steps:\n  {row['example']}")

@@ -1,0 +1,198 @@
+"""The end of a round: a checkpoint first, then the judging, whatever becomes of it; trackers; several processes."""
+
+import contextlib
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import ROOT, mcd_arguments, run_python, save_judge, write_inputs
+
+from evaluation import load_report
+from trainers import run_mcd
+
+
+RUN = "import sys; from trainers.run_mcd import main; main(sys.argv[1:])"
+SETTINGS = {"num_rounds": 2, "evaluation_samples": 3, "evaluation_batch_size": 2, "save_total_limit": 10}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"))
+    save_judge(folder / "judge")
+    return folder
+
+
+def arguments_for(inputs, output, **changes) -> list[str]:
+    changes = {"judge": inputs / "judge", "validation_text": inputs / "text.txt"} | SETTINGS | changes
+    return [*mcd_arguments(inputs, output, **changes), "--evaluation_steps", "2", "4"]
+
+
+def run(inputs, output, **changes) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run_mcd.main(arguments_for(inputs, output, **changes))
+    return out.getvalue()
+
+
+def points(folder) -> dict:
+    return {(row["model"], row["steps"]): row for row in load_report(folder)["results"]}
+
+
+ALL = {("held-out text", None), *((name, n) for name in ("teacher", "round-1", "round-2") for n in (2, 4))}
+
+
+def test_trackers_hear_of_every_round(inputs, tmp_path):
+    """Figures and a sample in TensorBoard's files: of the teacher at step 0, of each round at its last step."""
+    output = tmp_path / "run"
+    run(inputs, output, report_to="tensorboard", steps_per_round=2)
+    events = EventAccumulator(str(next(output.glob("runs/*")))).Reload()
+    rows = points(output)
+    for name in ("gen_ppl", "entropy"):
+        for n in (2, 4):
+            logged = [(event.step, event.value) for event in events.Scalars(f"eval/{name}_{n}_steps")]
+            expected = [rows[model, n][name] for model in ("teacher", "round-1", "round-2")]
+            assert logged == [(step, pytest.approx(value)) for step, value in zip((0, 2, 4), expected, strict=True)]
+    texts = events.Tensors("eval/sample/text_summary")
+    assert [event.step for event in texts] == [0, 2, 4]
+    assert texts[1].tensor_proto.string_val[0].decode() == rows["round-1", 4]["example"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "checkpoints"),
+    [
+        ({"save_steps": 3, "logging_steps": 3, "steps_per_round": 4}, {"3", "4", "6", "8"}),
+        ({"save_strategy": "no", "steps_per_round": 2}, set()),
+    ],
+)
+def test_a_round_ends_with_a_checkpoint_unless_there_are_none(inputs, tmp_path, changes, checkpoints):
+    run(inputs, tmp_path / "run", **changes)
+    assert {folder.name.split("-")[1] for folder in (tmp_path / "run").glob("checkpoint-*")} == checkpoints
+    assert points(tmp_path / "run").keys() == ALL
+    if "4" in checkpoints:
+        state = json.loads((tmp_path / "run" / "checkpoint-8" / "trainer_state.json").read_text())
+        assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [3, 4, 6]
+
+
+def test_trouble_of_the_judging_does_not_end_a_training(inputs, tmp_path):
+    """A judge whose perplexity overflows: rows without it that say why, valid JSON, and the student is there."""
+    judge = save_judge(tmp_path / "judge")
+    weights = load_file(judge / "model.safetensors")
+    weights["transformer.ln_f.weight"] *= 1e6
+    save_file(weights, judge / "model.safetensors", metadata={"format": "pt"})
+    printed = run(inputs, tmp_path / "run", judge=judge, steps_per_round=2)
+    rows = points(tmp_path / "run")
+    assert rows.keys() == ALL
+    for row in rows.values():
+        assert row["gen_ppl"] is None and row["note"] == "gen_ppl is inf" and math.isfinite(row["entropy"])
+    for file in (tmp_path / "run").rglob("*.json"):
+        json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert "n/a: could not be measured (" in printed
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+KILL_WHILE_JUDGING = """
+import os, signal
+from evaluation import report
+judge = report.evaluate_model
+def killed_at_the_second_row(name, *a, **k):
+    for number, row in enumerate(judge(name, *a, **k)):
+        if name == "round-1" and number == 1: os.kill(os.getpid(), signal.SIGKILL)
+        yield row
+report.evaluate_model = killed_at_the_second_row
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_judging_is_completed_and_nothing_else_changes(inputs, tmp_path):
+    run(inputs, tmp_path / "whole")
+    output = tmp_path / "run"
+    killed = run_python(KILL_WHILE_JUDGING + RUN, *arguments_for(inputs, output))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (output / "checkpoint-4" / "trainer_state.json").exists(), "the checkpoint of that step is safe"
+    assert ("round-1", 2) in points(output) and ("round-1", 4) not in points(output)
+    run(inputs, output)
+    assert points(output) == points(tmp_path / "whole")
+    for name in ("model.safetensors", "round-1/model.safetensors", "checkpoint-8/ema/model.safetensors"):
+        one, other = load_file(output / name), load_file(tmp_path / "whole" / name)
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    histories = [
+        json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
+        for folder in (output, tmp_path / "whole")
+    ]
+    measured = [[{k: v for k, v in line.items() if "runtime" not in k} for line in history] for history in histories]
+    assert measured[0] == measured[1] and any("eval_gen_ppl_4_steps" in line for line in measured[0])
+
+
+TWO_RANKS = """
+import sys, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+rank, size, home = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+if size > 1:
+    dist.init_process_group("gloo", f"file://{home}/rendezvous", timeout=timedelta(seconds=2), rank=rank, world_size=size)
+from evaluation import RunReport, load_judge
+from evaluation.options import EvaluationArguments
+from evaluation.team import ALONE
+from modeling_mcd.loading import load_model
+from trainers.runs.rounds import Ranks
+judge, tokenizer = load_judge(f"{home}/judge")
+protocol = EvaluationArguments(evaluation_samples=5, evaluation_seeds=2, evaluation_batch_size=2).protocol(judge, tokenizer)
+report = RunReport(f"{home}/report-{size}", protocol, [2, 3], (1.0, 0.5), Ranks() if size > 1 else ALONE)
+blocks = torch.arange(5 * 32).view(5, 32) % 40
+report.judge_text(blocks, tokenizer)
+model = load_model(f"{home}/teacher")
+if size > 1 and rank == 0:
+    generate, calls = model.generate, []
+    def slow(*a, **k):
+        calls.append(len(calls))
+        if len(calls) == 1: time.sleep(5)  # longer than any collective of the default group may take
+        return generate(*a, **k)
+    model.generate = slow
+report.judge("m", model, tokenizer)
+if rank == size - 1:
+    model.lm_head.bias.data[0] = float("nan")  # trouble of one process is that of all
+report.judge("bad", model, tokenizer)
+report.write()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_outlive_any_timeout(inputs, tmp_path):
+    """The rows are those of one process, although the first is slower than the group's timeout."""
+    for name in ("judge", "teacher"):
+        (tmp_path / name).symlink_to(inputs / name)
+    assert run_python(TWO_RANKS, "0", "1", str(tmp_path)).returncode == 0
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS, str(rank), "2", str(tmp_path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        _, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error
+    one, two = (points_by_temperature(tmp_path / f"report-{size}") for size in (1, 2))
+    assert one.keys() == two.keys() and len(one) == 9
+    for key, row in one.items():
+        for name, value in row.items():
+            assert two[key][name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), (
+                key,
+                name,
+            )
+    assert one["bad", 2, 1.0]["gen_ppl"] is None and one["bad", 2, 1.0]["note"]
+
+
+def points_by_temperature(folder) -> dict:
+    return {(row["model"], row["steps"], row["temperature"]): row for row in load_report(folder)["results"]}
