@@ -186,11 +186,9 @@ def test_two_processes_share_the_work_and_outlive_any_timeout(inputs, tmp_path):
     one, two = (points_by_temperature(tmp_path / f"report-{size}") for size in (1, 2))
     assert one.keys() == two.keys() and len(one) == 9
     for key, row in one.items():
-        for name, value in row.items():
-            assert two[key][name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), (
-                key,
-                name,
-            )
+        for name in row.keys() - ({"weights"} if key[0] == "bad" else set()):  # only one process has the bad ones
+            expected = pytest.approx(row[name], rel=1e-6) if isinstance(row[name], float) else row[name]
+            assert two[key][name] == expected, (key, name)
     assert one["bad", 2, 1.0]["gen_ppl"] is None and one["bad", 2, 1.0]["note"]
 
 
