@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_mcd.loading import reason_of, split_revision
+from modeling_mcd.loading import load_pretrained, reason_of
 
 
 def load_judge(
@@ -33,20 +33,6 @@ def load_judge(
     except ValueError as error:
         raise ValueError(f"judge {name!r} cannot judge: {error}") from None
     return judge, tokenizer
-
-
-def load_pretrained(auto_class, what: str, name: str, **options):
-    """`auto_class.from_pretrained(name)`, never with code from the folder or the Hub.
-
-    Raises:
-        ValueError: one line that calls the thing `what` and says why it cannot be loaded.
-    """
-    try:
-        repository, revision = split_revision(name)
-        return auto_class.from_pretrained(repository, revision=revision or "main", trust_remote_code=False, **options)
-    except Exception as error:  # a broken folder raises whatever its broken file makes the reader raise
-        place = "cannot be loaded" if Path(name).is_dir() else "is no folder here, and cannot be had from the Hub"
-        raise ValueError(f"{what} {name!r} {place}: {reason_of(error)}") from None
 
 
 def check_judge(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):

@@ -8,7 +8,6 @@ may write to one folder at a time.
 
 import argparse
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -16,30 +15,18 @@ import torch
 from transformers import AutoTokenizer
 
 from evaluation.diversity import vocabulary_of
-from evaluation.judge import load_judge, load_pretrained
+from evaluation.judge import load_judge
 from evaluation.options import PREFIX, EvaluationArguments
 from evaluation.report import RunReport
 from evaluation.results import load_report
 from evaluation.text import read_texts, text_blocks
 from modeling_mcd import MDLMConfig
-from modeling_mcd.loading import check_tokens, load_model, read_checkpoint
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def parse_args(self, arguments: list[str] | None = None) -> argparse.Namespace:
-        options, unknown = super().parse_known_args(arguments)
-        for word in unknown:
-            key = word.split("=")[0]
-            nearest = difflib.get_close_matches(key, self._option_string_actions, n=1, cutoff=0.0)
-            self.error(f"unknown argument {key!r}; the nearest valid one is {nearest[0]!r}")
-        return options
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+from modeling_mcd.command_line import OneLineParser
+from modeling_mcd.loading import check_tokens, load_model, load_pretrained, read_checkpoint
 
 
 def parser() -> argparse.ArgumentParser:
-    result = OneLineParser(prog="run_eval.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    result = OneLineParser(prog="run_eval.py", description=__doc__.split("\n")[0])
     result.add_argument(
         "models", nargs="+", metavar="MODEL", help="Folder or Hub name (`@revision`); `label=MODEL` names its rows."
     )

@@ -1,7 +1,7 @@
-"""The layouts in which MDLM, SDTT and Duo publish the one network of the family, and how each says what ours says.
+"""The layouts in which MDLM, SDTT and Duo publish the network of the family, and how their names and settings map to ours.
 
-All hold the diffusion transformer of MDLM (arXiv 2406.07524). They differ in what stands before the name of a parameter
-and in what their config.json says; so shapes are taken from the weights, and the rest from the configuration.
+All hold the diffusion transformer of MDLM (arXiv 2406.07524). They differ in the prefix of the parameters' names and in what
+their config.json says; so shapes are taken from the weights, and the rest from the configuration.
 """
 
 import json
@@ -107,9 +107,12 @@ def published_config(
             raise ValueError(f"its configuration says {key} = {network.get(key)}, but in the weights it is {value}")
     if not settings and diffusion_kind is None:
         logger.warning("nothing says which diffusion the weights are for: taken for absorbing (--kind uniform if not)")
-    is_duo = str(settings.get("model_type")).lower() == "duo" or algorithm.get("name") in UNIFORM_ALGORITHMS
     own = {name: settings[name] for name in OWN_SETTINGS if settings.get(name) is not None}
-    kind = diffusion_kind or own.get("diffusion_kind") or ("uniform" if is_duo else "absorbing")
+    is_duo = str(settings.get("model_type")).lower() == "duo" or algorithm.get("name") in UNIFORM_ALGORITHMS
+    said = own.get("diffusion_kind") or ("uniform" if is_duo else None)
+    if None not in (said, diffusion_kind) and said != diffusion_kind:
+        raise ValueError(f"its configuration says {said!r} diffusion, not {diffusion_kind!r}")
+    kind = said or diffusion_kind or "absorbing"
     mask_token_id = MASK_TOKEN_IDS.get(vocab_size) if kind == "absorbing" else None
     return MDLMConfig(
         vocab_size=vocab_size,
@@ -128,9 +131,14 @@ def save_published(model: MDLMForMaskedDiffusion, folder: Path, layout: str):
     """Writes model.safetensors and config.json in a published layout ("mdlm", "sdtt" or "duo").
 
     Raises:
-        ValueError: when the network is not the published one in something that their code does not configure.
+        ValueError: the code of the layout would run another network, or is for another kind of noise.
     """
     config = model.config
+    kind = "uniform" if layout == "duo" else "absorbing"
+    if config.diffusion_kind != kind:
+        raise ValueError(
+            f"diffusion_kind is {config.diffusion_kind!r}, but the code of the {layout} layout is for {kind} diffusion"
+        )
     built_in = {"intermediate_size": 4 * config.hidden_size, "layer_norm_eps": 1e-5, "rope_theta": 10000.0}
     for name, value in built_in.items():
         if getattr(config, name) != value:

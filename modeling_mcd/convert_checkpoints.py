@@ -1,40 +1,38 @@
 """Every published checkpoint of the family (MDLM, SDTT, Duo and their kin) as our model, and our model in their layouts.
 
-    python -m modeling_mcd.convert_checkpoints SOURCE OUT [--revision R] [--ema] [--to ours|mdlm|sdtt|duo]
-
-`load_model` is the loader of every entry point.
+mcd-convert SOURCE OUT [--revision R] [--ema] [--to ours|mdlm|sdtt|duo]
 """
 
-import argparse
-import sys
+import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from .checkpoint_layouts import (
-    save_published,
-)
+from .checkpoint_layouts import save_published
+from .command_line import OneLineParser
 from .files import new_folder
 from .loading import load_model
 from .modeling_mdlm import MDLMForMaskedDiffusion
 
 
-# --- Where the weights are
-
-
-# --- What is in them
-
-
-# --- From one folder to another
-
-
 def convert(
     source: str, out: str, to: str = "ours", dtype: torch.dtype = torch.float32, **options
 ) -> MDLMForMaskedDiffusion:
-    """Loads `source` (see `load_model`) and writes it as the repository folder `out`, which must not be there yet."""
-    if Path(out).exists():
-        raise ValueError(f"{str(out)!r} is already there: remove it, or choose another folder to write")
+    """Loads `source` (see `load_model`) and writes it as the repository folder `out`.
+
+    Args:
+        source: Hub id, `id@revision`, folder, or file.
+        out: must not be there yet.
+        to: the layout of `out`: "ours", "mdlm", "sdtt" or "duo".
+        dtype: of the weights in `out`.
+        options: see `load_model`.
+
+    Raises:
+        ValueError: the source cannot be loaded, the layout cannot hold it, or `out` cannot be written. Nothing is then
+            left behind.
+    """
+    check_out(Path(out), Path(source))
     model = load_model(source, dtype, **options)
     with new_folder(Path(out)) as folder:
         if to == "ours":
@@ -44,17 +42,31 @@ def convert(
     return model
 
 
+def check_out(out: Path, source: Path):
+    """Raises ValueError unless a folder can be made at `out`, outside the source."""
+    if os.path.lexists(out):
+        raise ValueError(f"{str(out)!r} is already there: remove it, or choose another folder to write")
+    if os.path.isdir(source) and out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{str(out)!r} is inside the source {str(source)!r}: choose a folder outside it")
+    parent = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{str(out)!r} cannot be written: {str(parent)!r} is not a folder that you may write to")
+
+
 def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_mcd.convert_checkpoints", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    """The command line. A mistake of the user ends in one line on standard error and status 2."""
+    parser = OneLineParser(prog="mcd-convert", description=__doc__.split("\n")[0])
     parser.add_argument("source", metavar="SOURCE", help="Hub id, id@revision, folder, or file.")
     parser.add_argument("out", metavar="OUT", help="Folder to write; must not be there yet.")
     parser.add_argument("--revision", help="Branch, tag or commit on the Hub.")
     parser.add_argument("--ema", action="store_true", help="The moving average of a Lightning file, not its weights.")
     parser.add_argument("--to", choices=("ours", "mdlm", "sdtt", "duo"), default="ours", help="Layout of OUT.")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--kind", choices=("absorbing", "uniform"), help="The noise, where no configuration says it.")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Of the weights."
+    )
+    parser.add_argument(
+        "--kind", choices=("absorbing", "uniform"), help="The kind of noise, where no configuration says it."
+    )
     parser.add_argument("--trust-pickle", action="store_true", help="Unpickle anything: that can run any code.")
     given = parser.parse_args(arguments)
     options = {"revision": given.revision, "ema": given.ema, "trust_pickle": given.trust_pickle}
@@ -63,7 +75,7 @@ def main(arguments: list[str] | None = None):
             given.source, given.out, given.to, getattr(torch, given.dtype), diffusion_kind=given.kind, **options
         )
     except (OSError, ValueError, SafetensorError) as error:  # safetensors has its own for a full disk
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        parser.error(str(error))
     print(f"{given.out}: {model.num_parameters():,} parameters, {model.config.diffusion_kind} diffusion")
 
 

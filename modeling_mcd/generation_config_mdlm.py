@@ -136,7 +136,10 @@ class MDLMGenerationConfig(GenerationConfig):
 
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict:
-        content = super()._dict_from_json_file(json_file)
+        try:
+            content = super()._dict_from_json_file(json_file)
+        except ValueError as error:
+            raise ValueError(f"{json_file} is not valid JSON: {error}") from None
         if not isinstance(content, dict):
             raise ValueError(f"{json_file} must hold a JSON object, not a {type(content).__name__}")
         return content

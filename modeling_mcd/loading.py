@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pickle
 import zipfile
 from collections import defaultdict
@@ -12,9 +13,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .checkpoint_layouts import ROTARY_BUFFER, WRAPPERS, count_blocks, parameter_names, published_config
 from .configuration_mdlm import MDLMConfig
@@ -22,14 +22,16 @@ from .generation_mdlm import MDLMGenerationConfig
 from .modeling_mdlm import MDLMForMaskedDiffusion
 
 
+INDEX = "model.safetensors.index.json"
 PICKLES = ("*.ckpt", "*.pt", "*.pth", "*.bin")
-# What Lightning puts beside tensors and plain containers (which torch always allows). None of it runs code.
+# What Lightning stores beside tensors and plain containers, which torch always allows. Unpickling these runs no code.
 ALLOWED_GLOBALS = [argparse.Namespace, defaultdict]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
 class Checkpoint:
-    """A checked checkpoint: its weights under our names, mapped from the file and not yet read, and what they mean."""
+    """A checked checkpoint: its configuration, and its weights under our names, mapped from the file and not yet read."""
 
     config: MDLMConfig
     state: dict[str, torch.Tensor]
@@ -45,15 +47,50 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, **options) -> MD
         options: `revision`, `ema`, `trust_pickle`, `diffusion_kind`, see `read_checkpoint`.
 
     Raises:
-        ValueError: when it is not there or does not fit; names the first wrong file, key or shape.
+        ValueError: it is missing, does not fit, or holds a number that is not finite; names the first wrong file, key or
+            shape.
     """
     checkpoint = read_checkpoint(source, **options)
     model = MDLMForMaskedDiffusion.from_pretrained(
         None, config=checkpoint.config, state_dict=checkpoint.state, dtype=dtype
     )
+    for name, parameter in model.named_parameters():
+        if not all(bound.isfinite() for bound in parameter.detach().aminmax()):
+            raise cannot_load("model", source, f"{name} holds NaN or infinite numbers in {dtype}")
     if checkpoint.generation_config is not None:
         model.generation_config = checkpoint.generation_config
     return model
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer: a folder or a Hub id (also `id@revision`). Never runs code that comes with it.
+
+    Raises:
+        ValueError: it is missing or broken; one line.
+    """
+    tokenizer = load_pretrained(AutoTokenizer, "tokenizer", source)
+    tokenizer.init_kwargs.pop("auto_map", None)  # would name someone else's code in what is saved
+    return tokenizer
+
+
+def load_pretrained(auto_class, what: str, source: str, **options):
+    """`auto_class.from_pretrained` of a folder or a Hub id (also `id@revision`), never with code from there.
+
+    Raises:
+        ValueError: one line that calls the thing `what` and says why it cannot be loaded.
+    """
+    name, revision = split_revision(str(source))
+    try:
+        return auto_class.from_pretrained(name, revision=revision or "main", trust_remote_code=False, **options)
+    except Exception as error:  # a broken folder raises whatever its broken file makes the reader raise
+        raise cannot_load(what, source, reason_of(error)) from None
+
+
+def cannot_load(what: str, source: str, reason: str) -> ValueError:
+    problem = "cannot be loaded"
+    if not os.path.lexists(source):
+        problem = "is not a local file or folder and could not be downloaded from the Hub"
+    return ValueError(f"{what} {str(source)!r} {problem}: {' '.join(reason.split())}")
 
 
 def read_checkpoint(
@@ -77,9 +114,9 @@ def read_checkpoint(
         ValueError: as in `load_model`.
     """
     try:
-        files = find_weights(str(source), revision)
+        files, weight_map = find_weights(str(source), revision)
         folder = files[0].parent
-        state, settings = read_files(files, ema, trust_pickle)
+        state, settings = read_files(files, weight_map, ema, trust_pickle)
         settings = settings or read_json(folder / "config.json")
         generation_config = None
         if settings.get("model_type") == MDLMConfig.model_type:
@@ -100,12 +137,12 @@ def read_checkpoint(
         for name, ours in ours_of.items():
             if state[name].shape != shapes[ours]:
                 raise ValueError(f"{name} has the shape {tuple(state[name].shape)}, not {tuple(shapes[ours])}")
-            if not state[name].is_floating_point():
-                raise ValueError(f"{name} holds {state[name].dtype} numbers, not floating-point ones")
+            if state[name].dtype not in DTYPES:
+                raise ValueError(
+                    f"{name} holds {state[name].dtype} numbers, not floating-point ones of 16 bits or more"
+                )
     except (OSError, ValueError, StrictDataclassError) as error:
-        there = Path(source).exists()
-        place = "cannot be loaded" if there else "is no folder here, and cannot be had from the Hub"
-        raise ValueError(f"model {str(source)!r} {place}: {' '.join(str(error).split())}") from None
+        raise cannot_load("model", source, str(error)) from None
     return Checkpoint(config, {ours: state[name] for name, ours in ours_of.items()}, generation_config)
 
 
@@ -115,42 +152,57 @@ def parameter_shapes(config: MDLMConfig) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def check_keys(state: Mapping, expected: Mapping, which: str):
+def check_keys(state: Mapping, expected: Mapping, prefix: str):
     for name in expected:
         if name not in state:
-            raise ValueError(f"{which}{name} is missing")
+            raise ValueError(f"{prefix}{name} is missing")
     for name in state:
         if name not in expected:
-            raise ValueError(f"{which}{name} is no parameter of this network")
+            raise ValueError(f"{prefix}{name} is not a parameter of this network")
 
 
-def find_weights(source: str, revision: str | None) -> list[Path]:
-    """The files with the weights, several when they are sharded; downloaded when the source is a Hub id."""
+def find_weights(source: str, revision: str | None) -> tuple[list[Path], dict[str, str]]:
+    """The files with the weights; where they are shards, also tensor -> file name. Downloaded when the source is a Hub id."""
+    if not source:
+        raise ValueError("its name is empty")
     path = Path(source)
-    if path.exists() and revision is not None:
-        raise ValueError(f"revision {revision!r} is for a Hub id, and this is a file or folder here")
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
+    if os.path.lexists(path) and revision is not None:
+        raise ValueError(f"revision {revision!r} is for a Hub id, and this is a local file or folder")
+    if os.path.isfile(path):
+        return [path], {}
+    if not os.path.isdir(path):
+        if os.path.lexists(path):
+            raise ValueError("it is neither a file nor a folder")
         path = download(source, revision)
     if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    if (path / "model.safetensors.index.json").is_file():
-        weight_map = read_json(path / "model.safetensors.index.json").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError("model.safetensors.index.json names no file (weight_map)")
-        return [path / name for name in sorted(set(weight_map.values()))]
-    files = [file for pattern in ("*.safetensors", *PICKLES) for file in sorted(path.glob(pattern))]
+        return [path / "model.safetensors"], {}
+    if (path / INDEX).is_file():
+        weight_map = read_index(path)
+        return [path / name for name in sorted(set(weight_map.values()))], weight_map
+    files = [file for pattern in ("*.safetensors", *PICKLES) for file in sorted(path.glob(pattern)) if file.is_file()]
     if len(files) != 1:
         found = f"one of {[file.name for file in files]} must be chosen" if files else "there are no weights in it"
         raise ValueError(f"{found}: give a folder with a model.safetensors, or the path of one file")
-    return files
+    return files, {}
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor -> file of a sharded checkpoint. Every file is in the folder itself."""
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{INDEX} names no file (weight_map)")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{INDEX} says that {tensor} is in {name!r}, which is not a .safetensors file in its folder"
+            )
+    return weight_map
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """`name@revision` -> (name, revision), which is None where the Hub's default is meant, or a path on this machine."""
+    """`name@revision` -> (name, revision). The revision is None for the Hub's default, and for a local path."""
     name, _, revision = source.partition("@")
-    return (name, revision or None) if not Path(source).exists() else (source, None)
+    return (source, None) if os.path.lexists(source) else (name, revision or None)
 
 
 def download(source: str, revision: str | None) -> Path:
@@ -174,7 +226,7 @@ def reason_of(error: Exception) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The content of a JSON file; empty when there is none."""
+    """The object in a JSON file; empty when there is no such file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
@@ -184,8 +236,10 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_files(files: list[Path], ema: bool, trust_pickle: bool) -> tuple[dict[str, torch.Tensor], Mapping]:
-    """Tensors by name without the wrappers' prefixes, and the settings of the run where a Lightning file holds them."""
+def read_files(
+    files: list[Path], weight_map: Mapping[str, str], ema: bool, trust_pickle: bool
+) -> tuple[dict[str, torch.Tensor], Mapping]:
+    """Tensors by name without the wrappers' prefixes, and the settings of the run that a Lightning file holds."""
     state, settings = {}, {}
     for file in files:
         if not file.is_file():
@@ -206,11 +260,17 @@ def read_files(files: list[Path], ema: bool, trust_pickle: bool) -> tuple[dict[s
         for name, tensor in tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
                 raise ValueError(f"{file.name} holds no state dict: {name!r} is a {type(tensor).__name__}")
-            while name.startswith(WRAPPERS):
-                name = name.partition(".")[2]
-            if name in state:
-                raise ValueError(f"{file.name} holds {name!r} twice, under different prefixes")
-            state[name] = tensor
+            if weight_map.get(name, file.name) != file.name:
+                raise ValueError(f"{file.name} holds {name}, which {INDEX} says is in {weight_map[name]}")
+            unwrapped = name
+            while unwrapped.startswith(WRAPPERS):
+                unwrapped = unwrapped.partition(".")[2]
+            if unwrapped in state:
+                raise ValueError(f"{file.name} holds {unwrapped!r} twice, under different prefixes or in two files")
+            state[unwrapped] = tensor
+        for name in weight_map:
+            if weight_map[name] == file.name and name not in tensors:
+                raise ValueError(f"{file.name} does not hold {name}, which {INDEX} says is in it")
         if ema:
             state |= ema_tensors(content, parameter_names(count_blocks(state)), file)
     return state, settings
@@ -219,13 +279,15 @@ def read_files(files: list[Path], ema: bool, trust_pickle: bool) -> tuple[dict[s
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file.name} is cut off, or no safetensors file ({error})") from None
+    except OSError:
+        raise
+    except Exception as error:  # besides SafetensorError, whatever damaged bytes make of a header
+        raise ValueError(f"{file.name} is cut off, or not a safetensors file ({reason_of(error)})") from None
 
 
 def read_pickle(file: Path, trust: bool) -> Mapping:
     """The content of a torch checkpoint, unpickled with nothing but tensors, plain containers and `ALLOWED_GLOBALS`."""
-    cut_off = f"{file.name} is cut off, or no torch checkpoint (a zip archive since torch 1.6)"
+    cut_off = f"{file.name} is cut off, or not a torch checkpoint (a zip archive since torch 1.6)"
     if not zipfile.is_zipfile(file):
         raise ValueError(cut_off)
     try:
@@ -236,12 +298,14 @@ def read_pickle(file: Path, trust: bool) -> Mapping:
             content = torch.load(str(file), map_location="cpu", mmap=True, weights_only=not trust)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"to unpickle, {file.name} needs more than tensors and plain containers, and that can run any code "
+            f"unpickling {file.name} needs more than tensors and plain containers, and that can run any code "
             f"(found: {reason_of(error)}); if you trust its author, convert it with --trust-pickle"
         ) from None
     except ModuleNotFoundError as error:
-        raise ValueError(f"to unpickle, {file.name} needs the package {error.name!r}: install it first") from None
-    except RuntimeError as error:
+        raise ValueError(f"unpickling {file.name} needs the package {error.name!r}: install it first") from None
+    except OSError:
+        raise
+    except Exception as error:  # whatever damaged bytes make of a pickle
         raise ValueError(f"{cut_off}: {reason_of(error)}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{file.name} holds no state dict but a {type(content).__name__}")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from .files import write_atomically
+
 
 PAGE = """<!doctype html>
 <meta charset="utf-8">
@@ -48,11 +50,11 @@ show();
 
 
 class Replay:
-    """Keeps every canvas of one row: give it to `generate` as `callback`, and `save` the page.
+    """Records every canvas of one row: give it to `generate` as `callback`, and `save` the page.
 
     Args:
-        tokenizer: turns ids into text, one token at a time, and names the mask.
-        row: which row of the batch.
+        tokenizer: turns ids into text, one token at a time, and knows the mask's id.
+        row: the number of the row in the batch.
     """
 
     def __init__(self, tokenizer, row: int = 0):
@@ -65,7 +67,7 @@ class Replay:
         self.canvases.append(canvas[self.row].tolist())
 
     def save(self, path: str | Path) -> Path:
-        """Writes the page, which needs nothing but a browser, and returns its path."""
+        """Writes the page, which needs nothing but a browser, all or nothing. Returns its path."""
         texts = {token: self.tokenizer.decode([token]) for token in {t for canvas in self.canvases for t in canvas}}
         texts[self.tokenizer.mask_token_id] = None
         frames = [
@@ -74,5 +76,5 @@ class Replay:
         ]
         path = Path(path)
         # "<" is written as an escape: no text of a model can end the script.
-        path.write_text(PAGE.replace("FRAMES", json.dumps(frames).replace("<", "\\u003c")), encoding="utf-8")
+        write_atomically(path, PAGE.replace("FRAMES", json.dumps(frames).replace("<", "\\u003c")))
         return path

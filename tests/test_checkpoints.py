@@ -18,7 +18,7 @@ from evaluation.run_eval import main as run_eval
 from modeling_mcd import MDLMForMaskedDiffusion
 from modeling_mcd.checkpoint_layouts import parameter_names
 from modeling_mcd.convert_checkpoints import convert, main
-from modeling_mcd.loading import load_model, read_checkpoint
+from modeling_mcd.loading import load_model, load_tokenizer, read_checkpoint
 from trainers import run_mcd, run_mdlm
 
 
@@ -128,8 +128,8 @@ def test_the_mask_of_a_checkpoint_is_that_of_its_vocabulary(tmp_path, vocab_size
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", CONFIGS)
-@pytest.mark.parametrize("kind", ["absorbing", "uniform"])
-def test_round_trip_of_a_checkpoint_through_a_published_layout(build, tmp_path, layout, dtype, kind):
+def test_round_trip_of_a_checkpoint_through_a_published_layout(build, tmp_path, layout, dtype):
+    kind = "uniform" if layout == "duo" else "absorbing"
     model = build(vocab_size=40, eos_token_id=3, noise_schedule="cosine", noise_epsilon=0.01, diffusion_kind=kind)
     model.to(dtype).save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", layout, dtype)
@@ -193,6 +193,12 @@ def broken(kind: str, folder: Path) -> tuple[Path, dict]:
         state["backbone.vocab_embed.embedding"] = torch.ones(5)
     elif kind == "integers":
         state["backbone.blocks.0.norm1.weight"] = torch.ones(64, dtype=torch.int32)
+    elif kind == "float8":
+        state["backbone.blocks.0.norm1.weight"] = torch.ones(64).to(torch.float8_e4m3fn)
+    elif kind in ("nan", "inf"):
+        state["backbone.blocks.0.mlp.0.bias"] = torch.full((256,), float(kind))
+    elif kind == "duo as absorbing":
+        config, options = json.loads((DATA / "duo_config.json").read_text()), {"diffusion_kind": "absorbing"}
     elif kind == "two prefixes":
         state["vocab_embed.embedding"] = torch.ones(101, 64)
     elif kind in config:
@@ -209,6 +215,50 @@ def broken(kind: str, folder: Path) -> tuple[Path, dict]:
         weights.write_bytes(b"<html>not found</html>" * 9)
     elif kind == "git-lfs":
         weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 857692\n")
+    elif kind == "no bytes":
+        weights.write_bytes(b"")
+    elif kind == "a folder of that name":
+        weights.unlink()
+        weights.mkdir()
+    elif kind == "no file":
+        source = folder / "pipe"
+        os.mkfifo(source)
+    elif kind == "config list":
+        (source / "config.json").write_text("[]")
+    elif kind == "config bytes":
+        (source / "config.json").write_bytes(b"\xff\xfe{}")
+    elif kind.startswith("index "):
+        name = {"index number": 3, "index up": "../model.safetensors", "index below": "sub/model.safetensors"}
+        name |= {"index absolute": str(weights), "index pickle": "last.ckpt", "index alone": "shard.safetensors"}
+        (folder / "model.safetensors").write_bytes(weights.read_bytes())
+        weights.unlink()
+        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name[kind]}}))
+    elif kind.startswith("shards"):
+        names = sorted(state)
+        weight_map = {name: f"{'ab'[n % 2]}.safetensors" for n, name in enumerate(names)}
+        for letter in "ab":
+            held = {name: state[name] for name in names if weight_map[name] == f"{letter}.safetensors"}
+            if kind == "shards, twice" and letter == "b":
+                held[names[0]] = state[names[0]]
+            if kind == "shards, not there" and letter == "b":
+                del held[names[1]]
+            save_file(held, source / f"{letter}.safetensors")
+        weights.unlink()
+        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    elif kind.startswith("ours, "):
+        shutil.rmtree(source)
+        save_teacher(source)
+        file = "config.json" if "config" in kind else "generation_config.json"
+        words = {"options list": "[]", "options text": "{", "options value": '{"steps": "many"}'}
+        words |= {"options key": '{"beams": 3}', "config value": '{"model_type": "mdlm_mcd", "hidden_size": "wide"}'}
+        if kind == "ours, a shard gone":
+            MDLMForMaskedDiffusion.from_pretrained(source).save_pretrained(source, max_shard_size="20KB")
+            (source / "model.safetensors").unlink(missing_ok=True)
+            sorted(source.glob("model-*"))[1].unlink()
+        elif kind == "ours, another kind":
+            options = {"diffusion_kind": "uniform"}
+        else:
+            (source / file).write_text(words[kind.removeprefix("ours, ")])
     elif kind == "broken config":
         (source / "config.json").write_text("{")
     elif kind == "empty folder":
@@ -221,12 +271,6 @@ def broken(kind: str, folder: Path) -> tuple[Path, dict]:
         options = {"revision": "main"}
     elif kind == "no ema":
         options = {"ema": True}
-    elif kind == "ours, a shard gone":
-        shutil.rmtree(source)
-        save_teacher(source)
-        MDLMForMaskedDiffusion.from_pretrained(source).save_pretrained(source, max_shard_size="20KB")
-        (source / "model.safetensors").unlink(missing_ok=True)
-        sorted(source.glob("model-*"))[1].unlink()
     elif kind.startswith("ckpt"):
         source, options = source / "last.ckpt", {"ema": kind.startswith("ckpt ema")}
         content = torch.load(DATA / "lightning.ckpt", weights_only=True)
@@ -254,7 +298,7 @@ def broken(kind: str, folder: Path) -> tuple[Path, dict]:
 
 REFUSALS = {
     "missing key": "blocks.1.norm2.weight is missing",
-    "extra key": "blocks.1.norm3.weight is no parameter of this network",
+    "extra key": "blocks.1.norm3.weight is not a parameter of this network",
     "missing block": "n_blocks = 3, but in the weights it is 2",
     "wrong shape": r"blocks.2.attn_qkv.weight has the shape (64, 192), not (192, 64)",
     "one axis": "vocab_embed.embedding has the shape (5,), not (V, d)",
@@ -263,10 +307,33 @@ REFUSALS = {
     "hidden_dim": "hidden_dim = 7, but in the weights it is 64",
     "n_heads": "n_heads = 7, but in the weights it is 4",
     "vocab_size": "vocab_size = 7, but in the weights it is 101",
+    "float8": "blocks.0.norm1.weight holds torch.float8_e4m3fn numbers, not floating-point ones of 16 bits or more",
+    "nan": "layers.0.mlp.up_proj.bias holds NaN or infinite numbers in torch.float32",
+    "inf": "layers.0.mlp.up_proj.bias holds NaN or infinite numbers in torch.float32",
+    "duo as absorbing": "its configuration says 'uniform' diffusion, not 'absorbing'",
+    "no bytes": "model.safetensors is cut off, or not a safetensors file",
+    "a folder of that name": "there are no weights in it",
+    "no file": "it is neither a file nor a folder",
+    "config list": "config.json must hold an object, not a list",
+    "config bytes": "config.json is not valid JSON",
+    "index number": "model.safetensors.index.json says that a is in 3, which is not a .safetensors file in its folder",
+    "index up": "a is in '../model.safetensors', which is not a .safetensors file in its folder",
+    "index below": "a is in 'sub/model.safetensors', which is not a .safetensors file in its folder",
+    "index absolute": "model.safetensors', which is not a .safetensors file in its folder",
+    "index pickle": "a is in 'last.ckpt', which is not a .safetensors file in its folder",
+    "index alone": "shard.safetensors is missing, so the weights are not complete",
+    "shards, twice": "b.safetensors holds backbone.blocks.0.adaLN_modulation.bias, which model.safetensors.index.json says",
+    "shards, not there": "b.safetensors does not hold backbone.blocks.0.adaLN_modulation.weight, which",
+    "ours, options list": "generation_config.json must hold a JSON object, not a list",
+    "ours, options text": "generation_config.json is not valid JSON",
+    "ours, options value": "steps must be an integer of at least 1, not 'many'",
+    "ours, options key": "unknown generation arguments ['beams']",
+    "ours, config value": "Field 'hidden_size' expected int",
+    "ours, another kind": "its config.json says 'absorbing' diffusion, not 'uniform'",
     "no heads": "how many heads",
     "another model": "its model_type is 'gpt2', and vocab_embed.embedding is missing",
-    "truncated": "model.safetensors is cut off, or no safetensors file",
-    "no safetensors": "model.safetensors is cut off, or no safetensors file",
+    "truncated": "model.safetensors is cut off, or not a safetensors file",
+    "no safetensors": "model.safetensors is cut off, or not a safetensors file",
     "git-lfs": "model.safetensors is a git-lfs pointer, not the weights: run `git lfs pull`",
     "broken config": "config.json is not valid JSON",
     "empty folder": "there are no weights in it",
@@ -282,23 +349,144 @@ REFUSALS = {
     "ckpt ema none": "last.ckpt holds no EMA: leave out --ema",
     "ckpt list": "last.ckpt holds no state dict but a list",
     "ckpt no state": "last.ckpt holds no state dict: 'epoch' is a int",
-    "ckpt cut off": "last.ckpt is cut off, or no torch checkpoint",
+    "ckpt cut off": "last.ckpt is cut off, or not a torch checkpoint",
 }
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
-def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line_and_nothing_is_written(tmp_path, kind):
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, capsys, kind):
+    """In one line, and nothing is written."""
     source, options = broken(kind, tmp_path)
     with pytest.raises(ValueError) as error:
         load_model(source, **options)
     assert REFUSALS[kind] in str(error.value) and str(error.value).startswith(f"model {str(source)!r} ")
     assert "\n" not in str(error.value)
-    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value]
-    before = sorted(tmp_path.iterdir())
+    words = {"diffusion_kind": "kind"}
+    words = [
+        f"--{words.get(name, name)}" + ("" if value is True else f"={value}")
+        for name, value in options.items()
+        if value
+    ]
+    before = sorted(tmp_path.rglob("*"))
+    assert refusal(capsys, str(source), str(tmp_path / "out"), *words).count(REFUSALS[kind]) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def refusal(capsys, *arguments: str) -> str:
+    """The one line that the converter ends with."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        main([str(source), str(tmp_path / "out"), *words])
-    assert REFUSALS[kind] in stop.value.code and "\n" not in stop.value.code
-    assert sorted(tmp_path.iterdir()) == before
+        main(list(arguments))
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == ""
+    (line,) = [
+        line for line in printed.err.splitlines() if line and "weights: " not in line
+    ]  # but for the progress of loading
+    assert line.startswith("mcd-convert: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        ("source", "source' is already there"),
+        ("source/model.safetensors", "is already there"),
+        ("source/new", "is inside the source"),
+        ("link", "link' is already there"),
+        ("file/new", "file' is not a folder that you may write to"),
+        ("file/new/deeper", "file' is not a folder that you may write to"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, capsys, out, message):
+    source = published(tmp_path / "source", "mdlm")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    assert message in refusal(capsys, str(source), str(tmp_path / out))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("source", ["", "no/such/model", "a/b/c", "x" * 300, "nul\0byte", "/dev/null"])
+def test_a_source_that_is_none_is_refused(tmp_path, capsys, monkeypatch, source):
+    monkeypatch.chdir(published(tmp_path / "here", "mdlm"))
+    assert f"model {source!r} " in refusal(capsys, source, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_too_large_for_float16_is_refused(tmp_path, capsys):
+    state = dict(WEIGHTS)
+    state["backbone.blocks.0.mlp.0.bias"] = torch.full((256,), 1e5)
+    source = save(tmp_path / "source", state)
+    words = [str(source), str(tmp_path / "out"), "--dtype"]
+    assert "holds NaN or infinite numbers in torch.float16" in refusal(capsys, *words, "float16")
+    main([*words, "bfloat16"])
+    assert load_model(tmp_path / "out").config.vocab_size == 101
+
+
+@pytest.mark.parametrize("kind, layout", [("uniform", "mdlm"), ("uniform", "sdtt"), ("absorbing", "duo")])
+def test_a_layout_for_another_kind_of_noise_is_refused(build, tmp_path, capsys, kind, layout):
+    build(diffusion_kind=kind).save_pretrained(tmp_path / "ours")
+    line = refusal(capsys, str(tmp_path / "ours"), str(tmp_path / "out"), "--to", layout)
+    assert f"diffusion_kind is {kind!r}, but the code of the {layout} layout is for" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "lightning.ckpt"])
+def test_damaged_bytes_are_refused_in_one_line(tmp_path, name):
+    """Fifty places in the head of a file; what still loads is a whole model."""
+    content, config = (DATA / name).read_bytes(), DATA / "config.json"
+    generator = torch.Generator().manual_seed(0)
+    shutil.copy(config, tmp_path)
+    refused = 0
+    for place in torch.randint(3000, (50,), generator=generator).tolist():
+        (tmp_path / name).write_bytes(content[:place] + b"\x00\xff\x7f\x80" + content[place + 4 :])
+        try:
+            load_model(tmp_path / name)
+        except ValueError as error:
+            assert "\n" not in str(error) and str(error).startswith("model ")
+            refused += 1
+    assert refused > 25
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"steps": 0}'])
+def test_from_pretrained_refuses_a_broken_generation_config(build, tmp_path, text):
+    build().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match="generation_config.json|steps must be"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+# --- Tokenizers
+
+
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        (None, None, "is not a local file or folder and could not be downloaded"),
+        ("tokenizer.json", "[]", "cannot be loaded"),
+        ("tokenizer.json", "{", "cannot be loaded"),
+        ("tokenizer_config.json", "[]", "cannot be loaded"),
+        ("tokenizer_config.json", '{"tokenizer_class": "Nothing"', "cannot be loaded"),
+    ],
+)
+def test_a_broken_tokenizer_is_refused_in_one_line(tokenizer, tmp_path, file, text, message):
+    if file is not None:
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        (tmp_path / "tokenizer" / file).write_text(text)
+    with pytest.raises(ValueError, match=f"tokenizer '.*' {message}") as error:
+        load_tokenizer(tmp_path / "tokenizer")
+    assert "\n" not in str(error.value)
+
+
+def test_someone_elses_tokenizer_code_is_neither_run_nor_saved(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["evil/code--x.Slow", "evil/code--x.Fast"]}
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load_tokenizer(tmp_path / "theirs")
+    assert loaded("hello").input_ids == tokenizer("hello").input_ids
+    loaded.save_pretrained(tmp_path / "ours")
+    assert "evil" not in (tmp_path / "ours" / "tokenizer_config.json").read_text()
 
 
 def test_what_stands_beside_a_published_checkpoint_and_is_not_ours_is_no_reason_to_refuse_it(tmp_path):
@@ -316,8 +504,8 @@ def test_a_converted_checkpoint_never_replaces_a_folder_and_a_failed_one_leaves_
     with pytest.raises(ValueError, match="source' is already there"):
         convert(source, source)
     build(rope_theta=500.0, vocab_size=40).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="rope_theta is 500.0, but the code of the duo layout has 10000.0 built in"):
-        convert(tmp_path / "other", tmp_path / "out", "duo")
+    with pytest.raises(ValueError, match="rope_theta is 500.0, but the code of the mdlm layout has 10000.0 built in"):
+        convert(tmp_path / "other", tmp_path / "out", "mdlm")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "source"]
 
 
@@ -334,13 +522,10 @@ class Trap:
         return (os.mkdir, (str(self.path),))
 
 
-def test_a_pickled_checkpoint_that_needs_more_is_refused_until_it_is_trusted(tmp_path):
+def test_a_pickled_checkpoint_that_needs_more_is_refused_until_it_is_trusted(tmp_path, capsys):
     file = save_lightning(tmp_path / "last.ckpt", hyper_parameters={"tokenizer": Trap(tmp_path / "sprung")})
-    with pytest.raises(SystemExit) as stop:
-        main([str(file), str(tmp_path / "out")])
-    assert "can run any code (found: posix.mkdir); if you trust its author, convert it with --trust-pickle" in (
-        stop.value.code
-    )
+    line = refusal(capsys, str(file), str(tmp_path / "out"))
+    assert "can run any code (found: posix.mkdir); if you trust its author, convert it with --trust-pickle" in line
     assert not (tmp_path / "sprung").exists() and not (tmp_path / "out").exists()
     main([str(file), str(tmp_path / "out"), "--trust-pickle"])
     assert (tmp_path / "sprung").is_dir() and (tmp_path / "out" / "model.safetensors").is_file()
@@ -377,10 +562,14 @@ def test_a_checkpoint_of_the_hub_is_found_by_name_and_revision():
             (
                 "acme/dit@none",
                 None,
-                "'acme/dit@none' is no folder here, and cannot be had from the Hub: revision 'none'",
+                "'acme/dit@none' is not a local file or folder and could not be downloaded from the Hub: revision 'none'",
             ),
             ("acme/dit@main", "main", "names the revision 'main' already"),
-            ("acme/nothing", None, "model 'acme/nothing' is no folder here, and cannot be had from the Hub"),
+            (
+                "acme/nothing",
+                None,
+                "model 'acme/nothing' is not a local file or folder and could not be downloaded from the Hub",
+            ),
         ):
             with pytest.raises(ValueError, match=message) as error:
                 load_model(source, revision=revision)

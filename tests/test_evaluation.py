@@ -350,7 +350,7 @@ def test_run_eval_writes_everything_and_goes_on_where_it_was(folders, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--judge", "no/such/judge"], "judge 'no/such/judge' is no folder here"),
+        (["--judge", "no/such/judge"], "judge 'no/such/judge' is not a local file or folder"),
         (["--steps", "0"], "evaluation_steps must be one or more numbers of at least 1, not [0]"),
         (["--steps", "many"], "argument --steps/--evaluation_steps: invalid int value: 'many'"),
         (
@@ -376,7 +376,7 @@ def test_run_eval_refuses_bad_input_in_one_line_and_writes_nothing(folders, caps
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        (["no/such/model", "--output_dir", "out"], "model 'no/such/model' is no folder here"),
+        (["no/such/model", "--output_dir", "out"], "model 'no/such/model' is not a local file or folder"),
         (["no/such/model"], "'no/such/model' is not a folder: say with --output_dir where the report goes"),
         (["judge"], "model 'judge' cannot be loaded: its model_type is 'gpt2', and vocab_embed.embedding is missing"),
         (["judge", "--rounds"], "'judge' holds no round-* folder"),

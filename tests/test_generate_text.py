@@ -1,0 +1,125 @@
+"""`mcd-generate`: prompts, several texts, a terminal that shows drafts, a replay page, and one line for every mistake."""
+
+import io
+import re
+
+import pytest
+import torch
+
+from modeling_mcd.generate_text import Drafts, main
+
+
+@pytest.fixture
+def folder(build, tokenizer, tmp_path):
+    """A model and its tokenizer, which draws letters alone."""
+    model = build(mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id)
+    model.generation_config.steps = 3
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def written(capsys, *arguments: str) -> str:
+    capsys.readouterr()
+    main(list(arguments))
+    return capsys.readouterr().out
+
+
+def expected(model, tokenizer, prompt: str, **options) -> str:
+    start = tokenizer.eos_token_id if model.config.bos_token_id is None else model.config.bos_token_id
+    ids = torch.tensor([[start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+    return tokenizer.batch_decode(model.generate(ids, **options), skip_special_tokens=True)
+
+
+def test_a_prompt_is_continued_without_special_tokens(folder, model, tokenizer, capsys, monkeypatch):
+    (text,) = expected(model, tokenizer, "hello ", steps=4, seed=1, length=20)
+    options = ["--steps", "4", "--seed", "1", "--length", "20"]
+    assert written(capsys, folder, "--prompt", "hello ", *options) == text + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello "))
+    assert written(capsys, folder, "--prompt", "-", *options) == text + "\n"
+    assert text.startswith("hello ") and "[" not in text
+    (text,) = expected(model, tokenizer, "hello ", steps=3, seed=1, max_new_tokens=4, temperature=0, sampler="random")
+    options = ["--seed", "1", "--max_new_tokens", "4", "--temperature", "0", "--sampler", "random"]
+    assert written(capsys, folder, "--prompt", "hello ", *options) == text + "\n", "the model's own number of steps"
+
+
+def test_masks_in_a_prompt_are_filled(folder, model, tokenizer, capsys):
+    (text,) = expected(model, tokenizer, "h[MASK]llo [MASK]", steps=2, seed=1)
+    assert written(capsys, folder, "--prompt", "h[MASK]llo [MASK]", "--steps", "2", "--seed", "1") == text + "\n"
+    assert re.fullmatch("h.?llo .?", text)
+
+
+def test_several_texts_are_told_apart(folder, model, tokenizer, capsys):
+    texts = tokenizer.batch_decode(model.generate(num_return_sequences=2, steps=3, seed=5), skip_special_tokens=True)
+    out = written(capsys, folder, "--num_return_sequences", "2", "--seed", "5")
+    assert out == f"--- 1 of 2\n{texts[0]}\n--- 2 of 2\n{texts[1]}\n"
+
+
+def test_a_terminal_shows_the_text_as_it_fills(folder, capsys, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    text = written(capsys, folder, "--stream", "--seed", "0", "--prompt", "hello ")
+    drafts = [
+        draft for draft in re.split(r"\x1b\[\d+F\x1b\[J", terminal.getvalue()[-600:].split("it/s]")[-1]) if draft
+    ]
+    masks = [draft.count("\u2591") for draft in drafts]
+    assert len(drafts) == 3 and masks == sorted(masks, reverse=True) and masks[0] > 0 == masks[-1]
+    assert drafts[-1].strip() == text.strip() and drafts[0].strip().startswith("hello ")
+
+
+def test_drafts_fit_the_terminal_and_leave_nothing_behind(tokenizer, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setenv("LINES", "4")
+    out = io.StringIO()
+    drafts = Drafts(tokenizer, tokenizer.mask_token_id, out)
+    drafts.show(torch.tensor(tokenizer("a" * 10 + "b" * 10 + "c" * 10 + "d" * 10 + "e")["input_ids"]))
+    assert out.getvalue() == "c" * 10 + "\n" + "d" * 10 + "\ne\n", "as many lines as there is room for, the last ones"
+    drafts.show(torch.tensor(tokenizer("xy")["input_ids"] + [tokenizer.mask_token_id]))
+    drafts.clear()
+    drafts.clear()
+    assert out.getvalue().endswith("e\n\x1b[3F\x1b[Jxy\u2591\n\x1b[1F\x1b[J")
+
+
+def test_a_replay_is_written(folder, capsys, tmp_path):
+    text = written(capsys, folder, "--replay", str(tmp_path / "page.html"), "--seed", "0", "--prompt", "hello ")
+    page = (tmp_path / "page.html").read_text()
+    assert page.startswith("<!doctype html>") and page.count('"step"') == 3
+    assert text.startswith("hello ")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--stepz", "3"], "unknown argument '--stepz'; the nearest valid one is '--steps'"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--steps", "0"], "steps must be an integer of at least 1, not 0"),
+        (["--length", "4", "--max_new_tokens", "3"], "give one length, not length (4) and max_new_tokens (3)"),
+        (["--length", "33"], "length is 33, but the model's context is 32 tokens"),
+        (["--sampler", "first_hitting", "--steps", "2"], "steps (2) is not used by the sampler 'first_hitting'"),
+        (["--prompt", "x" * 40], "input_ids are 41 tokens wide, but length is 32"),
+        (["--device", "nonsense"], "--device 'nonsense': "),
+        (["--stream"], "--stream needs a terminal on standard error"),
+        (["--replay", "no/such/folder/page.html"], "must name a file in a folder that is there"),
+        (["--replay", "."], "must name a file in a folder that is there"),
+        (["--tokenizer", "no/such/tokenizer"], "tokenizer 'no/such/tokenizer' is not a local file or folder"),
+    ],
+)
+def test_a_mistake_is_one_line(folder, capsys, arguments, message):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([folder, *arguments])
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if line and not line.startswith("Loading weights")]
+    assert stop.value.code == 2 and printed.out == "" and line.startswith("mcd-generate: error: ") and message in line
+
+
+def test_a_model_that_cannot_be_used_is_one_line(folder, capsys, tmp_path):
+    file = tmp_path / "model" / "model.safetensors"
+    for source, message in ((str(file), "is a file, which holds no tokenizer"), (str(tmp_path), "cannot be loaded")):
+        with pytest.raises(SystemExit):
+            main([source])
+        assert message in capsys.readouterr().err.splitlines()[-1]
