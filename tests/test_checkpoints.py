@@ -380,7 +380,7 @@ def refusal(capsys, *arguments: str) -> str:
     printed = capsys.readouterr()
     assert stop.value.code == 2 and printed.out == ""
     (line,) = [
-        line for line in printed.err.splitlines() if line and "weights: " not in line
+        line for line in printed.err.splitlines() if line and not line.startswith("Loading weights")
     ]  # but for the progress of loading
     assert line.startswith("mcd-convert: error: ")
     return line
