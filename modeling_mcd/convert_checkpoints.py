@@ -16,6 +16,9 @@ from .loading import load_model
 from .modeling_mdlm import MDLMForMaskedDiffusion
 
 
+LAYOUTS = ("ours", "mdlm", "sdtt", "duo")
+
+
 def convert(
     source: str, out: str, to: str = "ours", dtype: torch.dtype = torch.float32, **options
 ) -> MDLMForMaskedDiffusion:
@@ -24,7 +27,7 @@ def convert(
     Args:
         source: Hub id, `id@revision`, folder, or file.
         out: must not be there yet.
-        to: the layout of `out`: "ours", "mdlm", "sdtt" or "duo".
+        to: the layout of `out`, one of `LAYOUTS`.
         dtype: of the weights in `out`.
         options: see `load_model`.
 
@@ -32,6 +35,8 @@ def convert(
         ValueError: the source cannot be loaded, the layout cannot hold it, or `out` cannot be written. Nothing is then
             left behind.
     """
+    if to not in LAYOUTS:
+        raise ValueError(f"to must be one of {list(LAYOUTS)}, not {to!r}")
     check_out(Path(out), Path(source))
     model = load_model(source, dtype, **options)
     with new_folder(Path(out)) as folder:
@@ -60,7 +65,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("out", metavar="OUT", help="Folder to write; must not be there yet.")
     parser.add_argument("--revision", help="Branch, tag or commit on the Hub.")
     parser.add_argument("--ema", action="store_true", help="The moving average of a Lightning file, not its weights.")
-    parser.add_argument("--to", choices=("ours", "mdlm", "sdtt", "duo"), default="ours", help="Layout of OUT.")
+    parser.add_argument("--to", choices=LAYOUTS, default="ours", help="Layout of OUT.")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Of the weights."
     )

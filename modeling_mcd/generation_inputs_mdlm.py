@@ -76,7 +76,7 @@ def prepare(
     check_options(options, asked, config)
     check_end_of_sequence(options, asked, config, eos_token_ids, pad_token_id)
     if not isinstance(logits_processor, list | None):
-        raise ValueError(f"logits_processor must be a LogitsProcessorList, not {logits_processor!r}")
+        raise ValueError(f"logits_processor must be a LogitsProcessorList, not {shown(logits_processor)}")
     processors = LogitsProcessorList(logits_processor or [])
     if options.suppress_tokens:
         processors.append(SuppressTokensLogitsProcessor(list(options.suppress_tokens), device=device))
@@ -203,7 +203,7 @@ def lay_out(
     if input_ids is None:
         input_ids = torch.empty(1, 0, dtype=torch.long, device=device)
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in INTEGERS:
-        raise ValueError(f"input_ids must be a tensor of integers, not {input_ids!r}")
+        raise ValueError(f"input_ids must be a tensor of integers, not {shown(input_ids)}")
     if input_ids.ndim != 2 or not len(input_ids):
         raise ValueError(
             f"input_ids must have the shape (batch_size, width) and at least one row, not {tuple(input_ids.shape)}"
@@ -228,7 +228,7 @@ def lay_out(
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if not isinstance(attention_mask, torch.Tensor):
-        raise ValueError(f"attention_mask must be a tensor, not {attention_mask!r}")
+        raise ValueError(f"attention_mask must be a tensor, not {shown(attention_mask)}")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has the shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
@@ -248,10 +248,10 @@ def keys_of(seed: int | Sequence[int] | None, generator: torch.Generator | None,
     if seed is not None and generator is not None:
         raise ValueError("give a seed or a generator, not both")
     if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
-        raise ValueError(f"generator must be a torch.Generator on the CPU, not {generator!r}")
+        raise ValueError(f"generator must be a torch.Generator on the CPU, not {shown(generator)}")
     numbers = seed if isinstance(seed, Sequence) else [] if seed is None else [seed]
     if not all(is_index(number, 2**64) for number in numbers):
-        raise ValueError(f"seed must be an integer in 0 .. 2**64 - 1 or a sequence of them, not {seed!r}")
+        raise ValueError(f"seed must be an integer in 0 .. 2**64 - 1 or a sequence of them, not {shown(seed)}")
     if not isinstance(seed, Sequence):
         return row_keys(rows, generator if seed is None else torch.Generator().manual_seed(seed))
     if len(seed) != rows:
@@ -262,3 +262,9 @@ def keys_of(seed: int | Sequence[int] | None, generator: torch.Generator | None,
 def is_index(value, end: int) -> bool:
     """Whether `value` is an integer of 0 .. end - 1; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < end
+
+
+def shown(value) -> str:
+    """A value in a message: on one line, and not longer than one."""
+    words = " ".join(repr(value).split())
+    return words if len(words) <= 100 else words[:100] + " ..."
