@@ -1,5 +1,6 @@
 """Recipes: YAML and command line into typed dataclasses, and one clear line for everything that is wrong."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -91,8 +92,8 @@ def test_null_is_none_where_a_field_may_be_none(parse):
     assert parse("order: null\n")[0].order is None and parse("order: right\n")[0].order == "right"
 
 
-def test_what_is_missing_or_null_keeps_its_default(parse):
-    for text in ("", "# only a comment\n", "width:\nteacher: null\nrate: ~\n"):
+def test_what_is_missing_keeps_its_default(parse):
+    for text in ("", "# only a comment\n", "teacher: null\n"):
         assert parse(text) == (Model(), Teaching())
     assert parse(None) == (Model(), Teaching())
 
@@ -148,11 +149,14 @@ def test_a_recipe_of_the_library_is_found_by_its_name(tmp_path, monkeypatch, cap
     assert "unknown key" in line and "'recipes/tiny_judge.yaml'" in line, "the file was read"
 
 
+def entry_of(recipe: dict):
+    return run_mcd if "teacher" in recipe else run_judge if "num_heads" in recipe else run_mdlm
+
+
 @pytest.mark.parametrize("recipe", sorted(RECIPE_FOLDER.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_of_the_library_is_read_by_its_entry_point(recipe, tmp_path):
     """To the end, and by the entry point itself: the tokenizer, which is looked for next, is not there."""
-    keys = yaml.safe_load(recipe.read_text()).keys()
-    entry = run_mcd if "teacher" in keys else run_judge if "num_heads" in keys else run_mdlm
+    entry = entry_of(yaml.safe_load(recipe.read_text()))
     with pytest.raises(SystemExit) as stop:
         entry.main([str(recipe), "--tokenizer=/nowhere", f"--output_dir={tmp_path / 'run'}", "--bf16=false"])
     assert str(stop.value.code).startswith("error: tokenizer '/nowhere' cannot be loaded")
@@ -184,6 +188,8 @@ def test_every_recipe_of_the_library_is_read_by_its_entry_point(recipe, tmp_path
         ("width: [1, 2", (), "recipe '{recipe}' is not valid YAML: "),
         ("width: 3\nrate: 1\nwidth: 4", (), "recipe '{recipe}' is not valid YAML: key 'width' stands twice"),
         ("width: 3\n\tkind: x", (), "recipe '{recipe}' is not valid YAML: "),
+        ("width:", (), "'width' in recipe '{recipe}' cannot be null: give a value, or leave the key out"),
+        ("rate: ~", (), "'rate' in recipe '{recipe}' cannot be null"),
         ("- width\n- 3", (), "recipe '{recipe}' must be a mapping of keys to values, not a list"),
         ("just words", (), "recipe '{recipe}' must be a mapping of keys to values, not a str"),
     ],
@@ -214,6 +220,27 @@ def test_a_missing_required_value_is_named(tmp_path, capsys):
         assert "train_text" in line and "give a RECIPE.yaml that has them, or --key value" in line
 
 
+def test_a_value_that_its_dataclass_refuses_is_a_mistake_of_usage(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("train_text: a\nmax_validation_blocks: 0\nvalidation_text: b")
+    line = refusal(capsys, lambda: parse_recipe((TextArguments,), [str(tmp_path / "r.yaml")]))
+    assert line == "error: max_validation_blocks must be at least 1, not 0"
+
+
+def test_a_new_training_text_never_keeps_the_recipes_validation_text(tmp_path, capsys):
+    """Or a run on a stranger's text would be validated on the novels that ship with the recipe."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train_text: ./novels\nvalidation_text: ./held_out\n")
+    for words in (["--train_text", "mine.txt"], ["--train-text=mine.txt"]):
+        line = refusal(capsys, lambda: parse_recipe((TextArguments,), [str(recipe), *words]))  # noqa: B023
+        assert "train_text is given on the command line, but validation_text would still be the recipe's" in line
+        assert "'./held_out': give --validation_text too, or --validation_text null" in line
+    for more, expected in (("null", None), ("mine_too.txt", "mine_too.txt")):
+        (text,) = parse_recipe((TextArguments,), [str(recipe), "--train_text", "mine.txt", "--validation_text", more])
+        assert text.validation_text == expected
+    recipe.write_text("train_text: ./novels\n")
+    assert parse_recipe((TextArguments,), [str(recipe), "--train_text", "mine.txt"])[0].validation_text is None
+
+
 # --- With the arguments of transformers' Trainer
 
 
@@ -233,3 +260,65 @@ def test_training_arguments(tmp_path, capsys):
     recipe.write_text("train_text: a\nlearning_rat: 1")
     line = refusal(capsys, lambda: parse_recipe((TextArguments, TrainingArguments), [str(recipe)]))
     assert line.endswith("the nearest valid key is 'learning_rate'")
+
+
+@pytest.mark.parametrize("key", ["hub_strategy", "do_eval"])
+def test_settings_of_the_trainer_without_effect_are_refused(tmp_path, capsys, key):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"{key}: true\noutput_dir: run")
+    line = refusal(capsys, lambda: parse_recipe((TrainingArguments,), [str(recipe)]))
+    assert f"'{key}' in recipe '{recipe}' has no effect here: " in line
+    line = refusal(capsys, lambda: parse_recipe((TrainingArguments,), ["--output_dir=run", f"--{key}=true"]))
+    assert f"'{key}' in the command line has no effect here: " in line
+
+
+def test_a_folder_for_the_run_is_required(tmp_path, capsys):
+    assert "--output_dir" in refusal(capsys, lambda: parse_recipe((TrainingArguments,), []))
+    (tmp_path / "r.yaml").write_text("output_dir: null")
+    line = refusal(capsys, lambda: parse_recipe((TrainingArguments,), [str(tmp_path / "r.yaml")]))
+    assert "'output_dir' in recipe" in line and "cannot be null" in line
+
+
+# --- Help
+
+
+def help_of(entry, capsys, word: str, columns: int = 120) -> str:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setenv("COLUMNS", str(columns))
+        entry.main([word])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+ENTRIES = pytest.mark.parametrize("entry", [run_mcd, run_mdlm, run_judge], ids=lambda entry: entry.__name__)
+
+
+@ENTRIES
+def test_help_is_short_and_begins_with_our_own_keys(entry, capsys):
+    text = help_of(entry, capsys, "--help")
+    assert len(text.splitlines()) < 90 and max(map(len, text.splitlines())) < 120
+    assert text.index("--tokenizer") < text.index("--train_text") < text.index("--learning_rate")
+    required = [line.split()[0] for line in text.splitlines() if line.endswith("(required)")]
+    own = ["--teacher", "--tokenizer"] if entry is run_mcd else ["--tokenizer"]
+    assert required[: len(own)] == own and required[-1] == "--output_dir"
+    assert "--evaluation_seeds" not in text or "(1)" in text, "1 is not true"
+    assert "--adam_beta1" not in text and "--help-all" in text
+
+
+@ENTRIES
+def test_every_key_of_every_recipe_is_in_the_long_help(entry, capsys):
+    text, short = help_of(entry, capsys, "--help-all"), help_of(entry, capsys, "--help")
+    keys = re.findall(r"^  --(\w+)", text, re.MULTILINE)
+    assert len(keys) == len(set(keys)) and set(re.findall(r"^  --(\w+)", short, re.MULTILINE)) <= set(keys)
+    assert {"adam_beta1", "ddp_timeout", "output_dir", "train_text"} <= set(keys)
+    for recipe in RECIPE_FOLDER.glob("*.yaml"):
+        content = yaml.safe_load(recipe.read_text())
+        if content.get("trainer", "mcd") == "mcd" and entry_of(content) is entry:
+            assert content.keys() <= set(keys), recipe.name
+
+
+def test_the_help_is_that_of_the_method(capsys):
+    with pytest.raises(SystemExit):
+        run_mcd.main(["small_sdtt.yaml", "--help"])
+    text = capsys.readouterr().out
+    assert "--teacher_steps" in text and "--tau " not in text

@@ -5,28 +5,41 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
 from modeling_mcd.loading import reason_of
 
 
 def take_hub_api(training: TrainingArguments) -> HfApi | None:
-    """The Hub that the finished run is pushed to, if it is. Every checkpoint holds the arguments: they lose the token.
+    """The API for the final push, or None. Removes the token from the arguments, which every checkpoint stores.
 
     The model card names the repository, so `hub_model_id` becomes its full name; without a push it becomes None.
 
     Raises:
-        ValueError: when the name has no namespace, and the Hub does not say whose token this is.
+        ValueError: a name that no repository can have; a name without a namespace when the Hub does not say whose token this
+            is; a name although nothing would be pushed.
     """
+    if training.hub_model_id is not None and not training.push_to_hub:
+        raise ValueError(
+            f"hub_model_id is {training.hub_model_id!r}, but push_to_hub is false: set it to true, or leave both out"
+        )
     api = HfApi(token=training.hub_token) if training.push_to_hub else None
     name = training.hub_model_id or Path(training.output_dir).resolve().name
+    if api is not None:
+        try:
+            validate_repo_id(name)
+        except ValueError as error:
+            raise ValueError(
+                f"hub_model_id {name!r} is no name of a repository: give one like 'you/model' ({reason_of(error)})"
+            ) from None
     if api is not None and "/" not in name:
         try:
             name = f"{api.whoami()['name']}/{name}"
         except Exception as error:  # no token, a wrong one, no network
             raise ValueError(
                 f"hub_model_id {name!r} has no namespace, and the Hub does not say whose token this is ({error}): "
-                f"log in, or give the whole name, as in 'you/{name}'"
+                f"log in, or give the full name, as in 'you/{name}'"
             ) from None
     training.hub_model_id = None if api is None else name
     training.push_to_hub, training.hub_token = False, None
@@ -34,7 +47,7 @@ def take_hub_api(training: TrainingArguments) -> HfApi | None:
 
 
 def push_to_hub(training: TrainingArguments, api: HfApi):
-    """Sends the output folder, without checkpoints, to the Hub. A failure is reported with the way to try again."""
+    """Sends the output folder, without checkpoints, to the Hub. A failure is reported with the command to try again."""
     repository = training.hub_model_id
     ignored = ["checkpoint-*", "teacher/*", "round-*", "runs/*", "run.json", ".*"]
     try:

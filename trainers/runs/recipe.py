@@ -1,17 +1,20 @@
-"""A recipe is one YAML file = one run. `parse_recipe` turns it, and the command line after it, into typed dataclasses."""
+"""A recipe is one YAML file for one run. `parse_recipe` turns it, and the command line after it, into typed dataclasses."""
 
+import argparse
 import dataclasses
 import difflib
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 
 RECIPE_FOLDER = Path(__file__).resolve().parents[2] / "recipes"
@@ -28,29 +31,119 @@ class RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class RecipeParser(HfArgumentParser):
-    """One line for an error; and `null`, in the file and on the command line, is None where a field may be None."""
+# Of the Trainer's own settings, what a first run needs to know, in short. The others are listed by --help-all.
+COMMON = {
+    "output_dir": "Folder of the run: checkpoints, the model, its card.",
+    "max_steps": "Optimizer steps; -1: as num_train_epochs says.",
+    "num_train_epochs": "Passes over the text, if max_steps is -1.",
+    "per_device_train_batch_size": "Blocks in a batch, for each process.",
+    "gradient_accumulation_steps": "Batches in an optimizer step.",
+    "learning_rate": "Peak learning rate of AdamW.",
+    "warmup_steps": "Steps of linear warm-up; below 1: a share of all steps.",
+    "bf16": "Compute in bfloat16; the weights stay float32.",
+    "logging_steps": "Steps between two log lines.",
+    "save_steps": "Steps between two checkpoints.",
+    "eval_strategy": "When the loss on the validation text is computed: no, steps or epoch.",
+    "resume_from_checkpoint": "Begin at a checkpoint of another folder.",
+    "report_to": "none, tensorboard, trackio, wandb, ...",
+    "push_to_hub": "Push the finished model.",
+    "hub_model_id": "Its name on the Hub: you/model.",
+    "seed": "Seed of everything random.",
+}
+# Settings of the Trainer that a run has no use for, and why.
+UNUSED = {
+    **dict.fromkeys(("hub_strategy", "hub_always_push"), "has no effect here: the finished model is pushed once"),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "has no effect here: the command says what is done"),
+}
+# On the command line, the first replaces what the recipe's second belongs to.
+TOGETHER = (("train_text", "validation_text"),)
 
-    elsewhere: dict[str, str] = {}  # keys that are not ours -> what they are
+
+class RecipeParser(HfArgumentParser):
+    """Complains in one line; `null`, in the file and on the command line, is None where a field may be None.
+
+    `--help` lists our own settings and the Trainer's most used, `--help-all` every key.
+    """
+
+    elsewhere: dict[str, str] = {}  # keys that are refused -> why
 
     def __init__(self, dataclass_types, **kwargs):
-        super().__init__(dataclass_types, **kwargs)
-        self.optional_keys = {
-            name
-            for dataclass_type in dataclass_types
-            for name, hint in get_type_hints(dataclass_type).items()
-            if type(None) in get_args(hint)
-        }
+        kwargs = {"usage": "%(prog)s [RECIPE.yaml] [--key value ...]", "allow_abbrev": False, **kwargs}
+        super().__init__(dataclass_types, add_help=False, **kwargs)
+        hints = [(name, hint) for kind in dataclass_types for name, hint in get_type_hints(kind).items()]
+        # Without output_dir the Trainer would choose one.
+        self.optional_keys = {name for name, hint in hints if type(None) in get_args(hint)} - {"output_dir"}
         for key, action in _keys(self).items():
+            action.required |= key == "output_dir"
             if key in self.optional_keys and callable(action.type):
                 action.type = _or_null(action.type)
                 if action.choices is not None:
                     action.choices = [*action.choices, None]
+        self.add_argument("--help", "-h", action=_Help, help="Show our own settings and the Trainer's most used.")
+        self.add_argument("--help-all", action=_Help, help="Show every key that a recipe may hold.")
 
     def error(self, message: str):
         if "arguments are required" in message:
             message += "; give a RECIPE.yaml that has them, or --key value"
         self.exit(2, f"error: {' '.join(message.split())}\n")
+
+    def describe(self, everything: bool) -> str:
+        """The text of `--help`, or of `--help-all`."""
+        width = max(shutil.get_terminal_size((110, 24)).columns - 1, 60)
+        lines = self.format_usage().splitlines()
+        lines += textwrap.wrap(
+            "RECIPE.yaml is a file, or the name of a shipped recipe. Its keys are options of the command line too, which "
+            "wins. Defaults stand in parentheses.",
+            width,
+        )
+        trainers = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+        keys, seen = _keys(self), set()
+        for kind in self.dataclass_types:
+            own = {f.name: f.metadata.get("help", "") for f in dataclasses.fields(kind) if f.init}
+            if issubclass(kind, TrainingArguments):
+                sections = {
+                    kind.__name__: {key: text for key, text in own.items() if key not in trainers},
+                    "TrainingArguments": {key: text for key, text in own.items() if key in trainers} | COMMON,
+                }
+                if not everything:
+                    sections["TrainingArguments"] = COMMON
+            else:
+                sections = {kind.__name__: own}
+            for title, helps in sections.items():
+                helps = {key: text for key, text in helps.items() if key in keys and key not in seen}
+                seen |= helps.keys()
+                if helps:
+                    lines += ["", f"{title.removesuffix('Arguments')}:"]
+                for key, text in helps.items():
+                    lines += _option_lines(keys[key], key, text, width, everything)
+        if not everything:
+            lines += ["", "--help-all lists all other settings of transformers' TrainingArguments."]
+        return "\n".join(lines) + "\n"
+
+
+class _Help(argparse.Action):
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.describe(everything=option_string == "--help-all"), end="")
+        parser.exit()
+
+
+def _option_lines(action: argparse.Action, key: str, text: str, width: int, everything: bool) -> list[str]:
+    """An option with its help: the first sentence, or all of it."""
+    text = " ".join((text or "").split()).replace("%%", "%")
+    text = text if everything else text.split(". ")[0]
+    text = text if text.endswith("...") else text.removesuffix(".")
+    if action.choices:
+        text += f" [{'|'.join(str(choice) for choice in action.choices if choice is not None)}]"
+    default = action.default
+    if default is None or isinstance(default, bool):
+        default = {None: "null", True: "true", False: "false"}[default]
+    elif isinstance(default, list):
+        default = " ".join(map(str, default))
+    text = f"  --{key} ".ljust(34) + f"{text} ({'required' if action.required else default})"
+    return textwrap.wrap(text, width, subsequent_indent=" " * 34)
 
 
 def parse_recipe(
@@ -63,15 +156,36 @@ def parse_recipe(
     recipe is a path relative to the recipe's own folder, so that a recipe works from any directory. A recipe that is
     not found under the given path is looked up by its name among the recipes that ship with the library.
 
-    Exits with status 2 and one line on standard error when a file, a key or a value is wrong; `elsewhere` says of some
-    keys that are not among the fields where they belong.
+    Exits with status 2 and one line on standard error when a file, a key or a value is wrong.
+
+    Args:
+        dataclass_types: the dataclasses whose fields are the keys.
+        arguments: the words of the command line; those of this process by default.
+        elsewhere: keys that are refused -> the rest of the sentence that says why.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = RecipeParser(dataclass_types, allow_abbrev=False, usage="%(prog)s [RECIPE.yaml] [--key value ...]")
-    parser.elsewhere = elsewhere or {}
+    parser = RecipeParser(dataclass_types)
+    parser.elsewhere = UNUSED | (elsewhere or {})
+    recipe = {}
+    words = arguments
     if arguments and not arguments[0].startswith("-"):
-        arguments = _recipe_arguments(parser, arguments[0]) + arguments[1:]
-    *instances, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        recipe, words = _read_recipe(parser, arguments[0])[0], arguments[1:]
+        arguments = _recipe_arguments(parser, arguments[0]) + words
+    given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    for key in sorted(given & UNUSED.keys()):
+        _refuse_key(parser, key, "the command line")
+    for first, second in TOGETHER:
+        if first in given and second not in given and recipe.get(second) is not None:
+            parser.error(
+                f"{first} is given on the command line, but {second} would still be the recipe's {recipe[second]!r}: "
+                f"give --{second} too, or --{second} null"
+            )
+    try:
+        *instances, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # of a dataclass: a value that is out of its range, or that contradicts another one
+        parser.error(str(error))
     for word in unknown:
         if word.startswith("--"):
             _refuse_key(parser, word[2:].split("=")[0], "the command line")
@@ -81,12 +195,13 @@ def parse_recipe(
 
 
 def parse_recipe_of(key: str, choices: dict[str, type], dataclass_types, arguments: list[str] | None = None) -> tuple:
-    """`parse_recipe` with one dataclass more, the last: that of `choices` which the recipe's `key` names, or the first.
+    """`parse_recipe` with one more dataclass at the end: the one of `choices` that the recipe's `key` names.
 
-    `key` is a field of one of `dataclass_types`. A key that belongs to another of the choices is refused as such.
+    `key` is a field of one of `dataclass_types`; without it the first of the choices is taken. A key that belongs to another
+    of the choices is refused with the names of those that have it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser, chosen = RecipeParser(dataclass_types, allow_abbrev=False), next(iter(choices))
+    parser, chosen = RecipeParser(dataclass_types), next(iter(choices))
     if arguments and not arguments[0].startswith("-"):
         chosen = _read_recipe(parser, arguments[0])[0].get(key) or chosen
     for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
@@ -103,7 +218,7 @@ def parse_recipe_of(key: str, choices: dict[str, type], dataclass_types, argumen
 
 
 def _read_recipe(parser: HfArgumentParser, name: str) -> tuple[dict, Path]:
-    """The mapping that a recipe is, and its file."""
+    """The content of a recipe, a mapping, and its file."""
     path = Path(name)
     if not path.is_file():
         path = RECIPE_FOLDER / path.name
@@ -125,10 +240,10 @@ def _recipe_arguments(parser: HfArgumentParser, name: str) -> list[str]:
     known = _keys(parser)
     arguments = []
     for key, value in recipe.items():
-        if key not in known:
+        if key not in known or key in UNUSED:
             _refuse_key(parser, str(key), f"recipe {name!r}")
         if value is None and key not in parser.optional_keys:
-            continue
+            parser.error(f"{key!r} in recipe {name!r} cannot be null: give a value, or leave the key out")
         words = [_as_word(item, path.parent) for item in (value if isinstance(value, list) else [value])]
         if len(words) == 1:
             arguments.append(f"--{key}={words[0]}")  # in one piece: a value may start with a dash
@@ -166,8 +281,9 @@ def _as_number(value):
 
 
 def _keys(parser: HfArgumentParser) -> dict:
-    """Key -> argparse action; `--help` is for the command line only."""
-    options = {option: action for action in parser._actions for option in action.option_strings if option != "--help"}
+    """Key -> argparse action, without `--help`, which is for the command line only."""
+    actions = [action for action in parser._actions if not isinstance(action, _Help)]
+    options = {option: action for action in actions for option in action.option_strings}
     return {option[2:]: action for option, action in options.items() if option.startswith("--")}
 
 
