@@ -1,5 +1,6 @@
 """How a model is taught: pre-training and distillation, each a `Trainer` subclass with its arguments."""
 
+from . import check_packages as check_packages  # first: it may end the process
 from .dcd_trainer import DCDTrainer, DCDTrainingArguments
 from .dscd_trainer import DSCDTrainer, DSCDTrainingArguments
 from .mcd_trainer import MCDTrainer, MCDTrainingArguments

@@ -1,0 +1,76 @@
+"""What a user reads when something goes wrong, whoever raised it."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tiny_run import ROOT, run_python
+
+from trainers.runs.errors import line_of, one_line_errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("size", [10, 10**6], ids=["while closing", "while writing"])
+def test_a_disk_that_is_full_inside_torch_save(size):
+    """torch reports it without its number, in other words each time."""
+    with pytest.raises(RuntimeError) as error:
+        torch.save({"weights": torch.zeros(size)}, "/dev/full")
+    assert line_of(error.value).startswith("no space left on the disk while writing a file (")
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.bin"), "no space left on the disk while writing a.bin: "),
+        (OSError(errno.ENOSPC, "No space left on device", "from", None, "to"), "while writing to: free some"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/a"), "/root/a: Permission denied"),
+        (ConnectionError("the Hub does\n not answer"), "the Hub does not answer"),
+        (ConnectionError(), "ConnectionError"),
+        (FloatingPointError("the loss is nan"), "the loss is nan"),
+    ],
+)
+def test_what_is_said_is_one_line(error, says):
+    assert says in line_of(error) and "\n" not in line_of(error)
+
+
+def test_a_cut_file_of_weights_is_one_line(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
+    with pytest.raises(SafetensorError) as error:
+        load_file(tmp_path / "a.safetensors")
+    assert line_of(error.value) and "\n" not in line_of(error.value)
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    @one_line_errors
+    def main(arguments):
+        raise error
+
+    for error in (KeyError("a"), RuntimeError("shapes differ"), TypeError("no"), AssertionError()):
+        with pytest.raises(type(error)):
+            main([])
+    error = ValueError("a\nb")
+    with pytest.raises(SystemExit, match="^error: a b$"):
+        main([])
+
+
+@pytest.mark.parametrize("name", ["evaluation", "modeling_mcd"])
+def test_a_users_own_file_of_the_name_of_a_package_is_named(tmp_path, name):
+    """`python -m` puts the folder in which it is called before everything else."""
+    (tmp_path / f"{name}.py").write_text("print('mine')")
+    result = run_python("trainers.run_mcd", "--help", launcher=("-m",), cwd=tmp_path)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and result.stdout == ""
+    assert f"error: {tmp_path / f'{name}.py'} hides the package {name!r} of this library" in line
+    assert "call the command in another folder" in line
+
+
+def test_a_users_own_evaluation_does_not_disturb_the_methods(tmp_path):
+    (tmp_path / "evaluation.py").write_text("FIGURE = 3")
+    (tmp_path / "mine.py").write_text("from trainers import MCDTrainer; import evaluation; print(evaluation.FIGURE)")
+    result = run_python(str(tmp_path / "mine.py"), launcher=(), cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout == "3\n", result.stderr
+    assert ROOT != tmp_path
