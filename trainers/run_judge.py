@@ -69,8 +69,8 @@ def main(arguments: list[str] | None = None):
         (ShapeArguments, TokenizerArguments, TextArguments, JudgeTrainingArguments), arguments
     )
     run = Run(training, shape, tokenizer_arguments, text)
-    source = open_data(text, training)
     tokenizer = load_tokenizer(tokenizer_arguments)
+    source = open_data(text, training)
     run.identify(source, tokenizer)
     train, validation = load_data(source, tokenizer, training)
     check_training_batch(training, train)

@@ -71,9 +71,9 @@ def main(arguments: list[str] | None = None):
             "among the rounds, which are all exported"
         )
     run = Run(training, method, networks, tokenizer_arguments, text)
-    source = open_data(text, training)
     set_seed(training.seed)
     tokenizer = load_tokenizer(tokenizer_arguments)
+    source = open_data(text, training)
     run.identify(source, tokenizer)
     teacher = load_network(networks.teacher, "teacher")
     student = teacher if networks.student is None else load_network(networks.student, "student")

@@ -99,8 +99,8 @@ def main(arguments: list[str] | None = None):
         (ModelArguments, TokenizerArguments, TextArguments, MDLMTrainingArguments), arguments
     )
     run = Run(training, model_arguments, tokenizer_arguments, text)
-    source = open_data(text, training)
     tokenizer = load_tokenizer(tokenizer_arguments)
+    source = open_data(text, training)
     set_seed(training.seed)
     run.identify(source, tokenizer)
     model = build_model(model_arguments, tokenizer, text.block_length)

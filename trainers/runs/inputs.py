@@ -7,7 +7,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from modeling_mcd.loading import check_tokens, load_model, reason_of, split_revision
-from trainers.runs.text_blocks import RunText, TextArguments, load_blocks, open_run_text, tokenizer_digest
+from trainers.runs.text_blocks import RunText, TextArguments, load_blocks, open_run_text
 from trainers.runs.waiting import main_process_first
 
 
@@ -116,8 +116,3 @@ def load_data(text: RunText | TextArguments, tokenizer: PreTrainedTokenizerBase,
     text = text if isinstance(text, RunText) else open_data(text, training)
     with main_process_first(training):
         return load_blocks(text, tokenizer)
-
-
-def data_digests(text: RunText, tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
-    """What run.json keeps of the content of text and tokenizer, whose names do not tell it."""
-    return {**text.digests(), "tokenizer_digest": tokenizer_digest(tokenizer)}
