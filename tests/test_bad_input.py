@@ -87,7 +87,13 @@ def refusal(inputs, output, capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             base = {"model": changes["model"]} if entry == "run_mdlm" and "model" in changes else {}
-            main([*arguments_of(inputs, output, **base), *(f"--{key}={value}" for key, value in changes.items()), *words])
+            main(
+                [
+                    *arguments_of(inputs, output, **base),
+                    *(f"--{key}={value}" for key, value in changes.items()),
+                    *words,
+                ]
+            )
         assert contents(output) == before, "the output folder must be as it was"
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]  # no progress bars
         if isinstance(stop.value.code, str):  # Python itself prints it on standard error, and exits with status 1

@@ -19,6 +19,7 @@ from trainers import run_mcd
 from trainers.dcd_trainer import DCDTrainingArguments
 from trainers.diffusion_trainer import collate_blocks, may_be_noised
 from trainers.dscd_trainer import DSCDTrainingArguments
+from trainers.mcd_trainer import MCDTrainingArguments
 from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
 from trainers.runs.recipe import RECIPE_FOLDER, parse_recipe_of
 from trainers.sdtt_trainer import SDTTTrainingArguments
@@ -32,6 +33,8 @@ from trainers.sdtt_trainer import SDTTTrainingArguments
     [
         (SDTTTrainingArguments, {"teacher_steps": 0}, "teacher_steps must be at least 1, not 0"),
         (SDTTTrainingArguments, {"delta": 0.5}, r"delta \(0.5\) grows to 32 in 7 rounds"),
+        (SDTTTrainingArguments, {"teacher_steps": 40}, r"teacher_steps \(40\) of up to 0.0625 are 2.5 in time"),
+        (MCDTrainingArguments, {"tau": [0.9, 0.8], "num_rounds": 1}, "tau has 2 temperatures, but num_rounds is 1"),
         (DCDTrainingArguments, {"log_snr": [1.0, 4.0]}, r"log_snr must be two falling numbers.*not \[1.0, 4.0\]"),
         (DSCDTrainingArguments, {"student_ratio": [0.9, 0.4]}, "student_ratio must be two rising numbers"),
         (DSCDTrainingArguments, {"lambda_end": 1.5}, r"lambda_end must lie in \[0, 1\], not 1.5"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
-from transformers import TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
@@ -141,7 +141,6 @@ class DiffusionTrainer(ExactResumeTrainer):
                 )
         super().__init__(model, args, data_collator, **kwargs)
         train_in_float32(self.model)
-        self.check_optimizer()
         if self.train_dataset is not None:
             check_training_batch(args, self.train_dataset)
         if args.eval_strategy != "no":
@@ -156,23 +155,6 @@ class DiffusionTrainer(ExactResumeTrainer):
             self.add_callback(EMACallback(self.companions["ema"], args.ema_decay))
         self._recorded: dict[str, list[torch.Tensor]] = {}
         self.reset_noise()
-
-    def check_optimizer(self):
-        """Raises ValueError if the optimizer or the scheduler cannot be built.
-
-        The Trainer would notice only in `train`, after the output folder is claimed.
-        """
-        args = self.args
-        try:
-            self.get_optimizer_cls_and_kwargs(args, self.model)
-            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-            get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, args.lr_scheduler_kwargs)
-        except (ImportError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"optim {args.optim.value!r} with optim_args {args.optim_args}, or lr_scheduler_type "
-                f"{args.lr_scheduler_type.value!r} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}, cannot be built: "
-                f"{error}"
-            ) from None
 
     def whole_student(self) -> torch.nn.Module:
         """The network that the run hands on, unsharded on every rank: the EMA if one is kept, else a copy of the student."""

@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import distributed
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
@@ -231,6 +231,19 @@ class ExactResumeArguments(TrainingArguments):
             except RuntimeError as error:  # its package is missing
                 raise ValueError(f"report_to {self.report_to}: {error} Or take report_to none.") from None
         check_intervals(self, self.max_steps)
+        self._check_scheduler()
+
+    def _check_scheduler(self):
+        kind, options = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        try:
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
+            get_scheduler(kind, optimizer, 0, 1, options)
+            if options and kind in ("constant", "constant_with_warmup"):  # which would not look at them
+                raise TypeError(f"it has no option {next(iter(options))!r}")
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"lr_scheduler_type {kind.value!r} with lr_scheduler_kwargs {options} cannot be built: {error}"
+            ) from None
 
     def _check_processes(self):
         """Launches that do something else than what they say."""
@@ -297,11 +310,21 @@ class ExactResumeTrainer(Trainer):
 
     def __init__(self, model, args: ExactResumeArguments, *arguments, **kwargs):
         super().__init__(model, args, *arguments, **kwargs)
+        self._check_optimizer()
         self.companions: dict[str, Companion] = {}
         self._resumed_from: Path | None = None
         self._unfinished: Path | None = None  # the checkpoint that is being written
         self._save_total_limit = args.save_total_limit
         self.add_callback(_CheckpointCallback(self))
+
+    def _check_optimizer(self):
+        """The Trainer would build it only in `train`, after the output folder is claimed."""
+        try:
+            self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        except (ImportError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"optim {self.args.optim.value!r} with optim_args {self.args.optim_args} cannot be built: {error}"
+            ) from None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`, but resumes only from a checkpoint that is complete and undamaged.

@@ -57,6 +57,11 @@ class MCDTrainingArguments(WideningGapArguments):
         super().__post_init__()
         if not self.tau or not all(map(POSITIVE[1], self.tau)):
             raise ValueError(f"tau must be one or more positive temperatures, not {self.tau}")
+        default = type(self).__dataclass_fields__["tau"].default_factory()
+        if len(self.tau) > self.num_rounds and self.tau != default:
+            raise ValueError(
+                f"tau has {len(self.tau)} temperatures, but num_rounds is {self.num_rounds}: the last would never be used"
+            )
         if self.teacher_update == "ema" and self.teacher_ema_decay is None:
             self.teacher_ema_decay = 0.999
         elif self.teacher_update == "snapshot" and self.teacher_ema_decay is not None:

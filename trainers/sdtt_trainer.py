@@ -51,6 +51,12 @@ class SDTTTrainingArguments(WideningGapArguments):
     def __post_init__(self):
         super().__post_init__()
         check_numbers(self, teacher_steps=AT_LEAST_1, sampling_epsilon=INSIDE_0_1)
+        longest = self.teacher_steps * max(self.delta, self.delta_of(self.num_rounds - 1))
+        if longest > 1:
+            raise ValueError(
+                f"teacher_steps ({self.teacher_steps}) of up to {longest / self.teacher_steps:g} are {longest:g} in time, "
+                "but time ends at 1: take a smaller delta, delta_growth, num_rounds or teacher_steps"
+            )
 
 
 def step_starts(t: torch.Tensor, delta: float, steps: int, time_grid: str) -> list[torch.Tensor]:

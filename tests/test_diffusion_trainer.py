@@ -1,0 +1,151 @@
+"""One network is judged, saved and pushed; settings that would do nothing are refused; weights are trained in float32."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_distillers import ROWS, blocks
+from transformers import AutoModel, EarlyStoppingCallback
+
+from trainers.diffusion_trainer import DiffusionTrainingArguments
+from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
+from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
+from trainers.runs.output_folder import run_settings
+
+
+ROW = [{"input_ids": row.tolist()} for row in blocks()]
+
+
+@pytest.fixture
+def trainer_of(networks, tmp_path):
+    """`trainer_of(**settings)`: an MDLM trainer with an EMA that differs from its student."""
+
+    def trainer_of(eval_dataset=ROW * 2, **settings):
+        settings = {"ema_decay": 0.9, "save_strategy": "no", "seed": 11, "warmup_steps": 0} | settings
+        settings |= {"report_to": "none", "disable_tqdm": True, "per_device_eval_batch_size": ROWS}
+        arguments = MDLMTrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=ROWS, **settings)
+        student = copy.deepcopy(networks["absorbing"][1]).float()
+        trainer = MDLMTrainer(student, arguments, train_dataset=ROW * 8, eval_dataset=eval_dataset)
+        if "ema" in trainer.companions:
+            for parameter in trainer.companions["ema"].model.parameters():
+                parameter.mul_(0.5)
+        return trainer
+
+    return trainer_of
+
+
+# --- The network that is handed on
+
+
+def test_evaluate_and_predict_run_the_ema(trainer_of):
+    trainer = trainer_of()
+    alone = trainer_of(ema_decay=None)
+    student_s = alone.evaluate()["eval_loss"]
+    alone.model.load_state_dict(trainer.whole_student().state_dict())
+    losses = [trainer.evaluate()["eval_loss"], *(trainer.predict(ROW * 2).metrics["test_loss"] for _ in range(3))]
+    assert losses == [alone.evaluate()["eval_loss"]] * 4 and losses[0] != student_s
+
+
+def test_sets_of_validation_data_have_a_loss_each(trainer_of):
+    trainer = trainer_of({"a": ROW, "b": ROW * 2}, eval_strategy="steps", eval_steps=1)
+    metrics = trainer.evaluate()
+    assert metrics["eval_a_loss"] > 0 and metrics["eval_b_loss"] > 0
+    assert metrics["eval_a_loss"] == trainer_of().evaluate(ROW)["eval_loss"]
+    with pytest.raises(ValueError, match="the validation set has only 3 blocks"):
+        trainer_of({"a": ROW, "b": ROW[:3]}, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(ValueError, match="the validation set has only 3 blocks"):
+        trainer_of().predict(ROW[:3])
+
+
+def test_what_is_saved_and_pushed_is_the_ema(trainer_of, tmp_path):
+    trainer = trainer_of()
+    trainer.save_model(str(tmp_path / "saved"))
+    trainer.save_model(_internal_call=True)  # what `push_to_hub` calls before it sends `output_dir`
+    for folder in (tmp_path / "saved", tmp_path):
+        saved = AutoModel.from_pretrained(folder)
+        for name, value in trainer.whole_student().named_parameters():
+            assert torch.equal(saved.get_parameter(name), value), name
+    assert not torch.equal(saved.lm_head.weight, trainer.model.lm_head.weight)
+    without = trainer_of(ema_decay=None)
+    without.save_model(str(tmp_path / "student"))
+    assert torch.equal(
+        load_file(tmp_path / "student" / "model.safetensors")["lm_head.weight"], without.model.lm_head.weight
+    )
+
+
+def test_the_best_model_is_that_of_the_best_step(trainer_of, tmp_path):
+    """The loss of the EMA falls and rises again at a learning rate of 0.3: its best step is handed on, not its last."""
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+    trainer = trainer_of(learning_rate=0.3, max_steps=6, load_best_model_at_end=True, save_total_limit=9, **steps)
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert best < 6 and trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert trainer.evaluate()["eval_loss"] == losses[best]
+
+
+def test_early_stopping_counts_the_handed_on_network(trainer_of):
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "logging_steps": 1}
+    trainer = trainer_of(learning_rate=1.0, max_steps=8, **steps)
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
+    trainer.train()
+    assert trainer.state.global_step < 8
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("compute_metrics", lambda prediction: {}),
+        ("preprocess_logits_for_metrics", lambda logits, labels: logits),
+        ("compute_loss_func", lambda *a, **k: 0),
+        ("model_init", lambda: None),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_refused(argument, value, networks, tmp_path):
+    arguments = MDLMTrainingArguments(output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=f"{argument} would do nothing"):
+        MDLMTrainer(networks["absorbing"][1], arguments, **{argument: value})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"label_smoothing_factor": 0.1}, {"bf16_full_eval": True}, {"include_for_metrics": ["loss"]}]
+)
+def test_settings_that_would_do_nothing_are_refused(settings, tmp_path):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} is .*, but would do nothing"):
+        DiffusionTrainingArguments(output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("kind", ["linear", "constant_with_warmup", "cosine_with_min_lr"])
+def test_options_that_a_scheduler_has_not_are_refused(kind, trainer_of):
+    with pytest.raises(ValueError, match=r"lr_scheduler_kwargs \{'foo': 1\} cannot be built"):
+        trainer_of(lr_scheduler_type=kind, lr_scheduler_kwargs={"foo": 1})
+
+
+# --- Precision
+
+
+def test_half_precision_weights_are_trained_in_float32(networks, tmp_path):
+    """As `from_pretrained` loads a bfloat16 file: of bfloat16 weights a quarter would move in these steps."""
+    teacher = copy.deepcopy(networks["absorbing"][0]).bfloat16()
+    arguments = MCDTrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=ROWS, num_rounds=1, steps_per_round=8, save_strategy="no",
+        delta=0.125, warmup_steps=0, learning_rate=1e-5, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = MCDTrainer(copy.deepcopy(teacher), arguments, teacher=teacher, train_dataset=ROW * 8)
+    assert {p.dtype for p in (*trainer.model.parameters(), *trainer.teacher.parameters())} == {torch.float32}
+    before = copy.deepcopy(trainer.model)
+    trainer.train()
+    layers = [(name, weights) for name, weights in trainer.model.named_parameters() if "layers." in name]
+    moved = sum((weights != before.get_parameter(name)).sum().item() for name, weights in layers)
+    assert moved / sum(weights.numel() for _, weights in layers) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("launched", "given", "real"), [("bf16", {}, "bf16"), ("no", {"bf16": True}, "bf16"), ("no", {}, None)]
+)
+def test_the_precision_of_a_run_is_what_really_happens(launched, given, real, tmp_path, monkeypatch):
+    """`accelerate launch --mixed_precision bf16`, and its configuration, set this variable."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    settings = run_settings(MDLMTrainingArguments(output_dir=str(tmp_path), **given))
+    assert {name: settings[name] for name in ("bf16", "fp16")} == {"bf16": real == "bf16", "fp16": False}
