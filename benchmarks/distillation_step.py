@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.measuring import PeakMemory, alternate, in_its_own_process, memory_available, synchronize, write_result
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
-from modeling_mcd.forward_process_mdlm import mask_tokens, masked_at
+from modeling_mcd.forward_process_mdlm import sigma_of
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 
 
@@ -41,9 +41,8 @@ def coupled_pair(trainer: MCDTrainer, x_0: torch.Tensor):
     times, u = trainer.noise_of_batch(x_0)
     t = 1 - (1 - delta) * times
     gammas = trainer.schedule.gamma(t), trainer.schedule.gamma(t - delta)
-    masks = [masked_at(gamma, u) for gamma in gammas]
-    canvases = [mask_tokens(x_0, masked, trainer.mask_token_id) for masked in masks]
-    return masks, canvases, [-gamma.log().float() for gamma in gammas]
+    pair = trainer.process.coupled_pair(x_0, *gammas, u, torch.ones_like(x_0, dtype=torch.bool))
+    return [masked for _, masked in pair], [canvas for canvas, _ in pair], [sigma_of(gamma) for gamma in gammas]
 
 
 def subs(logits: torch.Tensor, z: torch.Tensor, mask_token_id: int) -> torch.Tensor:

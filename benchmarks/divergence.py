@@ -1,6 +1,6 @@
 """Student-first KL from hidden rows in chunks, against the plain formula on whole logits: time and peak memory.
 
-    python -m benchmarks.divergence [--rows 4096] [--hidden_size 768] [--vocab_size 50258] [--kind student_teacher]
+    python -m benchmarks.divergence [--rows 4096] [--hidden_size 768] [--vocab_size 50258] [--kind student_first]
 
 Forward and backward, float32, teacher at temperature 0.9, gradients of the student's hidden rows and head. Every measurement
 is a process of its own, alternating; the first call warms up and the second is timed. Memory is the peak of a call above
@@ -36,7 +36,7 @@ def plain_divergence(kind: str, student: HeadRows, teacher: HeadRows, temperatur
     log_p = log_probabilities(student, 1.0)
     with torch.no_grad():
         log_q = log_probabilities(teacher, temperature)
-    if kind == "teacher_student":
+    if kind == "teacher_first":
         log_p, log_q = log_q, log_p
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--hidden_size", type=int, default=768)
     parser.add_argument("--vocab_size", type=int, default=50258)
-    parser.add_argument("--kind", choices=("student_teacher", "teacher_student"), default="student_teacher")
+    parser.add_argument("--kind", choices=("student_first", "teacher_first"), default="student_first")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--measure", choices=("plain", "chunked"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -73,7 +73,7 @@ RUNS = (
     Run("DCD", "{}_dcd.yaml", 4, teacher="uniform teacher"),
     Run("uniform NELBO goes on", "{}_uniform_teacher.yaml", 3, teacher="uniform teacher", has_rounds=False),
     Run("student-first only", "{}.yaml", MCD_COST, ("--reveal", "divergence"), first_round_only=True),
-    Run("teacher-first", "{}.yaml", MCD_COST, ("--divergence", "teacher_student"), first_round_only=True),
+    Run("teacher-first", "{}.yaml", MCD_COST, ("--divergence", "teacher_first"), first_round_only=True),
 )
 
 

@@ -1,26 +1,56 @@
-"""The forward process: how noise turns clean tokens into z_t, its posterior, and the bound that belongs to it."""
+"""The forward process: how noise turns clean tokens x_0 into z_t, and the bound on the likelihood that belongs to it.
+
+Two kinds, with one interface (`process_of` gives that of a model's configuration):
+
+    absorbing   a token stays with probability gamma_t and becomes [MASK] otherwise (MDLM, arXiv 2406.07524)
+    uniform     a token stays with probability gamma_t and becomes any token of the vocabulary otherwise; its gamma is
+                called alpha (Duo, arXiv 2506.10892)
+
+In both, one uniform u for each token decides: where u <= gamma_t the token is still x_0. A small noise level thus changes a
+subset of what a larger one changes.
+"""
+
+from dataclasses import dataclass
 
 import torch
 
-from .noise_schedule_mdlm import NoiseSchedule
+from .noise_schedule_mdlm import NoiseSchedule, noise_schedule_of
 
 
-def corrupt_uniformly(x_0: torch.Tensor, gamma: torch.Tensor, u: torch.Tensor, vocab_size: int) -> torch.LongTensor:
-    """z_t ~ q(. | x_0): a token stays where u <= gamma, and becomes any token, itself included, elsewhere.
+Noisy = tuple[torch.LongTensor, torch.BoolTensor]
 
-    One uniform does both: given u > gamma, (u - gamma) / (1 - gamma) is uniform again.
 
-    Args:
-        x_0: [B, L] tokens.
-        gamma: [B] float64, in [0, 1).
-        u: [B, L] float64, in [0, 1).
+def sigma_of(gamma: torch.Tensor) -> torch.Tensor:
+    """Total noise sigma = -log gamma, float32: the noise level that a time-conditioned network is given."""
+    return -gamma.log().float()
+
+
+def masked_at(gamma: torch.Tensor, u: torch.Tensor) -> torch.BoolTensor:
+    """The tokens [B, L] that are masked at visible probability gamma [B]: those with u > gamma (MCD, Eq. 13).
+
+    One u fixes a token's path: what is masked at a smaller noise is masked at every larger one.
     """
-    gamma = gamma[:, None]
-    return torch.where(u <= gamma, x_0, pick_uniformly((u - gamma) / (1 - gamma), vocab_size))
+    return u > gamma[:, None]
+
+
+def mask_tokens(x_0: torch.Tensor, masked: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    return x_0.masked_fill(masked, mask_token_id)
 
 
 def pick_uniformly(uniforms: torch.Tensor, vocab_size: int) -> torch.LongTensor:
+    """Any token with equal probability, from uniforms in [0, 1) of any shape."""
     return (uniforms * vocab_size).long().clamp(max=vocab_size - 1)  # a product may round up to vocab_size
+
+
+def other_tokens(x_0: torch.Tensor, uniforms: torch.Tensor, vocab_size: int) -> torch.LongTensor:
+    """Any token but x_0 with equal probability, [B, L]: the runner-up of the Gaussian path, see `duality.py`."""
+    other = pick_uniformly(uniforms, vocab_size - 1)
+    return other + (other >= x_0)
+
+
+def at_positions(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The values [B] of the rows in which the positions, a boolean mask [B, L], are: [R]."""
+    return values[:, None].expand(positions.shape)[positions]
 
 
 def posterior_weights(
@@ -42,7 +72,7 @@ def posterior_weights(
 def uniform_nelbo(
     log_x_hat: torch.Tensor, z_t: torch.Tensor, x_0: torch.Tensor, alpha: torch.Tensor, slope: torch.Tensor
 ) -> torch.Tensor:
-    """Integrand over t of the continuous-time NELBO, Rao-Blackwellised (Duo, Eq. 17): nats of each row, [rows].
+    """Integrand over t of the continuous-time NELBO of uniform diffusion, Rao-Blackwellised (Duo, Eq. 17): nats, [R].
 
     With bar(y) = K alpha y + 1 - alpha, it is -alpha' / (K alpha) times
 
@@ -52,9 +82,9 @@ def uniform_nelbo(
     nothing but the logarithms of bar(x_hat).
 
     Args:
-        log_x_hat: log-probabilities of the network, [rows, K], float32 or float64.
-        z_t, x_0: noisy and clean token, [rows].
-        alpha, slope: gamma(t) and its derivative, [rows], in the dtype of `log_x_hat`.
+        log_x_hat: log-probabilities of the network, [R, K], float32 or float64.
+        z_t, x_0: noisy and clean token, [R].
+        alpha, slope: gamma(t) and its derivative, [R], in the dtype of `log_x_hat`.
     """
     vocab_size = log_x_hat.shape[-1]
     low = (1 - alpha).clamp(min=torch.finfo(alpha.dtype).eps)  # near t = 0, alpha rounds to 1
@@ -73,33 +103,145 @@ def uniform_nelbo(
     return -slope / (vocab_size * alpha) * (rates + divergence)
 
 
-def masked_at(gamma: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Which tokens [B, L] are masked at visible probability gamma [B]: those with u > gamma (MCD, Eq. 13).
+@dataclass(frozen=True)
+class AbsorbingProcess:
+    """Noise that turns tokens into [MASK]."""
 
-    One u fixes a token's whole path: what is masked at a smaller noise is masked at every larger one.
-    """
-    return u > gamma[:, None]
+    schedule: NoiseSchedule
+    vocab_size: int
+    mask_token_id: int
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        """The network's noise level at times t, see `sigma_of`."""
+        return sigma_of(self.schedule.gamma(t))
+
+    def maskable(self, x_0: torch.Tensor) -> torch.BoolTensor:
+        """The tokens that noise can change: a [MASK] in given text is none, and there is nothing to predict for it."""
+        return x_0 != self.mask_token_id
+
+    def prior(self, uniforms: torch.Tensor) -> torch.LongTensor:
+        """z_1, of the uniforms' shape: nothing but [MASK]."""
+        return torch.full_like(uniforms, self.mask_token_id, dtype=torch.long)
+
+    def corrupt(self, x_0: torch.Tensor, gamma: torch.Tensor, u: torch.Tensor, maskable: torch.Tensor) -> Noisy:
+        """z_t ~ q(. | x_0), and the positions whose tokens the bound at z_t scores: the masked ones.
+
+        Args:
+            x_0: [B, L] tokens.
+            gamma: [B] float64, in [0, 1].
+            u: [B, L] float64, in [0, 1).
+            maskable: [B, L] bool; the other tokens stay clean and are not scored.
+        """
+        masked = masked_at(gamma, u) & maskable
+        return mask_tokens(x_0, masked, self.mask_token_id), masked
+
+    def coupled_pair(
+        self,
+        x_0: torch.Tensor,
+        gamma_t: torch.Tensor,
+        gamma_s: torch.Tensor,
+        u: torch.Tensor,
+        maskable: torch.Tensor,
+    ) -> tuple[Noisy, Noisy]:
+        """(z_t, m_t) and (z_s, m_s) on the path that u fixes, with m_s within m_t for s < t (MCD, Algorithm 1)."""
+        return self.corrupt(x_0, gamma_t, u, maskable), self.corrupt(x_0, gamma_s, u, maskable)
+
+    def token_weights(self, gamma: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        """-gamma'(t) / (1 - gamma(t)): weight of the cross-entropy in the continuous-time NELBO (MDLM, Eq. 10)."""
+        return -slope / (1 - gamma)
+
+    def nelbo(
+        self,
+        log_p: torch.Tensor,
+        z_t: torch.Tensor,
+        x_0: torch.Tensor,
+        gamma: torch.Tensor,
+        slope: torch.Tensor,
+    ) -> torch.Tensor:
+        """Integrand over t of the continuous-time NELBO (MDLM, Eq. 10), at masked positions: nats, [R].
+
+        Args:
+            log_p: log-probabilities of the network, [R, V].
+            z_t, x_0: noisy and clean token, [R].
+            gamma, slope: gamma(t) and its derivative, [R].
+        """
+        return -log_p.gather(-1, x_0[:, None])[:, 0] * self.token_weights(gamma, slope)
 
 
-def mask_tokens(input_ids: torch.Tensor, masked: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    return input_ids.masked_fill(masked, mask_token_id)
+@dataclass(frozen=True)
+class UniformProcess:
+    """Noise that turns tokens into any token of the vocabulary. gamma is the papers' alpha."""
+
+    schedule: NoiseSchedule
+    vocab_size: int
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        """The network's noise level at times t, see `sigma_of`."""
+        return sigma_of(self.schedule.gamma(t))
+
+    def maskable(self, x_0: torch.Tensor) -> torch.BoolTensor:
+        """The tokens that noise can change: all."""
+        return torch.ones_like(x_0, dtype=torch.bool)
+
+    def prior(self, uniforms: torch.Tensor) -> torch.LongTensor:
+        """z_1, of the uniforms' shape: any token with equal probability."""
+        return pick_uniformly(uniforms, self.vocab_size)
+
+    def corrupt(self, x_0: torch.Tensor, gamma: torch.Tensor, u: torch.Tensor, maskable: torch.Tensor) -> Noisy:
+        """z_t ~ q(. | x_0), and the positions whose tokens the bound at z_t scores: all maskable ones.
+
+        One uniform does both: given u > gamma, (u - gamma) / (1 - gamma) is uniform again, and picks the token.
+
+        Args:
+            x_0: [B, L] tokens.
+            gamma: [B] float64, in [0, 1).
+            u: [B, L] float64, in [0, 1).
+            maskable: [B, L] bool; the other tokens stay clean and are not scored.
+        """
+        gamma = gamma[:, None]
+        picked = pick_uniformly((u - gamma) / (1 - gamma), self.vocab_size)
+        return torch.where((u <= gamma) | ~maskable, x_0, picked), maskable
+
+    def coupled_pair(
+        self,
+        x_0: torch.Tensor,
+        alpha_t: torch.Tensor,
+        alpha_s: torch.Tensor,
+        u: torch.Tensor,
+        maskable: torch.Tensor,
+        second: torch.Tensor,
+    ) -> tuple[Noisy, Noisy]:
+        """(z_t, maskable) and (z_s, maskable) on one path of Duo's Gaussian latent, without the Gaussian (`duality.py`).
+
+        The latent's argmax is x_0 while u <= F_Y(a_t / s_t) = alpha_t + (1 - alpha_t) / K, and from then on always the
+        same other token, which the uniforms `second` [B, L] pick.
+        """
+        other = other_tokens(x_0, second, self.vocab_size)
+
+        def at(alpha: torch.Tensor) -> Noisy:
+            visible = u <= (alpha + (1 - alpha) / self.vocab_size)[:, None]
+            return torch.where(visible | ~maskable, x_0, other), maskable
+
+        return at(alpha_t), at(alpha_s)
+
+    def nelbo(
+        self,
+        log_p: torch.Tensor,
+        z_t: torch.Tensor,
+        x_0: torch.Tensor,
+        gamma: torch.Tensor,
+        slope: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `uniform_nelbo`: nats, [R]."""
+        return uniform_nelbo(log_p, z_t, x_0, gamma.to(log_p.dtype), slope.to(log_p.dtype))
 
 
-def other_tokens(x_0: torch.Tensor, uniforms: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """A token drawn uniformly from all but x_0, [B, L]: the runner-up of the Gaussian path, see `duality.py`."""
-    other = (uniforms * (vocab_size - 1)).long().clamp(max=vocab_size - 2)
-    return other + (other >= x_0)
+Process = AbsorbingProcess | UniformProcess
 
 
-def uniform_state(x_0: torch.Tensor, other: torch.Tensor, alpha: torch.Tensor, u: torch.Tensor, vocab_size: int):
-    """z_t [B, L] of uniform-state diffusion at alpha [B]: the argmax of Duo's Gaussian latent, without the Gaussian.
-
-    x_0 while u <= F_Y(a_t / s_t) = alpha + (1 - alpha) / K, and from then on always the same other token. One u and one
-    other token fix the whole path, as one u does for masks (`duality.py` and its tests).
-    """
-    return torch.where(u <= (alpha + (1 - alpha) / vocab_size)[:, None], x_0, other)
-
-
-def nelbo_weight(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
-    """-gamma'(t) / (1 - gamma(t)): weight of the cross-entropy in the continuous-time NELBO (MDLM, Eq. 10)."""
-    return -schedule.derivative(t) / (1 - schedule.gamma(t))
+def process_of(config) -> Process:
+    """The forward process that a model's configuration names (`diffusion_kind`, `noise_schedule`, `noise_epsilon`)."""
+    schedule = noise_schedule_of(config)
+    if config.diffusion_kind == "uniform":
+        return UniformProcess(schedule, config.vocab_size)
+    return AbsorbingProcess(schedule, config.vocab_size, config.mask_token_id)

@@ -17,7 +17,7 @@ from evaluation.evaluate_model import KEY, SETTINGS
 from evaluation.judge import fingerprint
 from trainers import run_mcd
 from trainers.dcd_trainer import DCDTrainingArguments
-from trainers.diffusion_trainer import collate_blocks, may_be_noised
+from trainers.diffusion_trainer import collate_blocks, maskable_tokens
 from trainers.dscd_trainer import DSCDTrainingArguments
 from trainers.mcd_trainer import MCDTrainingArguments
 from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
@@ -79,8 +79,8 @@ def test_collating_pads_what_is_shorter_and_adds_nothing_to_equal_blocks():
     batch = collate_blocks([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert may_be_noised(batch).tolist() == [[False, True, True], [True, False, False]]
-    assert may_be_noised(collate_blocks([{"input_ids": [1, 2]}, {"input_ids": [3]}])).tolist() == [
+    assert maskable_tokens(batch).tolist() == [[False, True, True], [True, False, False]]
+    assert maskable_tokens(collate_blocks([{"input_ids": [1, 2]}, {"input_ids": [3]}])).tolist() == [
         [True] * 2,
         [True, False],
     ]
@@ -88,7 +88,7 @@ def test_collating_pads_what_is_shorter_and_adds_nothing_to_equal_blocks():
 
 def test_columns_with_a_value_for_each_token_are_used_or_refused():
     row = {"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1], "text": "abc", "n": 3}
-    assert may_be_noised(collate_blocks([row, row | {"input_ids": [4], "completion_mask": [1]}])).tolist() == [
+    assert maskable_tokens(collate_blocks([row, row | {"input_ids": [4], "completion_mask": [1]}])).tolist() == [
         [False, True, True],
         [True, False, False],
     ]

@@ -8,11 +8,11 @@ from scipy import stats
 from tiny_run import BLOCK
 from toy_distillers import MASK, METHODS, ROWS, K, blocks, log_probabilities, make_trainer, mask, noise, prompted
 
-from modeling_mcd.forward_process_mdlm import other_tokens, uniform_state
+from modeling_mcd.forward_process_mdlm import UniformProcess, other_tokens
 from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.noise_schedule_mdlm import LogLinearSchedule
-from trainers.diffusion_trainer import may_be_noised
-from trainers.distillation_trainer import divergence_from_token
+from trainers.diffusion_trainer import maskable_tokens
+from trainers.divergences import divergence_from_token
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments, reveal_thresholds, step_starts
 from trainers.trajectories import most_masked
@@ -38,7 +38,7 @@ def sites(z, maskable):
 
 
 def mcd_by_hand(trainer, inputs, step):
-    x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+    x_0, maskable = inputs["input_ids"], maskable_tokens(inputs)
     delta, tau = 0.125 * 2 ** (step // 4), [0.96, 0.93][step // 4]
     times, u = noise(step, 1)
     t = 1 - (1 - delta) * times
@@ -54,7 +54,7 @@ def mcd_by_hand(trainer, inputs, step):
 
 def sdtt_by_hand(trainer, inputs, step):
     """The teacher's canvas, token by token: who is revealed, what is drawn, and which distribution is remembered."""
-    x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+    x_0, maskable = inputs["input_ids"], maskable_tokens(inputs)
     delta = 0.125 * 2 ** (step // 4)
     times, u, which = noise(step)
     t = 1e-5 + (1 - 1e-5) * times
@@ -74,7 +74,7 @@ def sdtt_by_hand(trainer, inputs, step):
 
 
 def dcd_by_hand(trainer, inputs, step):
-    x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+    x_0, maskable = inputs["input_ids"], maskable_tokens(inputs)
     t, u, which = noise(step)
     alpha_t = 1 - 0.999 * t
     alpha_s = 1 - 0.999 * (t - 0.125 * 2 ** (step // 4)).clamp(min=0)
@@ -93,7 +93,7 @@ def dcd_by_hand(trainer, inputs, step):
 
 
 def dscd_by_hand(trainer, inputs, step):
-    x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+    x_0, maskable = inputs["input_ids"], maskable_tokens(inputs)
     times, u, second = noise(step)
     z, z_teacher, gamma, gamma_teacher = x_0.clone(), x_0.clone(), [], []
     for b in range(ROWS):
@@ -117,7 +117,7 @@ def dscd_by_hand(trainer, inputs, step):
 
 
 def mpdc_by_hand(trainer, inputs, step):
-    x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+    x_0, maskable = inputs["input_ids"], maskable_tokens(inputs)
     delta = 0.25 + (1 / 64 - 0.25) * step / 7
     times, u, second = noise(step)
     anchored = second[:, 0] < 0.35
@@ -178,6 +178,17 @@ def test_the_teacher_gets_no_gradient_and_every_student_parameter_one(method, ne
     if trainer.has_teacher:
         assert all(parameter.grad is None for parameter in trainer.teacher.parameters())
     trainer.model.zero_grad()
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "dcd"])
+def test_given_masks_are_never_noised_nor_scored(networks, tmp_path, method):
+    """A text that holds the mask's id: one such token would cost 1e6, the log-probability that SUBS gives it."""
+    trainer, x_0, seen = make_trainer(method, networks, tmp_path), blocks(), []
+    x_0[:, ::5] = MASK
+    run = trainer.rows
+    trainer.rows = lambda network, positions, *rest: (seen.append(positions), run(network, positions, *rest))[1]
+    assert trainer.compute_loss(trainer.model, {"input_ids": x_0}) < 50
+    assert any(positions.any() for positions in seen) and not any(positions[:, ::5].any() for positions in seen)
 
 
 # --- SDTT
@@ -255,19 +266,21 @@ def test_the_nelbo_knows_prompts_and_padding_too(kind, networks, tmp_path):
     """A row beside a padded one costs what it costs alone, and a prompt nothing."""
     arguments = MDLMTrainingArguments(output_dir=str(tmp_path), ema_decay=None, save_strategy="no")
     trainer = MDLMTrainer(networks[kind][0], arguments)
-    loss_of = trainer.uniform_loss if kind == "uniform" else trainer.absorbing_loss
     times, u = noise(0, 1)
+
+    def loss_of(inputs, rows=slice(None)):
+        length = inputs["input_ids"].shape[1]
+        trainer.noise_of_batch = lambda input_ids: (times[rows], u[rows, :length])
+        return trainer.compute_loss(trainer.model, inputs).item()
+
     together, total = prompted(), 0.0
-    maskable = may_be_noised(together)
+    maskable = maskable_tokens(together)
     for row in range(ROWS):
-        length = int(together["attention_mask"][row].sum())
-        alone = {"input_ids": together["input_ids"][row : row + 1, :length]}
-        here = maskable[row : row + 1, :length]
-        loss = loss_of(trainer.model, alone, here, times[row : row + 1], u[row : row + 1, :length])
-        total += loss.item() * here.sum().item()
-    everything = loss_of(trainer.model, together, maskable, times, u).item()
-    assert everything == pytest.approx(total / maskable.sum().item(), rel=1e-9)
-    assert loss_of(trainer.model, together, torch.zeros_like(maskable), times, u).item() == 0
+        here = slice(row, row + 1), slice(int(together["attention_mask"][row].sum()))
+        alone = {name: together[name][here] for name in ("input_ids", "labels")}
+        total += loss_of(alone, here[0]) * maskable[here].sum().item()
+    assert loss_of(together) == pytest.approx(total / maskable.sum().item(), rel=1e-9)
+    assert loss_of(together | {"labels": torch.full_like(maskable, -100, dtype=torch.long)}) == 0
 
 
 # --- Couplings
@@ -294,9 +307,10 @@ def test_dcd_pairs_are_locked_and_each_canvas_has_its_marginal():
     u, which = torch.rand(2, 400, 100, dtype=torch.float64, generator=generator)
     other = other_tokens(x_0, which, size)
     assert (other != x_0).all()
-    canvases = {}
-    for alpha in (0.2, 0.6):
-        z = uniform_state(x_0, other, torch.full((400,), alpha, dtype=torch.float64), u, size)
+    canvases, everywhere = {}, torch.ones_like(x_0, dtype=torch.bool)
+    alphas = [torch.full((400,), alpha, dtype=torch.float64) for alpha in (0.2, 0.6)]
+    pair = UniformProcess(LogLinearSchedule(), size).coupled_pair(x_0, *alphas, u, everywhere, which)
+    for alpha, (z, _) in zip((0.2, 0.6), pair, strict=True):
         counts = torch.bincount(((z - x_0) % size).flatten(), minlength=size).numpy()
         expected = [x_0.numel() * (alpha * (j == 0) + (1 - alpha) / size) for j in range(size)]
         assert stats.chisquare(counts, expected).pvalue > 1e-5
@@ -325,17 +339,15 @@ def point_mass_rows(generator):
     return HeadRows(hidden, weight, bias, 8), torch.tensor([0, 1, 2, 3, 4, 5])
 
 
-@pytest.mark.parametrize("kind", ["student_teacher", "teacher_student", "jensen_shannon", "total_variation"])
+@pytest.mark.parametrize("kind", ["student_first", "teacher_first", "jensen_shannon", "total_variation"])
 def test_divergence_from_a_token_is_the_divergence_from_subs_point_mass(kind):
     student, tokens = point_mass_rows(torch.Generator().manual_seed(5))
     values = divergence_from_token(kind, student, tokens)
     for row, token, value in zip(student.log_probabilities().exp().tolist(), tokens.tolist(), values, strict=True):
         row = [p if p > 1e-300 else 0.0 for p in row]
         expected = {
-            "teacher_student": -math.log(row[token]),
-            "student_teacher": sum(
-                p * (math.log(p) - (0 if j == token else -1e6)) for j, p in enumerate(row) if p > 0
-            ),
+            "teacher_first": -math.log(row[token]),
+            "student_first": sum(p * (math.log(p) - (0 if j == token else -1e6)) for j, p in enumerate(row) if p > 0),
             "jensen_shannon": jsd(torch.tensor(row, dtype=torch.float64), torch.eye(9).double()[token]),
             "total_variation": 1 - row[token],
         }[kind]
@@ -352,7 +364,7 @@ def test_student_first_kl_on_revealed_tokens_explodes_and_the_hybrid_does_not(ne
     )
     assert explodes > 1e4 and silent < hybrid < 10
     student, tokens = point_mass_rows(torch.Generator().manual_seed(5))
-    assert (divergence_from_token("student_teacher", student, tokens) > 1e5).all()
+    assert (divergence_from_token("student_first", student, tokens) > 1e5).all()
 
 
 # --- What consistency can change: an exact posterior as teacher

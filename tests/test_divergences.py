@@ -46,9 +46,9 @@ def plain(kind, student, teacher, tau, beta):
     if kind == "jensen_shannon" and 0 < beta < 1:
         m = beta * q + (1 - beta) * p
         return beta * kl(q, m) + (1 - beta) * kl(p, m)
-    if kind == "student_teacher" or (kind == "jensen_shannon" and beta == 1):
+    if kind == "student_first" or (kind == "jensen_shannon" and beta == 1):
         return kl(p, q)
-    if kind in ("teacher_student", "jensen_shannon"):
+    if kind in ("teacher_first", "jensen_shannon"):
         return kl(q, p)
     if kind == "total_variation":
         return (p - q).abs().sum(dim=-1) / 2
@@ -189,16 +189,16 @@ def test_no_gradient_is_made_that_nobody_wants(monkeypatch):
 
     monkeypatch.setattr(divergences, "sweep", watched)
     frozen = HeadRows(student.hidden, student.weight.detach(), student.bias.detach(), MASK)
-    divergence("student_teacher", frozen, teacher).sum().backward()
+    divergence("student_first", frozen, teacher).sum().backward()
     with torch.no_grad():
-        divergence("student_teacher", student, teacher)
+        divergence("student_first", student, teacher)
     assert asked == [(True, False, False), (False, False, False)]
     assert student.hidden.grad is not None and student.weight.grad is None
 
 
 def test_a_second_backward_through_the_same_graph():
     student, teacher = make_rows(4, 0), make_rows(4, 1)
-    loss = divergence("student_teacher", student, teacher, 0.9).sum() / 3
+    loss = divergence("student_first", student, teacher, 0.9).sum() / 3
     first = [gradient.clone() for gradient in torch.autograd.grad(loss, leaves(student), retain_graph=True)]
     second = torch.autograd.grad(loss, leaves(student))
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(first, second, strict=True))
@@ -208,7 +208,7 @@ def test_autocast_rounds_the_products_alone():
     """Under bf16 autocast: the values of the formula on logits that were made in bf16, everything after in float32."""
     student, teacher = make_rows(64, 0, torch.float32), make_rows(64, 1, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        values = divergence("student_teacher", student, teacher)
+        values = divergence("student_first", student, teacher)
         values.mean().backward()
         likelihoods = student.map(lambda log_p: torch.linalg.vecdot(log_p.exp(), log_p))
 
@@ -221,7 +221,7 @@ def test_autocast_rounds_the_products_alone():
     torch.testing.assert_close(values, (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(likelihoods, (log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-6)
     exact = HeadRows(*(tensor.detach().double().requires_grad_() for tensor in leaves(student)), MASK)
-    divergence("student_teacher", exact, teacher.to(torch.float64)).mean().backward()
+    divergence("student_first", exact, teacher.to(torch.float64)).mean().backward()
     for ours, double in zip(leaves(student), leaves(exact), strict=True):
         assert ours.grad.dtype == torch.float32
         assert (ours.grad - double.grad).norm() < 0.02 * double.grad.norm()
@@ -251,7 +251,8 @@ def test_rows_are_chosen_and_put_together():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "kl"}, "'kl', but must be one of student_teacher, teacher_student"),
+        ({"kind": "kl"}, "'kl', but must be one of student_first, teacher_first"),
+        ({"kind": "student_teacher"}, "student_teacher is now called student_first"),
         ({"beta": 1.5}, "beta is 1.5, but must lie in"),
         ({"temperature": 0.0}, "temperature is 0.0, but must be positive"),
         ({"teacher": make_rows(3, 1)}, "the student has 4 rows and the teacher 3"),
@@ -259,7 +260,7 @@ def test_rows_are_chosen_and_put_together():
 )
 def test_wrong_arguments_name_the_value(arguments, message):
     with pytest.raises(ValueError, match=message):
-        divergence(**{"kind": "student_teacher", "student": make_rows(4, 0), "teacher": make_rows(4, 1), **arguments})
+        divergence(**{"kind": "student_first", "student": make_rows(4, 0), "teacher": make_rows(4, 1), **arguments})
     with pytest.raises(ValueError, match="4 rows, but 2 tokens"):
         cross_entropy(make_rows(4, 0), torch.arange(2))
 
@@ -344,7 +345,7 @@ def loss_of(model, teacher, ids, masked, uneven):
     with torch.no_grad():
         targets = teacher(z_t, hidden_rows=masked)
     taught = tokens % 3 > 0
-    kl = divergence("student_teacher", student.at(taught), targets.at(taught), 0.9)
+    kl = divergence("student_first", student.at(taught), targets.at(taught), 0.9)
     if uneven:  # the backward then goes over the head again
         kl = kl * (tokens[taught] / 46 - 0.3)
     return (kl.sum() + cross_entropy(student.at(~taught), tokens[~taught]).sum()) / ids.numel()

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, TextDiffusionStreamer, TextIteratorSt
 from modeling_mcd import MDLMConfig, MDLMGenerationConfig, MDLMGenerationOutput
 from modeling_mcd.canvas_mdlm import Canvas
 from modeling_mcd.draws_mdlm import draw_tokens
-from modeling_mcd.forward_process_mdlm import nelbo_weight
+from modeling_mcd.forward_process_mdlm import AbsorbingProcess
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule, noise_schedule_of
 from modeling_mcd.sampling_mdlm import ancestral, ancestral_reveal_steps
 
@@ -173,11 +173,15 @@ def test_a_schedule_falls_from_one_and_its_inverse_and_derivative_are_right(sche
     torch.testing.assert_close(schedule.derivative(t.detach()), slope, atol=1e-12, rtol=1e-12)
 
 
+def weights_at(schedule, t):
+    return AbsorbingProcess(schedule, 48, 47).token_weights(schedule.gamma(t), schedule.derivative(t))
+
+
 def test_the_nelbo_weight_is_one_over_t_under_log_linear():
     t = torch.linspace(1e-3, 1, 1000, dtype=torch.float64)
     for epsilon in (1e-3, 0.2):
-        torch.testing.assert_close(nelbo_weight(LogLinearSchedule(epsilon), t), 1 / t, atol=0, rtol=1e-11)
-    assert (nelbo_weight(CosineSchedule(), t) - 1 / t).abs().max() > 0.1
+        torch.testing.assert_close(weights_at(LogLinearSchedule(epsilon), t), 1 / t, atol=0, rtol=1e-11)
+    assert (weights_at(CosineSchedule(), t) - 1 / t).abs().max() > 0.1
 
 
 def test_a_configuration_names_its_schedule():

@@ -18,7 +18,7 @@ from evaluation import validation_nelbo
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.canvas_mdlm import Canvas, Denoiser
 from modeling_mcd.draws_mdlm import draw_posterior
-from modeling_mcd.forward_process_mdlm import corrupt_uniformly, pick_uniformly, posterior_weights, uniform_nelbo
+from modeling_mcd.forward_process_mdlm import UniformProcess, pick_uniformly, posterior_weights, uniform_nelbo
 from modeling_mcd.noise_mdlm import RowNoise, row_keys
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
 from modeling_mcd.replay import Replay
@@ -79,12 +79,16 @@ def test_uniform_posterior_of_temperature_zero_is_that_of_the_likeliest_token():
 
 def test_uniform_noise_has_its_law_and_clean_tokens_come_first():
     x_0, gamma = torch.full((1, 300_000), 2), torch.tensor([0.3], dtype=torch.float64)
-    z_t = corrupt_uniformly(x_0, gamma, uniforms(1, 300_000), K)
+    process, everywhere = UniformProcess(LogLinearSchedule(), K), torch.ones_like(x_0, dtype=torch.bool)
+    z_t, scored = process.corrupt(x_0, gamma, uniforms(1, 300_000), everywhere)
+    assert scored.all(), "clean tokens are scored too"
     law = torch.full((K,), 0.7 / K, dtype=torch.float64)
     law[2] += 0.3
     assert p_value(z_t[0].bincount(minlength=K), law) > FALSE_ALARM
     u = torch.tensor([[0.0, 0.3, 0.3 + 1e-12, 1 - 2**-53]], dtype=torch.float64)
-    assert corrupt_uniformly(x_0[:, :4], gamma, u, K).tolist() == [[2, 2, 0, K - 1]]
+    assert process.corrupt(x_0[:, :4], gamma, u, everywhere[:, :4])[0].tolist() == [[2, 2, 0, K - 1]]
+    kept = torch.tensor([[True, True, False, True]])
+    assert process.corrupt(x_0[:, :4], gamma, u, kept)[0].tolist() == [[2, 2, 2, K - 1]], "a prompt stays"
 
 
 # --- The sampler: four tokens at two positions, 16 canvases

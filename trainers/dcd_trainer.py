@@ -18,10 +18,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from modeling_mcd.forward_process_mdlm import other_tokens, uniform_state
-from trainers.diffusion_trainer import may_be_noised
+from trainers.diffusion_trainer import maskable_tokens
 from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
-from trainers.divergences import divergence
+from trainers.divergences import check_divergence, divergence
 from trainers.duality import uniform_alpha
 from trainers.teacher import TeacherCallback
 
@@ -30,8 +29,9 @@ from trainers.teacher import TeacherCallback
 class DCDTrainingArguments(WideningGapArguments):
     """The paper's settings: 5 rounds of 10,000 steps, delta from 1/512, AdamW 6e-5, 500 warm-up steps, batch 128."""
 
-    divergence: Literal["student_teacher", "teacher_student"] = field(
-        default="student_teacher", metadata={"help": "KL(student || teacher), as the paper writes it, or the reverse."}
+    divergence: Literal["student_first", "teacher_first"] = field(
+        default="student_first",
+        metadata={"help": "KL(student || teacher), as the paper writes it, or KL(teacher || student)."},
     )
     log_snr: list[float] | None = field(
         default=None,
@@ -43,6 +43,7 @@ class DCDTrainingArguments(WideningGapArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_divergence(self)
         falling = self.log_snr is None or (
             len(self.log_snr) == 2 and math.inf > self.log_snr[0] > self.log_snr[1] > -math.inf
         )
@@ -60,15 +61,13 @@ class DCDTrainer(DistillationTrainer):
         self.add_callback(TeacherCallback(self.companions["teacher"]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
-        round, vocab_size = self.args.round_of(self.state.global_step), self.model.config.vocab_size
+        x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
+        round = self.args.round_of(self.state.global_step)
         delta = self.args.delta_of(round)
 
-        t, u, which = self.noise_of_batch(x_0, draws=2)
-        other = other_tokens(x_0, which, vocab_size)
+        t, u, second = self.noise_of_batch(x_0, draws=2)
         alpha_t, alpha_s = self.alpha(t), self.alpha((t - delta).clamp(min=0))
-        z_t = torch.where(maskable, uniform_state(x_0, other, alpha_t, u, vocab_size), x_0)
-        z_s = torch.where(maskable, uniform_state(x_0, other, alpha_s, u, vocab_size), x_0)
+        (z_t, _), (z_s, _) = self.process.coupled_pair(x_0, alpha_t, alpha_s, u, maskable, second)
 
         student = self.rows(model, maskable, z_t, alpha_t, inputs)
         with torch.no_grad():

@@ -10,8 +10,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from modeling_mcd.checks_mdlm import BELOW_1, check_numbers
+from modeling_mcd.forward_process_mdlm import Process, process_of, sigma_of
 from modeling_mcd.head_mdlm import HeadRows
-from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
 from trainers.exact_resume import ExactResumeArguments, ExactResumeTrainer
 from trainers.teacher import EMACallback, Follower
 from trainers.trajectories import step_noise
@@ -94,9 +94,14 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def may_be_noised(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The tokens [B, L] that noise and loss are for: not the prompt, whose `labels` are -100, and not the padding."""
-    maskable = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+def maskable_tokens(inputs: dict[str, torch.Tensor], process: Process | None = None) -> torch.BoolTensor:
+    """The tokens [B, L] that noise and loss are for.
+
+    Not the prompt, whose `labels` are -100, not the padding, and not what the process itself cannot noise: a [MASK] that
+    the text already holds stays where it is, and nothing is to be learnt about it.
+    """
+    input_ids = inputs["input_ids"]
+    maskable = torch.ones_like(input_ids, dtype=torch.bool) if process is None else process.maskable(input_ids)
     if "labels" in inputs:
         maskable &= inputs["labels"] != -100
     if "attention_mask" in inputs:
@@ -147,8 +152,8 @@ class DiffusionTrainer(ExactResumeTrainer):
             several = isinstance(self.eval_dataset, dict)
             for dataset in self.eval_dataset.values() if several else [self.eval_dataset]:
                 self.check_evaluation_batch(dataset)
-        self.schedule = noise_schedule_of(self.model.config)
-        self.mask_token_id = self.model.config.mask_token_id
+        self.process = process_of(self.model.config)
+        self.schedule, self.mask_token_id = self.process.schedule, self.model.config.mask_token_id
         if args.ema_decay is not None:
             self.companions["ema"] = Follower(self.model)
             self.companions["ema"].model.to(args.device)
@@ -199,7 +204,7 @@ class DiffusionTrainer(ExactResumeTrainer):
         return network(
             hidden_rows=positions,
             input_ids=z,
-            timesteps=-gamma.log().float(),
+            timesteps=sigma_of(gamma),
             attention_mask=inputs.get("attention_mask"),
         )
 

@@ -1,15 +1,11 @@
-"""What all distillers share: rounds, a gap that widens from round to round, the teacher, and a teacher that is a token."""
+"""What all distillers share: rounds, a gap that widens from round to round, and the teacher."""
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
-from modeling_mcd.head_mdlm import MASK_LOGIT, HeadRows
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
-from trainers.divergences import cross_entropy, divergence
 from trainers.teacher import Follower
 
 
@@ -126,34 +122,3 @@ class DistillationTrainer(DiffusionTrainer):
 
     def schedule_position(self) -> str:
         return f" (round {self.args.round_of(self.state.global_step) + 1} of {self.args.num_rounds})"
-
-
-def at_temperature(rows: HeadRows, temperature: float) -> HeadRows:
-    """The same rows with their logits divided by the temperature."""
-    return replace(rows, hidden=rows.hidden / temperature, bias=rows.bias / temperature)
-
-
-def divergence_from_token(kind: str, student: HeadRows, tokens: torch.Tensor) -> torch.Tensor:
-    """D(student, teacher) of rows whose token the teacher sees, [rows]: SUBS makes it a point mass, at any temperature.
-
-    With p the probability that the student gives to the token,
-
-        teacher_student   -log p, the cross-entropy
-        student_teacher   1e6 (1 - p) - H(student): SUBS's log 0 is -1e6, and this explodes
-        jensen_shannon    log 2 - ((1 + p) log(1 + p) - p log p) / 2, at most log 2 (beta 1/2)
-        total_variation   1 - p
-    """
-    nll = cross_entropy(student, tokens)
-    if kind == "teacher_student":
-        return nll
-    p = torch.exp(-nll)
-    if kind == "student_teacher":
-        uniform = replace(student, hidden=torch.zeros_like(student.hidden), bias=torch.zeros_like(student.bias))
-        tokens = len(student.bias) - (student.mask_token_id is not None)
-        negative_entropy = divergence("student_teacher", student, uniform) - math.log(tokens)
-        return -MASK_LOGIT * (1 - p) + negative_entropy
-    if kind == "jensen_shannon":
-        return math.log(2) - ((1 + p) * torch.log1p(p) + p * nll) / 2
-    if kind == "total_variation":
-        return 1 - p
-    raise ValueError(f"divergence {kind!r} is not defined where the teacher is a point mass")

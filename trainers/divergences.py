@@ -10,12 +10,16 @@ about those.) The head's matrix products run in the autocast's dtype, the softma
 float64 for float64 rows.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from modeling_mcd.head_mdlm import HeadRows, in_chunks
+from modeling_mcd.forward_process_mdlm import AbsorbingProcess, Process
+from modeling_mcd.head_mdlm import MASK_LOGIT, HeadRows, in_chunks
 
 
 # Each formula takes log p and log q [chunk, V], which it may overwrite, and gives the value of each row with its gradient
@@ -68,12 +72,26 @@ def mean_squared(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor
 
 
 DIVERGENCES = {
-    "student_teacher": student_first,
-    "teacher_student": teacher_first,
+    "student_first": student_first,
+    "teacher_first": teacher_first,
     "jensen_shannon": jensen_shannon,
     "total_variation": total_variation,
     "mse": mean_squared,
 }
+
+RENAMED = {"student_teacher": "student_first", "teacher_student": "teacher_first"}
+
+
+def unknown_divergence(kind: str, allowed: Iterable[str]) -> ValueError:
+    renamed = f" ({kind} is now called {RENAMED[kind]})" if kind in RENAMED else ""
+    return ValueError(f"the divergence is {kind!r}, but must be one of {', '.join(allowed)}{renamed}")
+
+
+def check_divergence(arguments):
+    """Raises ValueError when the `divergence` of a method's arguments is none of those that its type lists."""
+    allowed = get_args(get_type_hints(type(arguments))["divergence"])
+    if arguments.divergence not in allowed:
+        raise unknown_divergence(arguments.divergence, allowed)
 
 
 def divergence(
@@ -83,8 +101,8 @@ def divergence(
 
     With p the student's and q the teacher's distribution, `kind` is one of
 
-        student_teacher   KL(p || q)
-        teacher_student   KL(q || p)
+        student_first     KL(p || q)
+        teacher_first     KL(q || p)
         jensen_shannon    beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p (GKD, arXiv 2306.13649, Eq. 1);
                           at beta 0 and 1, where this is zero whatever p and q, its limits after division by beta and by
                           1 - beta: KL(q || p) and KL(p || q)
@@ -96,7 +114,7 @@ def divergence(
             number of rows.
     """
     if kind not in DIVERGENCES:
-        raise ValueError(f"the divergence is {kind!r}, but must be one of {', '.join(DIVERGENCES)}")
+        raise unknown_divergence(kind, DIVERGENCES)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}, but must lie in [0, 1]")
     if temperature <= 0:
@@ -152,6 +170,53 @@ def differentiated(function: Callable[[torch.Tensor, slice], torch.Tensor], stud
         return values.detach(), slope.sub_(log_p.detach().exp_().mul_(slope.sum(dim=-1, keepdim=True)))
 
     return row_losses(loss, student)
+
+
+def nelbo(
+    process: Process,
+    student: HeadRows,
+    z_t: torch.Tensor,
+    x_0: torch.Tensor,
+    gamma: torch.Tensor,
+    slope: torch.Tensor,
+) -> torch.Tensor:
+    """`process.nelbo` of each row, [R], differentiable: the integrand over t of the bound, in nats."""
+    if isinstance(process, AbsorbingProcess):  # a weighted cross-entropy, which needs no autograd within a chunk
+        return cross_entropy(student, x_0, process.token_weights(gamma, slope))
+    return differentiated(
+        lambda log_p, rows: process.nelbo(log_p, z_t[rows], x_0[rows], gamma[rows], slope[rows]), student
+    )
+
+
+def at_temperature(rows: HeadRows, temperature: float) -> HeadRows:
+    """The same rows with their logits divided by the temperature."""
+    return replace(rows, hidden=rows.hidden / temperature, bias=rows.bias / temperature)
+
+
+def divergence_from_token(kind: str, student: HeadRows, tokens: torch.Tensor) -> torch.Tensor:
+    """D(student, teacher) of rows whose token the teacher sees, [R]. SUBS makes it a point mass there, at any temperature.
+
+    With p the probability that the student gives to the token,
+
+        teacher_first     -log p, the cross-entropy
+        student_first     1e6 (1 - p) - H(student): SUBS's log 0 is -1e6, and this explodes
+        jensen_shannon    log 2 - ((1 + p) log(1 + p) - p log p) / 2, at most log 2 (beta 1/2)
+        total_variation   1 - p
+    """
+    nll = cross_entropy(student, tokens)
+    if kind == "teacher_first":
+        return nll
+    p = torch.exp(-nll)
+    if kind == "student_first":
+        uniform = replace(student, hidden=torch.zeros_like(student.hidden), bias=torch.zeros_like(student.bias))
+        kinds = len(student.bias) - (student.mask_token_id is not None)  # of tokens
+        negative_entropy = divergence("student_first", student, uniform) - math.log(kinds)
+        return -MASK_LOGIT * (1 - p) + negative_entropy
+    if kind == "jensen_shannon":
+        return math.log(2) - ((1 + p) * torch.log1p(p) + p * nll) / 2
+    if kind == "total_variation":
+        return 1 - p
+    raise ValueError(f"divergence {kind!r} is not defined where the teacher is a point mass")
 
 
 Loss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
@@ -221,7 +286,7 @@ def sweep(loss: Loss, student: HeadRows, needed: tuple[bool, ...], upstream: tor
             of_weight.addmm_(gradient.T, hidden[rows])
         elif needed[1]:
             of_weight.add_(gradient.T @ hidden[rows])
-        return values
+        return values.to(dtype)
 
     with torch.autocast(
         hidden.device.type, enabled=False

@@ -7,9 +7,9 @@ One stage. Each step does, for every sequence x_0 of n tokens that may be masked
     loss = lambda T^2 mean over l masked in z of  KL( teacher_l(. | z'; T) || student_l(. | z; T) )
          + (1 - lambda)     mean over l masked in z of  -log student_l( x_0 | z )
 
-with T = 2 and lambda = 0.9 for a tenth of the run, from where it falls as a cosine to 0.5. Under SUBS the teacher is a
-point mass where it sees the token, and the first term there is the cross-entropy of the student at temperature T (the
-released code has LLaDA's untrained logits there). Its rules for answers of fewer than 20 tokens are not taken over.
+with T = 2, and lambda = 0.9 for a tenth of the run, then a cosine decay to 0.5. Under SUBS the teacher is a point mass
+where it sees the token, and the first term there is the cross-entropy of the student at temperature T (the released code
+uses LLaDA's untrained logits there). Its rules for answers of fewer than 20 tokens are left out.
 """
 
 import math
@@ -19,9 +19,9 @@ import torch
 
 from modeling_mcd.checks_mdlm import BELOW_1, POSITIVE, WITHIN_0_1, check_numbers
 from modeling_mcd.forward_process_mdlm import mask_tokens
-from trainers.diffusion_trainer import may_be_noised
-from trainers.distillation_trainer import DistillationArguments, DistillationTrainer, at_temperature
-from trainers.divergences import cross_entropy, divergence
+from trainers.diffusion_trainer import maskable_tokens
+from trainers.distillation_trainer import DistillationArguments, DistillationTrainer
+from trainers.divergences import at_temperature, cross_entropy, divergence
 from trainers.trajectories import most_masked
 
 
@@ -29,7 +29,9 @@ from trainers.trajectories import most_masked
 class DSCDTrainingArguments(DistillationArguments):
     """The released settings but for the length of the run: AdamW 5e-6, weight decay 0.01, 200 warm-up steps, batch 64."""
 
-    num_rounds: int = field(default=1, metadata={"help": "Parts of the run: the student is exported after each."})
+    num_rounds: int = field(
+        default=1, metadata={"help": "Equal parts of the run; the student is exported after each."}
+    )
     learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=200, metadata={"help": "Steps of linear warm-up."})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW weight decay."})
@@ -38,17 +40,20 @@ class DSCDTrainingArguments(DistillationArguments):
         default_factory=lambda: [0.4, 0.9], metadata={"help": "Range of the student's masked fraction."}
     )
     teacher_share: list[float] = field(
-        default_factory=lambda: [0.3, 0.7], metadata={"help": "Range of the teacher's share in the student's masks."}
+        default_factory=lambda: [0.3, 0.7],
+        metadata={"help": "Range of the fraction of the student's masks that the teacher keeps."},
     )
     teacher_ratio: list[float] = field(
         default_factory=lambda: [0.1, 0.6], metadata={"help": "Bounds of the teacher's masked fraction."}
     )
-    lambda_start: float = field(default=0.9, metadata={"help": "Weight of the distillation at first."})
-    lambda_end: float = field(default=0.5, metadata={"help": "Weight of the distillation at the end."})
-    lambda_hold: float = field(default=0.1, metadata={"help": "Part of the run before lambda falls."})
+    lambda_start: float = field(default=0.9, metadata={"help": "Weight of the distillation term at the start."})
+    lambda_end: float = field(default=0.5, metadata={"help": "Weight of the distillation term at the end."})
+    lambda_hold: float = field(default=0.1, metadata={"help": "Fraction of the run before lambda starts to fall."})
     clamp: float | None = field(
         default=None,
-        metadata={"help": "Bound of each of the two terms, 5 in the released code: no gradient above it."},
+        metadata={
+            "help": "Upper bound on each of the two terms, above which they give no gradient; 5 in the released code."
+        },
     )
 
     def __post_init__(self):
@@ -65,19 +70,19 @@ class DSCDTrainingArguments(DistillationArguments):
 
 
 class DSCDTrainer(DistillationTrainer):
-    """Distils what a frozen teacher says of a lightly masked sequence into the student's view of a heavily masked one."""
+    """Trains the student on a heavily masked sequence to predict what a frozen teacher predicts on a lightly masked one."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+        x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
         temperature, weight = self.args.temperature, self.args.lambda_of(self.state.global_step)
 
         times, u, second = self.noise_of_batch(x_0, draws=2)
         ratio = between(self.args.student_ratio, times)
         share = between(self.args.teacher_share, second[:, 0])  # only the first of a row's draws is needed
         teacher_ratio = torch.minimum((ratio * share).clamp(*self.args.teacher_ratio), ratio)
-        tokens = maskable.sum(dim=1)
-        m = most_masked(u, maskable, (ratio * tokens).round())
-        m_teacher = most_masked(u, maskable, (teacher_ratio * tokens).round())
+        available = maskable.sum(dim=1)
+        m = most_masked(u, maskable, (ratio * available).round())
+        m_teacher = most_masked(u, maskable, (teacher_ratio * available).round())
         z, z_teacher = (mask_tokens(x_0, masked, self.mask_token_id) for masked in (m, m_teacher))
 
         student = self.rows(model, m, z, 1 - ratio, inputs)
@@ -86,7 +91,7 @@ class DSCDTrainer(DistillationTrainer):
 
         count = m.sum().clamp(min=1)
         still_masked, tempered = m_teacher[m], at_temperature(student, temperature)
-        agree = divergence("teacher_student", tempered.at(still_masked), teacher, temperature=temperature).sum()
+        agree = divergence("teacher_first", tempered.at(still_masked), teacher, temperature=temperature).sum()
         agree = agree + cross_entropy(tempered.at(~still_masked), x_0[m & ~m_teacher]).sum()
         consistency = self.bounded(temperature**2 * agree / count)
         reconstruction = self.bounded(cross_entropy(student, x_0[m]).sum() / count)

@@ -5,8 +5,8 @@ snapshot of the student at the start of the round, each step does, for every seq
 
     u ~ U[0, 1]^L,  t ~ U(delta, 1],  s = t - delta
     z_t = Mask(x_0, u, gamma_t),  z_s = Mask(x_0, u, gamma_s)             masked exactly where u > gamma
-    loss = sum_i  m_s KL( student(. | z_t) || teacher(. | z_s; tau) )     what both see masked: match the teacher
-                + (m_t - m_s) CE( x_0, student(. | z_t) )                 what s reveals: match the data
+    loss = sum_i  m_s KL( student(. | z_t) || teacher(. | z_s; tau) )     masked in both: match the teacher
+                + (m_t - m_s) CE( x_0, student(. | z_t) )                 masked at t, visible at s: match the data
 """
 
 from dataclasses import dataclass, field
@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from modeling_mcd.checks_mdlm import BELOW_1, POSITIVE, check_numbers
-from modeling_mcd.forward_process_mdlm import mask_tokens, masked_at
-from trainers.diffusion_trainer import may_be_noised
-from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments, divergence_from_token
-from trainers.divergences import cross_entropy, divergence
+from modeling_mcd.head_mdlm import HeadRows
+from trainers.diffusion_trainer import maskable_tokens
+from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
+from trainers.divergences import check_divergence, cross_entropy, divergence, divergence_from_token
 from trainers.teacher import TeacherCallback
 
 
@@ -29,22 +29,25 @@ class MCDTrainingArguments(WideningGapArguments):
 
     tau: list[float] = field(
         default_factory=lambda: [0.96, 0.93, 0.90, 0.87, 0.84],
-        metadata={"help": "Teacher temperature of each round; the last one holds for the rounds after it."},
+        metadata={"help": "Teacher temperature of each round; the last also applies to later rounds."},
     )
-    divergence: Literal["student_teacher", "teacher_student", "jensen_shannon"] = field(
-        default="student_teacher",
-        metadata={"help": "KL(student || teacher), as the paper writes it, the reverse, or Jensen-Shannon."},
+    divergence: Literal["student_first", "teacher_first", "jensen_shannon"] = field(
+        default="student_first",
+        metadata={
+            "help": "KL(student || teacher), as the paper writes it; KL(teacher || student); or Jensen-Shannon."
+        },
     )
     reveal: Literal["cross_entropy", "divergence", "none"] = field(
         default="cross_entropy",
         metadata={
-            "help": "Loss of what s reveals: the paper's repair; the divergence from the teacher, which is a point mass "
-            "there (with student_teacher the paper's run that explodes); or nothing."
+            "help": "Loss on tokens masked at t but visible at s. cross_entropy: against the data, the paper's choice. "
+            "divergence: against the teacher, a point mass there (with student_first the paper's diverging ablation). "
+            "none: no loss there."
         },
     )
     reduction: Literal["all_tokens", "masked_tokens"] = field(
         default="all_tokens",
-        metadata={"help": "Mean over all tokens (prompt and padding aside), or over those masked in z_t."},
+        metadata={"help": "Mean over all tokens but prompt and padding, or over those masked in z_t."},
     )
     teacher_update: Literal["snapshot", "ema"] = field(
         default="snapshot", metadata={"help": "Copy the student at each round's start, or follow it at every step."}
@@ -55,6 +58,7 @@ class MCDTrainingArguments(WideningGapArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_divergence(self)
         if not self.tau or not all(map(POSITIVE[1], self.tau)):
             raise ValueError(f"tau must be one or more positive temperatures, not {self.tau}")
         default = type(self).__dataclass_fields__["tau"].default_factory()
@@ -82,38 +86,40 @@ class MCDTrainer(DistillationTrainer):
         self.add_callback(TeacherCallback(self.companions["teacher"], args.teacher_ema_decay))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+        x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
         round = self.args.round_of(self.state.global_step)
         delta, tau = self.args.delta_of(round), self.args.tau_of(round)
 
         times, u = self.noise_of_batch(x_0)
         t = 1 - (1 - delta) * times  # U(delta, 1]
         gamma_t, gamma_s = self.schedule.gamma(t), self.schedule.gamma(t - delta)
-        m_t, m_s = masked_at(gamma_t, u) & maskable, masked_at(gamma_s, u) & maskable
-        z_t, z_s = mask_tokens(x_0, m_t, self.mask_token_id), mask_tokens(x_0, m_s, self.mask_token_id)
+        (z_t, m_t), (z_s, m_s) = self.process.coupled_pair(x_0, gamma_t, gamma_s, u, maskable)
 
         student = self.rows(model, m_t, z_t, gamma_t, inputs)
         with torch.no_grad():
             teacher = self.rows(self.teacher, m_s, z_s, gamma_s, inputs)
 
-        still_masked = m_s[m_t]  # of the student's rows, those that the teacher sees masked too
+        still_masked = m_s[m_t]  # of the student's rows, those that are masked for the teacher too
         consistency = divergence(self.args.divergence, student.at(still_masked), teacher, temperature=tau).sum()
-        reveal = self.reveal_loss(student.at(~still_masked), x_0[m_t & ~m_s]).sum()
-        tokens = (maskable if self.args.reduction == "all_tokens" else m_t).sum().clamp(min=1)
-        loss = (consistency + reveal) / tokens
+        reveal = self.reveal_loss(student.at(~still_masked), x_0[m_t & ~m_s])
+        count = (maskable if self.args.reduction == "all_tokens" else m_t).sum().clamp(min=1)
+        loss = (consistency + reveal) / count
 
         self.record(
             round=round,
             delta=delta,
             tau=tau,
-            divergence=consistency / tokens,
-            reveal=reveal / tokens,
+            divergence=consistency / count,
+            reveal=reveal / count,
             masked_fraction_t=m_t.double().mean(),
             masked_fraction_s=m_s.double().mean(),
         )
         return (loss, {}) if return_outputs else loss
 
-    def reveal_loss(self, student, tokens):
+    def reveal_loss(self, student: HeadRows, tokens: torch.Tensor) -> torch.Tensor | float:
+        """Sum over the tokens [R] that only the student has masked."""
+        if self.args.reveal == "none":
+            return 0.0
         if self.args.reveal == "divergence":
-            return divergence_from_token(self.args.divergence, student, tokens)
-        return cross_entropy(student, tokens) * (self.args.reveal == "cross_entropy")
+            return divergence_from_token(self.args.divergence, student, tokens).sum()
+        return cross_entropy(student, tokens).sum()

@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass, field
 
-import torch
-
 from modeling_mcd.checks_mdlm import INSIDE_0_1, check_numbers
-from modeling_mcd.forward_process_mdlm import corrupt_uniformly, mask_tokens, masked_at, nelbo_weight, uniform_nelbo
-from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments, may_be_noised
-from trainers.divergences import cross_entropy, differentiated
+from modeling_mcd.forward_process_mdlm import at_positions
+from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments, maskable_tokens
+from trainers.divergences import nelbo
 
 
 @dataclass
@@ -24,43 +22,23 @@ class MDLMTrainingArguments(DiffusionTrainingArguments):
 
 
 class MDLMTrainer(DiffusionTrainer):
-    """Minimises the bound of the model's kind of diffusion, in nats per token, the mean over all tokens (not of prompt or padding).
+    """Minimises the bound of the model's kind of diffusion, in nats per token: the mean over all but prompt and padding.
 
     Absorbing: E_t [ -gamma'(t) / (1 - gamma(t)) sum_masked -log p(x_0 | z_t) ] / L (MDLM, Eq. 10). Under the log-linear
     schedule the weight is exactly 1/t. Uniform: E_t [ sum_i `uniform_nelbo` ] / L (Duo, Eq. 17, on discrete tokens).
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        times, u = self.noise_of_batch(inputs["input_ids"])
-        times = self.args.sampling_epsilon + (1 - self.args.sampling_epsilon) * times
-        loss_of = self.uniform_loss if self.model.config.diffusion_kind == "uniform" else self.absorbing_loss
-        loss = loss_of(model, inputs, may_be_noised(inputs), times, u)
-        return (loss, {}) if return_outputs else loss
+        x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
 
-    def absorbing_loss(self, model, inputs, maskable, times, u):
-        x_0, gamma = inputs["input_ids"], self.schedule.gamma(times)
-        masked = masked_at(gamma, u) & maskable
-        z_t = mask_tokens(x_0, masked, self.mask_token_id)
+        times, u = self.noise_of_batch(x_0)
+        t = self.args.sampling_epsilon + (1 - self.args.sampling_epsilon) * times
+        gamma, slope = self.schedule.gamma(t), self.schedule.derivative(t)
+        z_t, scored = self.process.corrupt(x_0, gamma, u, maskable)
 
-        student = self.rows(model, masked, z_t, gamma, inputs)
-        weights = nelbo_weight(self.schedule, times)[:, None].expand_as(u)[masked]
-        loss = cross_entropy(student, x_0[masked], weights).sum() / maskable.sum().clamp(min=1)
-
-        self.record(masked_fraction=masked.double().mean())
-        return loss
-
-    def uniform_loss(self, model, inputs, maskable, times, u):
-        x_0, gamma = inputs["input_ids"], self.schedule.gamma(times)
-        z_t = torch.where(maskable, corrupt_uniformly(x_0, gamma, u, self.model.config.vocab_size), x_0)
-
-        student = self.rows(model, maskable, z_t, gamma, inputs)
-        tokens = [values[maskable] for values in (z_t, x_0)]
-        levels = [values[:, None].expand_as(u)[maskable] for values in (gamma, self.schedule.derivative(times))]
-
-        def nelbo(log_p: torch.Tensor, rows: slice) -> torch.Tensor:
-            return uniform_nelbo(log_p, *(x[rows] for x in tokens), *(x[rows].to(log_p.dtype) for x in levels))
-
-        loss = differentiated(nelbo, student).sum() / maskable.sum().clamp(min=1)
+        student = self.rows(model, scored, z_t, gamma, inputs)
+        levels = at_positions(gamma, scored), at_positions(slope, scored)
+        loss = nelbo(self.process, student, z_t[scored], x_0[scored], *levels).sum() / maskable.sum().clamp(min=1)
 
         self.record(noised_fraction=(z_t != x_0).double().mean())
-        return loss
+        return (loss, {}) if return_outputs else loss

@@ -8,9 +8,10 @@ One stage, with a gap delta that falls linearly over the run. Each step does, fo
         or, for `anchor_fraction` of the sequences, where t ~ U(0.001, 1], s = 0 and z_s = x_0:
            -gamma'_t / (1 - gamma_t) sum over l masked in z_t of  -log student_l( x_0 | z_t )              the NELBO
 
-Without the anchor every prediction that is constant along paths is a solution. Where s reveals the token, the student is
-a point mass, and the divergence from it at most log 2. The paper's appendix and tables were not to be had: its equations
-are followed, while the values of delta and of the anchor are our own, and so is the mean over all tokens.
+Without the anchor every prediction that is constant along paths is a solution. Where the token
+is visible at s, the student at s is a point mass, and the divergence from it is at most log 2. The paper's appendix and
+tables were not available: its equations are followed here, but the values of delta and of the anchor are our own, and so is
+the mean over all tokens.
 """
 
 from dataclasses import dataclass, field, replace
@@ -18,10 +19,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from modeling_mcd.checks_mdlm import INSIDE_0_1, WITHIN_0_1, check_numbers
-from modeling_mcd.forward_process_mdlm import mask_tokens, masked_at, nelbo_weight
-from trainers.diffusion_trainer import may_be_noised
-from trainers.distillation_trainer import DistillationArguments, DistillationTrainer, divergence_from_token
-from trainers.divergences import cross_entropy, divergence
+from modeling_mcd.forward_process_mdlm import at_positions
+from trainers.diffusion_trainer import maskable_tokens
+from trainers.distillation_trainer import DistillationArguments, DistillationTrainer
+from trainers.divergences import divergence, divergence_from_token, nelbo
 
 
 ANCHOR_EPSILON = 1e-3  # times of the NELBO are drawn from (this, 1], as in pre-training
@@ -31,7 +32,9 @@ ANCHOR_EPSILON = 1e-3  # times of the NELBO are drawn from (this, 1], as in pre-
 class MPDCTrainingArguments(DistillationArguments):
     """One stage; the optimiser's settings are those of MCD, the rest is our own."""
 
-    num_rounds: int = field(default=1, metadata={"help": "Parts of the run: the student is exported after each."})
+    num_rounds: int = field(
+        default=1, metadata={"help": "Equal parts of the run; the student is exported after each."}
+    )
     delta: float = field(default=0.25, metadata={"help": "Time gap t - s at the first step."})
     delta_end: float = field(default=1 / 64, metadata={"help": "Time gap at the last step; linear in between."})
     anchor_fraction: float = field(default=0.1, metadata={"help": "Part of the sequences with s = 0: their NELBO."})
@@ -45,12 +48,12 @@ class MPDCTrainingArguments(DistillationArguments):
 
 
 class MPDCTrainer(DistillationTrainer):
-    """Makes a masked diffusion model agree with itself along its paths."""
+    """Trains a masked diffusion model to agree with itself along its own paths."""
 
     has_teacher = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+        x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
         delta = self.args.delta_of(self.state.global_step)
 
         times, u, second = self.noise_of_batch(x_0, draws=2)
@@ -58,8 +61,7 @@ class MPDCTrainer(DistillationTrainer):
         t = 1 - (1 - torch.full_like(times, delta).masked_fill(anchored, ANCHOR_EPSILON)) * times
         s = torch.where(anchored, 0, t - delta)
         gamma_t, gamma_s = self.schedule.gamma(t), self.schedule.gamma(s)
-        m_t, m_s = masked_at(gamma_t, u) & maskable, masked_at(gamma_s, u) & maskable
-        z_t, z_s = mask_tokens(x_0, m_t, self.mask_token_id), mask_tokens(x_0, m_s, self.mask_token_id)
+        (z_t, m_t), (z_s, m_s) = self.process.coupled_pair(x_0, gamma_t, gamma_s, u, maskable)
 
         with torch.no_grad():
             target = self.own_rows(model, m_s, z_s, gamma_s, inputs)
@@ -70,23 +72,24 @@ class MPDCTrainer(DistillationTrainer):
         revealed = ~still_masked & ~anchor
         agree = divergence("jensen_shannon", student.at(still_masked), target).sum()
         agree = agree + divergence_from_token("jensen_shannon", student.at(revealed), x_0[m_t][revealed]).sum()
-        weights = nelbo_weight(self.schedule, t)[:, None].expand_as(u)[m_t][anchor]
-        nelbo = cross_entropy(student.at(anchor), x_0[m_t][anchor], weights).sum()
-        tokens = maskable.sum().clamp(min=1)
-        loss = (agree + nelbo) / tokens
+        tokens, levels = (z_t, x_0), (gamma_t, self.schedule.derivative(t))
+        at_anchor = [x[m_t][anchor] for x in tokens] + [at_positions(x, m_t)[anchor] for x in levels]
+        bound = nelbo(self.process, student.at(anchor), *at_anchor).sum()
+        count = maskable.sum().clamp(min=1)
+        loss = (agree + bound) / count
 
         self.record(
             round=self.args.round_of(self.state.global_step),
             delta=delta,
-            divergence=agree / tokens,
-            nelbo=nelbo / tokens,
+            divergence=agree / count,
+            nelbo=bound / count,
             masked_fraction_t=m_t.double().mean(),
             masked_fraction_s=m_s.double().mean(),
         )
         return (loss, {}) if return_outputs else loss
 
     def own_rows(self, model, *canvas):
-        """The student as its own target: without dropout."""
+        """The student as its own target, without dropout."""
         was_training = model.training
         model.eval()
         try:

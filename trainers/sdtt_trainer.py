@@ -9,7 +9,7 @@ delta that doubles from round to round (grows k-fold in the paper, where k = 2),
         z        = one ancestral step of length delta from max(t - i delta, epsilon)
     loss = mean over l masked in z_t of  KL( student_l(. | z_t) || target_l )
 
-So a token's target is the distribution that it was drawn from, and the last step's where it was never drawn.
+A token's target is thus the distribution that it was drawn from, or that of the last step if it was never drawn.
 """
 
 import functools
@@ -21,12 +21,12 @@ from torch import nn
 
 from modeling_mcd.checks_mdlm import AT_LEAST_1, INSIDE_0_1, check_numbers
 from modeling_mcd.draws_mdlm import draw_tokens
-from modeling_mcd.forward_process_mdlm import mask_tokens, masked_at
+from modeling_mcd.forward_process_mdlm import masked_at
 from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.noise_schedule_mdlm import NoiseSchedule
-from trainers.diffusion_trainer import may_be_noised
+from trainers.diffusion_trainer import maskable_tokens
 from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
-from trainers.divergences import divergence
+from trainers.divergences import check_divergence, divergence
 from trainers.teacher import TeacherCallback
 
 
@@ -37,8 +37,9 @@ class SDTTTrainingArguments(WideningGapArguments):
     num_rounds: int = field(default=7, metadata={"help": "Rounds N."})
     delta: float = field(default=1 / 1024, metadata={"help": "Length of a teacher step in the first round."})
     teacher_steps: int = field(default=2, metadata={"help": "Teacher steps k that one student step stands for."})
-    divergence: Literal["student_teacher", "teacher_student", "total_variation", "mse"] = field(
-        default="student_teacher", metadata={"help": "KL(student || teacher), or another of the paper's ablation."}
+    divergence: Literal["student_first", "teacher_first", "total_variation", "mse"] = field(
+        default="student_first",
+        metadata={"help": "KL(student || teacher), as the paper, or another divergence of its ablation."},
     )
     time_grid: Literal["paper", "released"] = field(
         default="paper",
@@ -50,6 +51,7 @@ class SDTTTrainingArguments(WideningGapArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_divergence(self)
         check_numbers(self, teacher_steps=AT_LEAST_1, sampling_epsilon=INSIDE_0_1)
         longest = self.teacher_steps * max(self.delta, self.delta_of(self.num_rounds - 1))
         if longest > 1:
@@ -72,7 +74,7 @@ def step_starts(t: torch.Tensor, delta: float, steps: int, time_grid: str) -> li
 
 
 def reveal_thresholds(starts: list[torch.Tensor], delta: float, epsilon: float, schedule: NoiseSchedule, gamma_t):
-    """After each step, the visible probability [B] that a token's locking scalar u is held against.
+    """The visible probability [B] after each step: a token is masked while its locking scalar u is above it.
 
     An ancestral step from t to s keeps a masked token masked with probability (1 - gamma_s) / (1 - gamma_t), whatever the
     others are. On a grid without gaps the thresholds are gamma at its points.
@@ -98,28 +100,37 @@ class SDTTTrainer(DistillationTrainer):
         self.add_callback(TeacherCallback(self.companions["teacher"]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        x_0, maskable = inputs["input_ids"], may_be_noised(inputs)
+        x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
         round, epsilon = self.args.round_of(self.state.global_step), self.args.sampling_epsilon
         delta = self.args.delta_of(round)
 
-        times, u, which = self.noise_of_batch(x_0, draws=2)
+        times, u, second = self.noise_of_batch(x_0, draws=2)
         t = epsilon + (1 - epsilon) * times
         gamma_t = self.schedule.gamma(t)
-        m_t = masked_at(gamma_t, u) & maskable
-        z_t = mask_tokens(x_0, m_t, self.mask_token_id)
+        z_t, m_t = self.process.corrupt(x_0, gamma_t, u, maskable)
 
         with torch.no_grad():
-            teacher, revealed = self.teacher_targets(z_t, m_t, t, gamma_t, delta, u, which, inputs)
+            teacher, revealed = self.teacher_targets(z_t, m_t, t, gamma_t, delta, u, second, inputs)
         student = self.rows(model, m_t, z_t, gamma_t, inputs)
         loss = divergence(self.args.divergence, student, teacher).sum() / m_t.sum().clamp(min=1)
 
         self.record(round=round, delta=delta, masked_fraction=m_t.double().mean(), revealed_fraction=revealed)
         return (loss, {}) if return_outputs else loss
 
-    def teacher_targets(self, z, m_t, t, gamma_t, delta, u, which, inputs) -> tuple[HeadRows, torch.Tensor]:
+    def teacher_targets(
+        self,
+        z: torch.Tensor,
+        m_t: torch.Tensor,
+        t: torch.Tensor,
+        gamma_t: torch.Tensor,
+        delta: float,
+        u: torch.Tensor,
+        second: torch.Tensor,
+        inputs: dict,
+    ) -> tuple[HeadRows, torch.Tensor]:
         """The teacher's row for every token masked in z_t, and the fraction of them that it revealed on its way.
 
-        Every step overwrites the rows of what is still masked: what stands there last is what the method asks for.
+        Every step overwrites the rows of the tokens that are still masked: the last value written is the target.
         """
         starts = step_starts(t, delta, self.args.teacher_steps, self.args.time_grid)
         thresholds = reveal_thresholds(starts, delta, self.args.sampling_epsilon, self.schedule, gamma_t)
@@ -130,6 +141,6 @@ class SDTTTrainer(DistillationTrainer):
             targets = rows if targets is None else targets.put(masked[m_t], rows)
             if i + 1 < len(starts):
                 reveal = masked & ~masked_at(thresholds[i], u)
-                z = z.masked_scatter(reveal, draw(rows.at(reveal[masked]), which[reveal]))
+                z = z.masked_scatter(reveal, draw(rows.at(reveal[masked]), second[reveal]))
                 masked = masked & ~reveal
         return targets, (m_t & ~masked).sum() / m_t.sum().clamp(min=1)
