@@ -3,8 +3,9 @@
 `generate` fills canvases block by block; so can any code that wants samples without the argument parsing of `generate`:
 
     canvas = Canvas(tokens, fillable, RowNoise(keys, positions), model.denoiser())
-    for step in canvas.denoise(ancestral(canvas, steps=8)):
-        ...  # canvas.tokens has changed
+    with torch.no_grad():
+        for step in canvas.denoise(ancestral(canvas, steps=8)):
+            ...  # canvas.tokens has changed
 """
 
 import functools

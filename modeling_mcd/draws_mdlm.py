@@ -100,13 +100,13 @@ def draw_truncated(
 # --- How sure the network is: [rows, V] -> [rows] float32, larger is surer
 
 
-def confidence(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+def log_confidence(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     """log-probability of the likeliest token: max - logsumexp (MaskGIT, arXiv 2202.04200; LLaDA, arXiv 2502.09992)."""
     scores = substitute(logits, mask_token_id, torch.float32)
     return scores.amax(dim=-1) - scores.logsumexp(dim=-1)
 
 
-def margin(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+def probability_margin(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     """Probability of the likeliest token less that of the second (top-k margin, arXiv 2502.06768; Dream)."""
     scores = substitute(logits, mask_token_id, torch.float32)
     first, second = (scores.topk(2, dim=-1).values - scores.logsumexp(dim=-1, keepdim=True)).exp().unbind(dim=-1)

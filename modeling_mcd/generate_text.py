@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .command_line import OneLineParser
-from .generation_config_mdlm import CHOICES
+from .generation_config_mdlm import CHOICES, MDLMGenerationConfig
 from .loading import check_tokens, load_model, load_tokenizer
 from .modeling_mdlm import MDLMForMaskedDiffusion
 from .replay import Replay
@@ -65,6 +65,8 @@ def run(options: argparse.Namespace):
         raise ValueError("--stream needs a terminal on standard error, and there is none")
     if options.replay is not None and (Path(options.replay).is_dir() or not Path(options.replay).parent.is_dir()):
         raise ValueError(f"--replay {options.replay!r} must name a file in a folder that is there")
+    given = {name: getattr(options, name) for name in (*OPTIONS, "sampler")}
+    MDLMGenerationConfig(**given)  # refuses what is wrong before anything is loaded
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
     model, tokenizer = load_both(options.model, options.tokenizer, options.device)
     ids = encode(prompt, tokenizer, model)
@@ -76,8 +78,7 @@ def run(options: argparse.Namespace):
         if options.stream:
             drafts.show(canvas[0])
 
-    given = {name: getattr(options, name) for name in (*OPTIONS, "sampler", "seed")}
-    sequences = model.generate(ids, callback=watch, return_dict_in_generate=False, **given)
+    sequences = model.generate(ids, seed=options.seed, callback=watch, return_dict_in_generate=False, **given)
     drafts.clear()
     for number, sequence in enumerate(sequences, start=1):
         if len(sequences) > 1:

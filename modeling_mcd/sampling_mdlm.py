@@ -17,9 +17,14 @@ from itertools import pairwise
 import torch
 
 from .canvas_mdlm import Answer, Canvas
-from .draws_mdlm import confidence as log_confidence
-from .draws_mdlm import draw_posterior, draw_truncated, negative_entropy, probability_of
-from .draws_mdlm import margin as probability_margin
+from .draws_mdlm import (
+    draw_posterior,
+    draw_truncated,
+    log_confidence,
+    negative_entropy,
+    probability_margin,
+    probability_of,
+)
 from .noise_schedule_mdlm import NoiseSchedule
 
 

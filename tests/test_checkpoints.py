@@ -489,7 +489,7 @@ def test_someone_elses_tokenizer_code_is_neither_run_nor_saved(tokenizer, tmp_pa
     assert "evil" not in (tmp_path / "ours" / "tokenizer_config.json").read_text()
 
 
-def test_what_stands_beside_a_published_checkpoint_and_is_not_ours_is_no_reason_to_refuse_it(tmp_path):
+def test_foreign_files_beside_a_published_checkpoint_are_left_alone(tmp_path):
     config = json.loads((DATA / "config.json").read_text()) | {"algo": "mdlm", "model": "small"}
     source = save(tmp_path / "source", WEIGHTS, config)
     (source / "generation_config.json").write_text('{"do_sample": true}')
@@ -499,7 +499,7 @@ def test_what_stands_beside_a_published_checkpoint_and_is_not_ours_is_no_reason_
     )
 
 
-def test_a_converted_checkpoint_never_replaces_a_folder_and_a_failed_one_leaves_none(build, tmp_path):
+def test_a_conversion_replaces_nothing_and_a_failed_one_leaves_nothing(build, tmp_path):
     source = published(tmp_path / "source", "mdlm")
     with pytest.raises(ValueError, match="source' is already there"):
         convert(source, source)
@@ -522,7 +522,7 @@ class Trap:
         return (os.mkdir, (str(self.path),))
 
 
-def test_a_pickled_checkpoint_that_needs_more_is_refused_until_it_is_trusted(tmp_path, capsys):
+def test_a_pickle_that_runs_code_is_refused_until_it_is_trusted(tmp_path, capsys):
     file = save_lightning(tmp_path / "last.ckpt", hyper_parameters={"tokenizer": Trap(tmp_path / "sprung")})
     line = refusal(capsys, str(file), str(tmp_path / "out"))
     assert "can run any code (found: posix.mkdir); if you trust its author, convert it with --trust-pickle" in line
@@ -531,7 +531,7 @@ def test_a_pickled_checkpoint_that_needs_more_is_refused_until_it_is_trusted(tmp
     assert (tmp_path / "sprung").is_dir() and (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_what_lightning_puts_beside_the_weights_of_a_checkpoint_is_allowed(tmp_path):
+def test_what_lightning_stores_beside_the_weights_is_allowed(tmp_path):
     beside = argparse.Namespace(lr=3e-4, sizes=OrderedDict(a=torch.Size([2])))
     assert load_model(save_lightning(tmp_path / "last.ckpt", hyper_parameters=beside)).config.num_hidden_layers == 3
 
@@ -612,7 +612,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def test_every_entry_point_takes_a_published_checkpoint_of_the_hub_at_a_revision(inputs, tmp_path, capsys):
+def test_every_entry_point_takes_a_published_model_at_a_revision(inputs, tmp_path, capsys):
     repository = cached("acme/dit", {"main": "duo"})
     shutil.copytree(inputs / "published", repository / "snapshots" / "v2")
     (repository / "refs" / "v2").write_text("v2")

@@ -164,7 +164,7 @@ def test_drawing_leaves_the_logits_as_they_are():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_schedule_falls_from_one_and_its_inverse_and_derivative_are_right(schedule):
+def test_a_schedule_falls_from_one_with_a_right_inverse_and_derivative(schedule):
     t = torch.linspace(0, 1, 101, dtype=torch.float64, requires_grad=True)
     gamma = schedule.gamma(t)
     assert abs(gamma[0].item() - 1) < 1e-12 and 0 < gamma[-1] < 1 and (gamma.diff() < 0).all()
@@ -237,7 +237,7 @@ def test_each_mask_is_revealed_once_and_seen_from_then_on():
     assert (revealed == 1).all() and torch.equal(taken, forwards)
 
 
-def test_a_network_that_ignores_its_canvas_gives_one_text_at_every_step_count():
+def test_a_network_blind_to_its_canvas_gives_one_text_at_any_steps():
     table = table_of_logits()[:1].expand(64, 3, 4)
     texts = [run(table, steps)[0] for steps in (1, 2, 5, 64)]
     assert all(torch.equal(text, texts[0]) for text in texts[1:])
@@ -330,7 +330,7 @@ def test_samples_of_one_prompt_are_adjacent_and_differ(model):
     assert len({tuple(row) for row in sequences[:4].tolist()}) == 4
 
 
-def test_a_seed_fixes_the_result_and_a_row_does_not_feel_the_rows_behind_it(model):
+def test_a_seed_fixes_a_row_whatever_rows_follow_it(model):
     mask = torch.full((1, 32), MASK)
     alone = model.generate(mask, seed=7, steps=8)
     assert torch.equal(model.generate(mask, seed=7, steps=8), alone)
@@ -341,7 +341,7 @@ def test_a_seed_fixes_the_result_and_a_row_does_not_feel_the_rows_behind_it(mode
     assert torch.equal(model.generate(mask.repeat(5, 1), seed=7, steps=8), more)
 
 
-def test_without_a_seed_the_global_random_state_decides_and_with_one_it_is_untouched(model):
+def test_the_global_random_state_counts_only_without_a_seed(model):
     torch.manual_seed(3)
     first = model.generate(steps=2)
     assert not torch.equal(model.generate(steps=2), first)

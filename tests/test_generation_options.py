@@ -66,7 +66,7 @@ def assert_rows_do_not_feel_each_other(model, masks: int, arguments: dict):
 
 
 @pytest.mark.parametrize("case, options", ROWS)
-def test_a_row_has_the_same_tokens_alone_in_a_batch_and_beside_shorter_prompts(model, case, options):
+def test_a_row_is_the_same_alone_and_beside_shorter_prompts(model, case, options):
     """In float32 on this machine, with a network whose logits differ in their last bits between batches.
 
     The context is 32: with blocks some rows reach beyond it, each in another block, and see its last part.
@@ -120,7 +120,7 @@ def test_a_seed_for_each_row(model):
     assert torch.equal(model.generate(seed=6, steps=4)[0], together[1])
 
 
-def test_one_seed_gives_related_texts_under_every_order_and_number_of_steps(model):
+def test_one_seed_gives_related_texts_under_every_order_and_steps(model):
     """A network that ignores its canvas gives one text whatever the order; so the noise of a token is its own."""
     model.lm_head.weight.data.zero_()
     cases = [case for case in CASES if "greedy" not in case and case.split(",")[0] not in ("remdm", "psi")]
@@ -244,7 +244,7 @@ def test_logits_processors_see_the_canvas_of_each_position(model):
     assert all((ids[0, :3] == torch.tensor([4, 5, 6])).all() for ids, _ in seen)
 
 
-def test_float32_draws_are_near_those_of_float64_and_legacy_draws_have_their_own_noise(model):
+def test_float32_draws_are_near_float64_and_legacy_draws_are_not(model):
     double, single = (model.generate(seed=0, steps=8, precision=p) for p in ("float64", "float32"))
     assert (double == single).float().mean() > 0.95
     legacy = model.generate(
@@ -254,7 +254,7 @@ def test_float32_draws_are_near_those_of_float64_and_legacy_draws_have_their_own
     assert torch.equal(model.generate(seed=0, steps=8, precision="legacy_float32"), legacy.sequences[:1])
 
 
-def test_every_block_of_the_legacy_draw_has_its_own_noise_and_the_first_that_of_the_canvas(model):
+def test_every_block_of_the_legacy_draw_has_its_own_noise(model):
     """Before a network that ignores its canvas, so that noise alone makes the difference."""
     model.lm_head.weight.data.zero_()
     arguments = {"steps": 8, "seed": 0, "precision": "legacy_float32"}
@@ -305,7 +305,7 @@ def test_blocks_are_filled_from_left_to_right(model, case):
     assert longer.sequences.shape == (1, 70) and (longer.sequences != MASK).all()
 
 
-def test_within_the_context_a_block_sees_the_whole_canvas_and_beyond_it_the_last_tokens(model):
+def test_a_block_sees_the_canvas_and_beyond_the_context_its_end(model):
     widths = []
     model.model.register_forward_pre_hook(
         lambda module, inputs, kwargs: widths.append(kwargs["input_ids"][0].tolist()), with_kwargs=True

@@ -18,8 +18,15 @@ from toy import CANVASES, MASK, counts_of, finish, index_of, sample, table_of_lo
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from modeling_mcd import canvas_mdlm, head_mdlm
-from modeling_mcd.draws_mdlm import confidence as log_confidence
-from modeling_mcd.draws_mdlm import draw_tokens, draw_truncated, margin, negative_entropy, probability_of
+from modeling_mcd.draws_mdlm import (
+    draw_tokens,
+    draw_truncated,
+    log_confidence,
+    negative_entropy,
+    probability_margin,
+    probability_of,
+)
+from modeling_mcd.forward_process_mdlm import pick_uniformly
 from modeling_mcd.noise_mdlm import RowNoise, philox, row_keys
 from modeling_mcd.noise_mdlm import uniforms as keyed_uniforms
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
@@ -37,6 +44,7 @@ from modeling_mcd.sampling_mdlm import (
     psi,
     random,
     remdm,
+    uniform_ancestral,
 )
 
 
@@ -57,7 +65,7 @@ def test_philox_gives_the_published_words():
         assert [f"{word.item():08x}" for word in philox(*words)] == answer.split()
 
 
-def test_keyed_uniforms_are_uniform_independent_and_a_function_of_row_place_and_draw():
+def test_keyed_uniforms_are_uniform_and_independent():
     keys, positions = row_keys(50, torch.Generator().manual_seed(0)), torch.arange(1000).expand(50, 1000)
     first, second = keyed_uniforms(keys, positions, 0)
     again = keyed_uniforms(keys, positions, 1)[0]
@@ -72,7 +80,7 @@ def test_keyed_uniforms_are_uniform_independent_and_a_function_of_row_place_and_
     assert torch.equal(part, first[7:9, 300:310])
 
 
-def test_keys_of_one_generator_do_not_depend_on_how_many_are_taken_at_once():
+def test_keys_do_not_depend_on_how_many_are_taken_at_once():
     one, other = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     assert torch.equal(row_keys(64, one), torch.cat([row_keys(n, other) for n in (1, 20, 43)]))
 
@@ -269,7 +277,7 @@ def test_psi_has_the_exact_law(kappa):
     assert p_value(counts, law) > FALSE_ALARM
 
 
-def test_the_original_draw_has_the_exact_law_where_its_truncation_is_not_felt():
+def test_the_original_draw_has_the_exact_law_over_few_steps():
     counts = counts_of(sample(legacy_ancestral, TABLE, draws=20_000, steps=3))
     assert p_value(counts, law_of_chain([3, 3, 3], gammas_of(3), constant([0, 0, 0]))) > FALSE_ALARM
 
@@ -398,7 +406,11 @@ def scores_by_hand(logits: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_scores_are_those_of_the_definitions():
     logits = 3 * torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     by_hand = scores_by_hand(logits)
-    for name, measure in (("confidence", log_confidence), ("margin", margin), ("entropy", negative_entropy)):
+    for name, measure in (
+        ("confidence", log_confidence),
+        ("margin", probability_margin),
+        ("entropy", negative_entropy),
+    ):
         torch.testing.assert_close(measure(logits, MASK).double(), by_hand[name], atol=1e-6, rtol=1e-5)
     tokens = torch.randint(0, 3, (200,), generator=torch.Generator().manual_seed(1))
     p = (logits.double()[:, :3] / 0.7).softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -438,7 +450,7 @@ def test_the_surest_go_first(name, steps, sizes):
         assert sorted(surest) == chosen
 
 
-def test_order_temperature_draws_the_order_with_weights_exp_of_score_over_temperature():
+def test_order_temperature_weighs_the_order_by_exp_of_the_score():
     for temperature in (0.3, 2.0):
         canvas = sample(confidence, TABLE, draws=50_000, steps=3, order_temperature=temperature)
         first = (canvas.reveal_steps == 0).sum(dim=0)
@@ -564,6 +576,39 @@ def test_the_logits_are_never_all_there_at_once_and_chunks_change_nothing(model,
     sizes.clear()
     assert torch.equal(model.generate(**options), whole)
     assert max(sizes) <= 500
+
+
+# --- A canvas without `generate`
+
+
+@pytest.mark.parametrize("kind, sampler", [("absorbing", ancestral), ("uniform", uniform_ancestral)])
+def test_a_canvas_of_its_own_gives_the_samples_of_generate(build, kind, sampler):
+    """Nothing but the model, its canvas and its noise: no options, no configuration."""
+    model = build(diffusion_kind=kind)
+    noise = RowNoise(row_keys(3, torch.Generator().manual_seed(7)), torch.arange(20).expand(3, 20))
+    tokens = torch.full((3, 20), 47) if kind == "absorbing" else pick_uniformly(noise.uniforms(0)[0], 48)
+    canvas = canvas_mdlm.Canvas(tokens, torch.ones(3, 20, dtype=torch.bool), noise, model.denoiser())
+    with torch.no_grad():
+        finish(canvas, sampler(canvas, steps=4))
+    assert torch.equal(canvas.tokens, model.generate(num_return_sequences=3, length=20, steps=4, seed=7))
+
+
+class AntitheticNoise(RowNoise):
+    """Another locked noise: the second half of a row is the first, reflected. Each uniform alone is uniform."""
+
+    def uniforms(self, draw):
+        u, v = super().uniforms(draw)
+        if draw == 0:
+            u[:, 10:] = 1 - u[:, :10]
+        return u, v
+
+
+def test_other_locked_noise_goes_in_by_the_canvas(model):
+    noise = AntitheticNoise(row_keys(3, torch.Generator().manual_seed(7)), torch.arange(20).expand(3, 20))
+    canvas = canvas_mdlm.Canvas(torch.full((3, 20), 47), torch.ones(3, 20, dtype=torch.bool), noise, model.denoiser())
+    with torch.no_grad():
+        finish(canvas, ancestral(canvas, steps=2))
+    assert (canvas.reveal_steps[:, 10:] == 1 - canvas.reveal_steps[:, :10]).all() and (canvas.tokens != 47).all()
 
 
 # --- Golden samples: computed by commit 3807833, on one thread of a CPU
