@@ -1,13 +1,19 @@
 """A run that is killed with SIGKILL at any moment and started again ends bitwise as one that never was."""
 
 import json
+import os
+import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import mcd_arguments, run_python, write_inputs
+from tiny_run import ROOT, mcd_arguments, run_python, write_inputs
+
+from trainers.run_mcd import main
 
 
 RUN = "import sys; from trainers.run_mcd import main; main(sys.argv[1:])"
@@ -48,7 +54,17 @@ def save_to_json(self, path):
         kill()
 TrainerState.save_to_json = save_to_json
 """,
+    "during a save, everything written but the manifest": """
+import trainers.exact_resume as resume
+write = resume.write_manifest
+def write_manifest(folder, **facts):
+    return kill() if folder.name == "checkpoint-6" else write(folder, **facts)
+resume.write_manifest = write_manifest
+""",
 }
+ONE_KEPT = (
+    "during a save, everything written but the manifest"  # with save_total_limit 1: the one before must be there
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +104,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_started_again(moment, inputs, uninterrupted, tmp_path):
-    arguments = mcd_arguments(inputs, tmp_path / "run")
+    arguments = mcd_arguments(inputs, tmp_path / "run", **({"save_total_limit": 1} if moment == ONE_KEPT else {}))
     killed = run_python(KILL + MOMENTS[moment] + RUN, *arguments)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     again = run_python(RUN, *arguments)
@@ -148,6 +164,65 @@ def test_truncated_checkpoint_is_refused_by_name_and_passed_over(inputs, tmp_pat
     )
     result = run_python(RUN, *arguments)
     assert result.returncode == 0 and "resuming from" in result.stderr and "checkpoint-2" in result.stderr
+
+
+def test_a_folder_in_use_is_refused_by_name(inputs, whole_run, capsys):
+    """The same command while its run is alive, here one that waits in its first step, and after it was killed."""
+    arguments = mcd_arguments(inputs, whole_run.parent / "waiting", num_rounds=1)
+    wait = "import time\nfrom trainers.mcd_trainer import MCDTrainer\n"
+    wait += "MCDTrainer.training_step = lambda *a: (print('waits', flush=True), time.sleep(300))\n"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(
+        [sys.executable, "-c", wait + RUN, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        while "waits" not in first.stdout.readline():
+            assert first.poll() is None
+        before = sorted(path.name for path in (whole_run.parent / "waiting").rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert f"is in use by process {first.pid} on host {os.uname().nodename} (training since" in stop.value.code
+        assert stop.value.code.endswith(f"wait for it, or stop it with `kill {first.pid}`")
+        assert sorted(path.name for path in (whole_run.parent / "waiting").rglob("*")) == before
+    finally:
+        first.kill()
+        first.wait()
+    main(arguments)
+    assert (whole_run.parent / "waiting" / "model.safetensors").exists()
+
+
+def test_another_text_or_tokenizer_is_refused(inputs, tmp_path):
+    """The same command, but what its paths hold has changed."""
+    for name in ("text.txt", "tokenizer", "teacher"):
+        (shutil.copytree if (inputs / name).is_dir() else shutil.copy)(inputs / name, tmp_path / name)
+    arguments = mcd_arguments(tmp_path, tmp_path / "run", num_rounds=1)
+    main(arguments)
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text(text.replace("walking", "running"))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert "holds another run: its train text was another one; choose another output_dir" in stop.value.code
+    (tmp_path / "text.txt").write_text(text)
+    main(arguments)
+
+
+def test_the_precision_of_the_launch_is_part_of_the_run(inputs, whole_run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(SystemExit) as stop:
+        main(mcd_arguments(inputs, whole_run))
+    assert "holds another run: bf16 was False there and is True here" in stop.value.code
+
+
+def test_a_finished_run_that_never_completed_a_checkpoint(inputs, tmp_path, caplog):
+    """Nothing complete to resume from: begun again, with a line, and what was there is kept under another name."""
+    arguments = mcd_arguments(inputs, tmp_path / "run", num_rounds=1)
+    main(arguments)
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        (folder / "manifest.json").unlink()
+    main(arguments)
+    kept = tmp_path / "run" / "incomplete-checkpoint-4" / "model.safetensors"
+    again = tmp_path / "run" / "checkpoint-4" / "model.safetensors"
+    assert kept.read_bytes() == again.read_bytes()
 
 
 def test_a_folder_with_another_run_is_refused(inputs, tmp_path):
