@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .draws_mdlm import draw_tokens
+from .forward_process_mdlm import Process
 from .head_mdlm import in_chunks
 from .noise_mdlm import RowNoise
 from .noise_schedule_mdlm import NoiseSchedule
@@ -22,15 +23,13 @@ from .noise_schedule_mdlm import NoiseSchedule
 
 @dataclass(frozen=True)
 class Denoiser:
-    """p(x_0 | z_t): a network, the noise that it was trained on, and how tokens are drawn from its logits.
+    """p(x_0 | z_t): a network, the forward process that it inverts, and how tokens are drawn from its logits.
 
     Args:
         trunk: `(tokens [b, L], rows [b], time [b] float64 on the CPU, wanted [b, R]) -> hidden states [b, R, ...]` at the
             wanted positions, or [b, L, ...] at all of them if `wanted` is None. `rows` are the canvas's rows.
         head: `(hidden states [n, ...], tokens [b, L], the row in `tokens` of each state [n]) -> logits [n, V]`.
-        schedule: the noise schedule gamma(t).
-        vocab_size: V.
-        mask_token_id: never drawn; None under uniform diffusion.
+        process: its noise schedule, the vocabulary's size V, and [MASK], which is never drawn.
         draw: keyword arguments of every draw: temperature, top_k, top_p, dtype.
         forwards: forwards of the network that one call of the trunk costs; 2 with guidance.
         static_shapes: every row takes part in every forward, as a compiled trunk needs it.
@@ -38,9 +37,7 @@ class Denoiser:
 
     trunk: Callable
     head: Callable
-    schedule: NoiseSchedule
-    vocab_size: int
-    mask_token_id: int | None
+    process: Process
     draw: dict = field(default_factory=dict)
     forwards: int = 1
     static_shapes: bool = False
@@ -85,11 +82,11 @@ class Canvas:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        return self.denoiser.schedule
+        return self.denoiser.process.schedule
 
     @property
     def mask_token_id(self) -> int | None:
-        return self.denoiser.mask_token_id
+        return self.denoiser.process.mask_token_id
 
     def fresh_noise(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Two uniforms of each token for this step alone, [B, L] float64 on the CPU."""
@@ -199,7 +196,7 @@ class Answer:
             logits = denoiser.head(self.hidden[part], self.tokens, self.row_of[part])
             return function(logits, *(value[part] for value in values))
 
-        return in_chunks(of_chunk, len(self.hidden), denoiser.vocab_size, self.hidden.device)
+        return in_chunks(of_chunk, len(self.hidden), denoiser.process.vocab_size, self.hidden.device)
 
     def score(self, measure: Callable) -> torch.Tensor:
         """`measure(logits, mask_token_id)` of every position asked for, [B, L] float32 on the CPU; -inf elsewhere.

@@ -175,6 +175,8 @@ class UniformProcess:
     schedule: NoiseSchedule
     vocab_size: int
 
+    mask_token_id = None
+
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
         """The network's noise level at times t, see `sigma_of`."""
         return sigma_of(self.schedule.gamma(t))

@@ -9,14 +9,14 @@ import torch
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from .configuration_mdlm import MDLMConfig
-from .forward_process_mdlm import pick_uniformly
+from .forward_process_mdlm import process_of
 from .generation_config_mdlm import DEFAULTS, LENGTHS, TOKENS, MDLMGenerationConfig
 from .noise_mdlm import RowNoise, row_keys
 from .sampling_mdlm import SAMPLERS, legacy_ancestral, options_of
 
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-NOISE_TO_COME = -1  # no token at all: on the canvas of a uniform-state model, a position that starts as noise
+BLANK = -1  # no token at all: a position to fill, where there is no [MASK] to say so
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,8 @@ def prepare(
     if options.guidance_scale is not None and not (seen & ~fillable).any(dim=1).all():
         raise ValueError(f"guidance_scale ({options.guidance_scale}) needs a prompt in every row to guide by")
     noise = RowNoise(keys, seen.cumsum(dim=1) - 1)
-    if config.mask_token_id is None:
-        start = pick_uniformly(noise.uniforms(0)[0], config.vocab_size)
-        tokens = torch.where(fillable.to(tokens.device), start.to(tokens.device), tokens)
+    start = process_of(config).prior(noise.uniforms(0)[0])
+    tokens = torch.where(fillable.to(tokens.device), start.to(tokens.device), tokens)
     sampler = sampler_of(options, config)
     its_own = {name: getattr(options, name) for name in options_of(sampler)}
     return Request(
@@ -199,7 +198,7 @@ def lay_out(
 ) -> tuple[torch.LongTensor, torch.BoolTensor, torch.BoolTensor]:
     """The canvas [B * n, length], and on the CPU: the positions to fill, and those that are not padding."""
     context = config.max_position_embeddings
-    blank = NOISE_TO_COME if config.mask_token_id is None else config.mask_token_id
+    blank = BLANK if config.mask_token_id is None else config.mask_token_id
     if input_ids is None:
         input_ids = torch.empty(1, 0, dtype=torch.long, device=device)
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in INTEGERS:

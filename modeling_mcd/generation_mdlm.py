@@ -10,10 +10,10 @@ from transformers.utils import ModelOutput, logging
 
 from .canvas_mdlm import Canvas, Denoiser
 from .configuration_mdlm import MDLMConfig
+from .forward_process_mdlm import process_of
 from .generation_config_mdlm import MDLMGenerationConfig
 from .generation_inputs_mdlm import Request, prepare
 from .noise_mdlm import RowNoise
-from .noise_schedule_mdlm import noise_schedule_of
 
 
 logger = logging.get_logger(__name__)
@@ -168,15 +168,15 @@ class MDLMGenerationMixin:
         """
         guided, padded = guidance_scale is not None, seen is not None and not seen.all()
         seen, prompt = (None if mask is None else mask.to(self.device) for mask in (seen, prompt))
-        schedule, head = noise_schedule_of(self.config), self.get_output_embeddings()
+        process, head = process_of(self.config), self.get_output_embeddings()
         network = torch.compile(self.model, mode="reduce-overhead", dynamic=False) if compile else self.model
 
         def trunk(
             tokens: torch.Tensor, rows: torch.Tensor, time: torch.Tensor, wanted: torch.Tensor | None
         ) -> torch.Tensor:
-            sigma = (-schedule.gamma(time).log().float()).to(tokens.device, non_blocking=True)
+            sigma = process.sigma(time).to(tokens.device, non_blocking=True)
             if guided:
-                without = tokens.masked_fill(prompt[rows], self.config.mask_token_id)
+                without = tokens.masked_fill(prompt[rows], process.mask_token_id)
                 tokens, rows, sigma = torch.cat([tokens, without]), rows.repeat(2), sigma.repeat(2)
                 wanted = None if wanted is None else wanted.repeat(2, 1)
             attention_mask = None
@@ -201,9 +201,7 @@ class MDLMGenerationMixin:
         return Denoiser(
             trunk=trunk,
             head=logits_of,
-            schedule=schedule,
-            vocab_size=self.config.vocab_size,
-            mask_token_id=self.config.mask_token_id,
+            process=process,
             draw=draw,
             forwards=2 if guided else 1,
             static_shapes=compile,

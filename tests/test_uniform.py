@@ -133,9 +133,7 @@ def sample(tables, schedule, last_step, prompt=None, draws=200_000):
     denoiser = Denoiser(
         trunk=lambda tokens, rows, time, wanted: at(tables[time[0].item()][index_of(tokens)], wanted),
         head=lambda hidden, *unused: hidden,
-        schedule=schedule,
-        vocab_size=K,
-        mask_token_id=None,
+        process=UniformProcess(schedule, K),
     )
     keys = row_keys(draws, torch.Generator().manual_seed(0))
     fillable = torch.tensor([[prompt is None, True]]).expand(draws, 2)

@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from modeling_mcd.canvas_mdlm import Canvas, Denoiser
+from modeling_mcd.forward_process_mdlm import AbsorbingProcess
 from modeling_mcd.noise_mdlm import RowNoise, row_keys
 from modeling_mcd.noise_schedule_mdlm import LogLinearSchedule
 
@@ -40,9 +41,7 @@ def toy_canvas(
     denoiser = Denoiser(
         trunk=lambda tokens, rows, time, wanted: at(trunk(tokens, rows, time), wanted),
         head=head or (lambda hidden, *unused: hidden),
-        schedule=schedule or LogLinearSchedule(),
-        vocab_size=table.shape[-1],
-        mask_token_id=MASK,
+        process=AbsorbingProcess(schedule or LogLinearSchedule(), table.shape[-1], MASK),
         draw={"temperature": temperature},
     )
     return Canvas(tokens, tokens == MASK, RowNoise(keys, torch.arange(tokens.shape[1]).expand_as(tokens)), denoiser)
