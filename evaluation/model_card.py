@@ -1,5 +1,8 @@
-"""The model card (README.md) of an output folder, made from its report alone."""
+"""The model card (README.md) of an output folder, made from its report alone. A README.md of the user's is never touched."""
 
+import hashlib
+import json
+import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -9,41 +12,85 @@ from modeling_mcd.files import write_atomically
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TRANSFORMERS = "5.20"  # as in setup.py: the oldest that loads the models
+# The last line of a card that this library wrote: a digest of all that stands above it.
+MARK = re.compile(r"<!-- Made from eval\.json; not written again once changed by hand: (\w{16}) -->\n\Z")
+BESIDE = "eval_card.md"  # the card where README.md is the user's
 
 
-def write_model_card(folder: str | Path, report: dict, name: str | None = None):
-    """Writes README.md from a report (see `save_results`); without results a card that says so.
+def write_model_card(folder: str | Path, report: dict, name: str | None = None) -> Path:
+    """Writes the card of a folder from a report (see `save_results`); without results a card that says so.
+
+    It goes to README.md if there is none, or one of ours that nobody has changed since; otherwise to `eval_card.md`.
 
     The figures of the folder's own model, the rows that the report's `label` names, go into the `model-index` too. The
-    snippet loads the report's `repository`, or the folder where there is none.
+    snippet loads the report's `repository`, or the folder from within where there is none: no path of this machine.
 
     Args:
         name: heading of the card; the folder's name by default.
+
+    Returns:
+        The file.
     """
-    name = name or Path(folder).resolve().name
+    folder = Path(folder)
+    causal = report.get("kind") == "causal"
     tables = [plain_rows(rows) for rows in tables_of(report["results"])]
     own = [row for rows in tables for row in rows if row["model"] == report.get("label")]
+    tags = ["masked-diffusion", "mdlm", "masked-consistency-distillation", "arxiv:2602.00792"]
+    name = name or folder.resolve().name
     card_data = ModelCardData(
         model_name=name,
         library_name="transformers",
-        pipeline_tag="fill-mask",
-        tags=["masked-diffusion", "mdlm", "masked-consistency-distillation", "arxiv:2602.00792"],
+        pipeline_tag="text-generation" if causal else "fill-mask",
+        tags=None if causal else tags,
         eval_results=[result for row in own for result in _eval_results(row)] or None,
     )
+    by_hand = not is_ours(folder / "README.md")
+    figures, results = report.get("figures", []), report["results"]
     card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
         name=name,
-        repository=repr(report.get("repository") or str(folder)),
-        table=markdown_table(report["results"]),
-        plot=(Path(folder) / "eval.png").exists(),
+        by_hand=by_hand,
+        causal=causal,
+        transformers=TRANSFORMERS,
+        repository=report.get("repository"),
+        place=json.dumps(report.get("repository") or "."),
+        context=_context(folder) if causal else None,
+        figures=figures,
+        table=markdown_table(results) if results or not figures else None,
+        plot=(folder / "eval.png").exists(),
         examples=_examples(tables, report.get("label")),
         method=report.get("method"),
         data=report.get("data"),
         recipe=report.get("recipe"),
         versions=report.get("versions", {}),
     )
-    write_atomically(Path(folder) / "README.md", str(card) + "\n")
+    path = folder / (BESIDE if by_hand else "README.md")
+    content = str(card).rstrip() + "\n"
+    write_atomically(
+        path, f"{content}<!-- Made from eval.json; not written again once changed by hand: {_digest(content)} -->\n"
+    )
+    return path
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a card may be written here: there is no file, or one that we wrote and nobody has changed since."""
+    if not path.exists():
+        return True
+    content = path.read_bytes().decode("utf-8", errors="replace")
+    mark = MARK.search(content)
+    return mark is not None and mark[1] == _digest(content[: mark.start()])
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _context(folder: Path) -> int:
+    """Tokens that the autoregressive model of a folder can see."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("max_position_embeddings") or config.get("n_positions") or 64
 
 
 def _eval_results(row: dict) -> list[EvalResult]:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from evaluation.diversity import vocabulary_of
 from evaluation.judge import load_judge
+from evaluation.model_card import BESIDE, is_ours
 from evaluation.options import PREFIX, EvaluationArguments
 from evaluation.report import RunReport
 from evaluation.results import load_report
@@ -119,6 +120,8 @@ def run(options: argparse.Namespace):
         report.judge(label, load_model(path).to(device), tokenizers[label], own_label)
     print(report.write(label=own_label))
     print(f"\nSaved in {folder}: eval.json, eval.md, eval.png")
+    if (folder / "config.json").exists() and not is_ours(folder / "README.md"):
+        print(f"The model card is {BESIDE}: README.md was written or changed by hand and is left as it is.")
 
 
 def labelled_paths(models: list[str], rounds: bool) -> dict[str, str]:

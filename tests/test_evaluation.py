@@ -337,7 +337,7 @@ def test_run_eval_writes_everything_and_goes_on_where_it_was(folders, capsys):
     kept[1]["example"] = "kept"
     (run / "eval.json").write_text(json.dumps(report | {"results": kept, "repository": "someone/tiny"}))
     main(arguments_for(folders))
-    assert "AutoModel.from_pretrained('someone/tiny'," in (run / "README.md").read_text()
+    assert 'AutoModel.from_pretrained("someone/tiny",' in (run / "README.md").read_text()
     again = {
         tuple(row[k] for k in ("model", "steps", "temperature")): row
         for row in json.loads((run / "eval.json").read_text())["results"]

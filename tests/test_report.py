@@ -3,13 +3,15 @@
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import subprocess
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from report_rows import held_out, line, row
+from tiny_run import run_python, save_judge
 
 from evaluation import load_report, markdown_table, matched_gen_ppl, save_results, write_model_card, write_report
 from modeling_mcd.files import write_atomically
@@ -74,6 +76,26 @@ def test_eval_json_comes_back_as_it_was_written_and_merges(tmp_path):
     points = [(r["steps"], r["temperature"], r["gen_ppl"]) for r in merged["results"]]
     assert points == [(8, 1.0, 10.0), (4, 1.0, 20.0), (8, 0.9, 20.0)]  # replaced in its place, the new one at the end
     assert (merged["data"], merged["label"], merged["recipe"]) == ("novels", "teacher", "seed: 1")
+
+
+def save_twenty(folder, model):
+    for steps in range(1, 21):
+        save_results(folder, [row(model, steps)], trainings={f"{model}-{steps}": {}})
+
+
+def test_two_processes_that_save_at_once_lose_no_row(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=save_twenty, args=(tmp_path, model)) for model in ("one", "other")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    report = load_report(tmp_path)
+    assert {(row["model"], row["steps"]) for row in report["results"]} == {
+        (model, steps) for model in ("one", "other") for steps in range(1, 21)
+    }
+    assert len(report["trainings"]) == 40 and sorted(os.listdir(tmp_path)) == ["eval.json"]
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -173,7 +195,9 @@ def test_the_card_holds_the_table_the_recipe_and_an_index_of_the_folders_own_mod
         "delta: 0.002\nseed: 1\n```",
         "novels",
         "(eval.png)",
-        "from_pretrained('someone/tiny-mcd', trust_remote_code=True)",
+        'AutoModel.from_pretrained("someone/tiny-mcd", trust_remote_code=True)',
+        'AutoTokenizer.from_pretrained("someone/tiny-mcd", trust_remote_code=True)',
+        "Needs transformers 5.20 or newer.",
         "arxiv.org/abs/2602.00792",
         "teacher wrote this",
     ):
@@ -188,14 +212,56 @@ def test_a_card_without_results_is_whole(tmp_path):
     assert card.data.eval_results is None
 
 
-def test_the_snippet_of_the_card_runs(tmp_path, model, tokenizer, capsys):
+def snippet_of(card) -> str:
+    return re.search(r"```python\n(.*?)```", card.read_text(), re.DOTALL)[1]
+
+
+@pytest.mark.slow
+def test_the_snippet_of_the_card_runs_and_never_asks(tmp_path, model, tokenizer):
+    """Inside the folder, in a process that does not know the package and has nobody to ask; it continues its prompt."""
     model.save_pretrained(tmp_path / "out")
     tokenizer.save_pretrained(tmp_path / "out")
     write_model_card(tmp_path / "out", {"results": []})
-    snippet = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
-    torch.manual_seed(0)
-    exec(snippet, {})
-    assert len(tokenizer(capsys.readouterr().out.splitlines()[-1])["input_ids"]) == 32
+    code = "import torch; torch.manual_seed(0)\n" + snippet_of(tmp_path / "out" / "README.md")
+    result = run_python(code, cwd=tmp_path / "out", stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr
+    assert "modeling_mcd" not in code
+    free, continued = result.stdout.splitlines()[-2:]
+    assert 20 < len(free) <= 32 and continued.startswith("the ") and "<|endoftext|>" not in free + continued
+
+
+def test_the_card_of_a_judge_is_of_its_kind_and_runs(tmp_path, capsys, monkeypatch):
+    folder = save_judge(tmp_path / "judge")
+    report = save_results(folder, kind="causal", figures=["Loss on held-out text: 1.529 nats per token."])
+    write_report(folder, report)
+    card = (folder / "README.md").read_text()
+    assert "Loss on held-out text: 1.529 nats per token." in card and "autoregressive" in card
+    assert "No results yet." not in card and "masked" not in card.lower() and "pipeline_tag: text-generation" in card
+    monkeypatch.chdir(folder)
+    exec(snippet_of(folder / "README.md"), {})
+    assert capsys.readouterr().out.splitlines()[-1].startswith("the ")
+
+
+def test_a_readme_of_the_users_is_never_touched(tmp_path):
+    """Neither one that was there, nor ours after a change by hand; ours unchanged is written again."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "README.md").write_text("my own words\n")
+    write_report(tmp_path, save_results(tmp_path, [row()]))
+    assert (tmp_path / "README.md").read_text() == "my own words\n"
+    beside = (tmp_path / "eval_card.md").read_text()
+    assert "README.md in this folder was written or changed by hand" in beside and "20.00 ± 0.50 (4.00)" in beside
+
+    (tmp_path / "README.md").unlink()
+    write_report(tmp_path, load_report(tmp_path))
+    write_report(tmp_path, save_results(tmp_path, [row(gen_ppl=30.0)]))
+    ours = (tmp_path / "README.md").read_text()
+    assert "30.00 ± 0.50 (4.00)" in ours and "by hand, and is left" not in ours
+
+    changed = ours.replace("# ", "# My ", 1)
+    (tmp_path / "README.md").write_text(changed)
+    write_report(tmp_path, save_results(tmp_path, [row(gen_ppl=40.0)]))
+    assert (tmp_path / "README.md").read_text() == changed
+    assert "40.00 ± 0.50 (4.00)" in (tmp_path / "eval_card.md").read_text()
 
 
 def test_eval_json_has_the_fields_that_others_read(tmp_path):
