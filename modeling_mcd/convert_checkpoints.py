@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from .checkpoint_layouts import save_published
 from .command_line import OneLineParser
@@ -59,7 +58,7 @@ def check_out(out: Path, source: Path):
 
 
 def main(arguments: list[str] | None = None):
-    """The command line. A mistake of the user ends in one line on standard error and status 2."""
+    """The command line. A mistake of the user ends in one line on standard error, see `command_line.py`."""
     parser = OneLineParser(prog="mcd-convert", description=__doc__.split("\n")[0])
     parser.add_argument("source", metavar="SOURCE", help="Hub id, id@revision, folder, or file.")
     parser.add_argument("out", metavar="OUT", help="Folder to write; must not be there yet.")
@@ -79,8 +78,8 @@ def main(arguments: list[str] | None = None):
         model = convert(
             given.source, given.out, given.to, getattr(torch, given.dtype), diffusion_kind=given.kind, **options
         )
-    except (OSError, ValueError, SafetensorError) as error:  # safetensors has its own for a full disk
-        parser.error(str(error))
+    except Exception as error:
+        parser.fail(error)
     print(f"{given.out}: {model.num_parameters():,} parameters, {model.config.diffusion_kind} diffusion")
 
 

@@ -51,13 +51,13 @@ def parser() -> OneLineParser:
 
 
 def main(arguments: list[str] | None = None):
-    """The command line. A mistake of the user ends in one line on standard error and status 2."""
+    """The command line. A mistake of the user ends in one line on standard error, see `command_line.py`."""
     commands = parser()
     options = commands.parse_args(arguments)
     try:
         run(options)
-    except (OSError, ValueError) as error:
-        commands.error(str(error))
+    except Exception as error:
+        commands.fail(error)
 
 
 def run(options: argparse.Namespace):

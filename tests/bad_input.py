@@ -1160,7 +1160,7 @@ def fault_of(case: Case, folder: Path) -> str | None:
     if not isinstance(message, str):
         lines = [line for line in errors.getvalue().splitlines() if "error: " in line]
         message = (
-            "\n".join(lines) if message == 2 and lines else f"exit with {message} and: {errors.getvalue()[-200:]}"
+            "\n".join(lines) if message in (1, 2) and lines else f"exit with {message} and: {errors.getvalue()[-200:]}"
         )
     if len(message.splitlines()) != 1:
         return f"{len(message.splitlines())} lines: {message!r}"

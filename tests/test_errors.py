@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_run import ROOT, run_python
 
-from trainers.runs.errors import line_of, one_line_errors
+from modeling_mcd.command_line import line_of, one_line_errors
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")

@@ -10,6 +10,7 @@ import yaml
 from transformers import TrainingArguments
 
 from trainers import run_judge, run_mcd, run_mdlm
+from trainers.runs.output_folder import recipe_text, run_settings
 from trainers.runs.recipe import RECIPE_FOLDER, parse_recipe, parse_recipe_of
 from trainers.runs.text_blocks import TextArguments
 
@@ -322,3 +323,37 @@ def test_the_help_is_that_of_the_method(capsys):
         run_mcd.main(["small_sdtt.yaml", "--help"])
     text = capsys.readouterr().out
     assert "--teacher_steps" in text and "--tau " not in text
+
+
+# --- The recipe on the card of a finished run
+
+
+@pytest.mark.parametrize("name", ["tiny.yaml", "tiny_sdtt.yaml", "tiny_teacher.yaml", "tiny_judge.yaml"])
+def test_the_recipe_on_a_card_makes_the_same_run(name, tmp_path, monkeypatch):
+    """As it stands, in another folder; without a path of this machine."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    mine = tmp_path / "private" / "mine"
+    changes = ["--judge", str(mine / "judge"), "--ema_decay", "null"] if name == "tiny.yaml" else []
+
+    def parse(recipe: str, *words: str):
+        if "judge" in name:
+            classes = (run_judge.ShapeArguments, run_judge.TokenizerArguments, TextArguments)
+            return parse_recipe((*classes, run_judge.JudgeTrainingArguments), [recipe, *words])
+        if "teacher" in name:
+            classes = (run_mdlm.ModelArguments, run_mdlm.TokenizerArguments, TextArguments)
+            return parse_recipe((*classes, run_mdlm.MDLMTrainingArguments), [recipe, *words])
+        classes = (run_mcd.MethodArguments, run_mcd.NetworkArguments, run_mcd.TokenizerArguments, TextArguments)
+        methods = {method: arguments for method, (_, arguments, _) in run_mcd.METHODS.items()}
+        return parse_recipe_of("trainer", methods, (*classes, run_mcd.EvaluationArguments), [recipe, *words])
+
+    *arguments, training = parse(name, "--bf16=false", f"--output_dir={mine / 'run'}", *changes)
+    text = recipe_text(training, *arguments)
+    assert str(tmp_path) not in text and str(RECIPE_FOLDER) not in text
+    (tmp_path / "card.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    *again, training_again = parse("card.yaml")
+    theirs, ours = run_settings(training_again, *again), run_settings(training, *arguments)
+    assert {key for key in ours if ours[key] != theirs[key]} <= {"judge"}
+    if name == "tiny.yaml":
+        assert (theirs["judge"], theirs["ema_decay"]) == ("judge", None)
+        assert text.startswith("# Local files of the author, put yours: judge\n")

@@ -13,12 +13,12 @@ from transformers import set_seed
 
 from evaluation import load_report, save_results, write_report
 from evaluation.options import EvaluationArguments
+from modeling_mcd.command_line import one_line_errors
 from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
 from trainers.distillation_trainer import DistillationTrainer, check_same_network, check_same_tokens
 from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
-from trainers.runs.errors import one_line_errors
 from trainers.runs.inputs import (
     TokenizerArguments,
     check_block_length,

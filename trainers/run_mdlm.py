@@ -14,8 +14,8 @@ from transformers import set_seed
 from evaluation import save_results, validation_nelbo, write_report
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, check_numbers
+from modeling_mcd.command_line import one_line_errors
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
-from trainers.runs.errors import one_line_errors
 from trainers.runs.inputs import (
     TokenizerArguments,
     check_block_length,

@@ -47,13 +47,20 @@ def run_settings(training: TrainingArguments, *arguments) -> dict:
 
 
 def recipe_text(training: TrainingArguments, *arguments) -> str:
-    """The recipe of a run as YAML, for its model card: it runs as it stands, and names no path of this machine."""
-    settings = {key: value for key, value in run_settings(training, *arguments).items() if value is not None}
+    """The recipe of a run as YAML, for its model card: it runs as it stands, and names no path of this machine.
+
+    Of a local path only the last part is left, and the first line says for which keys the reader has to put their own.
+    """
+    defaults = {f.name: f.default for instance in (training, *arguments) for f in dataclasses.fields(instance)}
+    settings = run_settings(training, *arguments)
+    settings = {key: value for key, value in settings.items() if value is not None or defaults.get(key) is not None}
     settings["per_device_train_batch_size"] = settings.pop("global_batch_size") // training.gradient_accumulation_steps
     settings["gradient_accumulation_steps"] = training.gradient_accumulation_steps
-    settings["output_dir"] = training.output_dir
-    settings = {key: portable_path(value) for key, value in settings.items()}
-    return yaml.safe_dump(settings, sort_keys=False)
+    portable = {key: portable_path(value) for key, value in settings.items()}
+    local = [key for key, value in portable.items() if value != settings[key] and not value.startswith("./tiny/")]
+    portable["output_dir"] = portable_path(training.output_dir)
+    head = f"# Local files of the author, put yours: {', '.join(local)}\n" if local else ""
+    return head + yaml.safe_dump(portable, sort_keys=False)
 
 
 def portable_path(value):

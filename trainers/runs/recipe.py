@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import json
 import os
 import shutil
@@ -15,6 +14,8 @@ from typing import get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from modeling_mcd.command_line import nearest
 
 
 RECIPE_FOLDER = Path(__file__).resolve().parents[2] / "recipes"
@@ -153,8 +154,8 @@ def parse_recipe(
 
     The YAML is rewritten as command-line arguments in front of the real ones, so that both pass through the same type
     conversion: `6e-5` is a number here although PyYAML calls it a string. A string that starts with `./` or `../` in a
-    recipe is a path relative to the recipe's own folder, so that a recipe works from any directory. A recipe that is
-    not found under the given path is looked up by its name among the recipes that ship with the library.
+    recipe is a path relative to the recipe's own folder, so that a recipe works from any directory. What is not found there
+    but ships with the library (a recipe by its name, `./tiny/teacher` in a recipe) is taken from the library.
 
     Exits with status 2 and one line on standard error when a file, a key or a value is wrong.
 
@@ -268,7 +269,9 @@ def _as_word(value, folder: Path) -> str:
     if isinstance(value, dict):
         return json.dumps({key: _as_number(item) for key, item in value.items()})
     if isinstance(value, str) and value.startswith(("./", "../")):
-        return os.path.normpath(folder / value)
+        path, shipped = folder / value, RECIPE_FOLDER / value
+        # A shipped recipe that was copied elsewhere, or that a model card holds, still means what ships with the library.
+        return os.path.normpath(shipped if value.startswith("./tiny/") and not path.exists() else path)
     return str(value)
 
 
@@ -290,5 +293,4 @@ def _keys(parser: HfArgumentParser) -> dict:
 def _refuse_key(parser: RecipeParser, key: str, place: str):
     if key in parser.elsewhere:
         parser.error(f"{key!r} in {place} {parser.elsewhere[key]}")
-    nearest = difflib.get_close_matches(key, _keys(parser), n=1, cutoff=0.0)
-    parser.error(f"unknown key {key!r} in {place}; the nearest valid key is {nearest[0]!r}")
+    parser.error(f"unknown key {key!r} in {place}; the nearest valid key is {nearest(key, _keys(parser))!r}")
