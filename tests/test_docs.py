@@ -1,0 +1,245 @@
+"""Every page: its examples run, its commands run, its links lead somewhere, and its tables equal the code.
+
+Commands run in this process, in a folder that looks like a checkout but holds small networks and short texts, and with the
+few settings of `SMALL` added that keep a run to one step. A block that cannot run here says so on its page, in a comment
+above it: `<!-- not run: needs ... -->`.
+"""
+
+import ast
+import dataclasses
+import importlib
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from tiny_run import ROOT
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, set_seed
+
+import trainers
+from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
+from trainers.character_tokenizer import character_tokenizer
+
+
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "recipes" / "tiny" / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+    )
+)
+TRAINING = "--per_device_train_batch_size 2 --per_device_eval_batch_size 2 --warmup_steps 0 --logging_steps 1 --save_steps 1"
+SMALL = {
+    "trainers.run_mcd": f"{TRAINING} --steps_per_round 1 --max_validation_blocks 2 --evaluation_samples 1",
+    "trainers.run_mdlm": f"{TRAINING} --max_steps 1 --max_validation_blocks 2 --eval_steps 1",
+    "trainers.run_judge": f"{TRAINING} --max_steps 1 --max_validation_blocks 2",
+    "evaluation.run_eval": "--samples 2 --seeds 1 --batch_size 2",
+}
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+    needs: str | None  # why it is not run
+
+
+def blocks_of(page: str) -> list[Block]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"^(?:<!-- not run: needs (.*?) -->\n)?```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(language, code, needs or None) for needs, language, code in found]
+
+
+def commands_of(block: Block) -> list[list[str]]:
+    lines = block.code.replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def pages_with(language: str) -> list[str]:
+    return [page for page in PAGES if any(b.language == language and b.needs is None for b in blocks_of(page))]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    """The recipes as they ship, with teacher and judge of two narrow layers and with the first 20 kB of each text."""
+    folder = tmp_path_factory.mktemp("library")
+    shutil.copytree(
+        ROOT / "recipes", folder / "recipes", ignore=shutil.ignore_patterns("*.safetensors", "*.txt", "__pycache__")
+    )
+    tiny = folder / "recipes" / "tiny"
+    for text in (ROOT / "recipes" / "tiny" / "text").rglob("*.txt"):
+        (tiny / text.relative_to(ROOT / "recipes" / "tiny")).write_bytes(text.read_bytes()[:20_000])
+    set_seed(0)
+    shapes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "conditioning_size": 8}
+    config = MDLMConfig(vocab_size=48, max_position_embeddings=256, bos_token_id=46, eos_token_id=46, **shapes)
+    teacher = MDLMForMaskedDiffusion(config)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    judge = GPT2LMHeadModel(
+        GPT2Config(vocab_size=48, n_positions=256, n_embd=32, n_layer=1, n_head=2, bos_token_id=46, eos_token_id=46)
+    )
+    tokenizer = character_tokenizer(model_max_length=256)
+    for model, name in ((teacher, "teacher"), (judge, "judge")):
+        model.save_pretrained(tiny / name)
+        tokenizer.save_pretrained(tiny / name)
+    return folder
+
+
+@pytest.fixture
+def checkout(library, tmp_path, monkeypatch) -> Path:
+    """The working folder of one page."""
+    (tmp_path / "recipes").symlink_to(library / "recipes")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_examples_run(page, checkout, monkeypatch):
+    session = {"__name__": "page"}
+    for block in blocks_of(page):
+        if block.language == "python" and block.needs is None:
+            exec(compile(block.code.replace("/tmp/", f"{checkout}/"), page, "exec"), session)
+
+
+@pytest.mark.parametrize("page", pages_with("bash"))
+def test_commands_run(page, checkout, monkeypatch, capfd):
+    for block in blocks_of(page):
+        if block.language == "bash" and block.needs is None:
+            for words in commands_of(block):
+                run(words, monkeypatch)
+
+
+def run(words: list[str], monkeypatch):
+    """Runs a command of a page: one of ours in this process with the settings of `SMALL`, any other in a shell."""
+    module, arguments = entry_point(words)
+    if module == "make":
+        subprocess.run(["make", "-n", "-C", str(ROOT), *arguments], check=True, capture_output=True)
+    elif module is None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable if words[0] == "python" else words[0], *words[1:]], check=True, env=environment)
+    else:
+        monkeypatch.setattr(sys, "argv", [module, *arguments, *SMALL.get(module, "").split()])
+        main = getattr(importlib.import_module(module), "main", None)
+        try:
+            main() if main else runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, f"{shlex.join(words)}: {end.code}"
+
+
+def entry_point(words: list[str]) -> tuple[str | None, list[str]]:
+    """The module of ours that a command starts, and its arguments; ("make", targets); or None."""
+    words = [word for i, word in enumerate(words) if not (re.fullmatch(r"[A-Z_]+=.*", word) and i == 0)]
+    if words[0] == "make":
+        return "make", words[1:]
+    if words[0] in console_scripts():
+        return console_scripts()[words[0]].split(":")[0], words[1:]
+    if words[:2] == ["accelerate", "launch"]:
+        words = words[1:]
+        if words[1] == "--config_file":
+            assert (ROOT / words[2]).is_file(), words[2]
+            words = words[:1] + words[3:]
+    elif words[0] != "python":
+        return None, []
+    if words[1] == "-m":
+        return (words[2], words[3:]) if (ROOT / f"{words[2].replace('.', '/')}.py").is_file() else (None, [])
+    if words[1].endswith(".py") and (ROOT / words[1]).is_file():
+        return words[1].removesuffix(".py").replace("/", "."), words[2:]
+    return None, []
+
+
+def console_scripts() -> dict[str, str]:
+    return dict(re.findall(r'"(mcd-\w+)=([\w.]+:\w+)"', (ROOT / "setup.py").read_text(encoding="utf-8")))
+
+
+def test_what_is_not_run_says_why():
+    reasons = [(page, block.needs) for page in PAGES for block in blocks_of(page) if block.needs]
+    print("\n".join(f"{page}: needs {needs}" for page, needs in reasons))
+    assert len(reasons) == NOT_RUN, reasons
+    # Even there the script, the recipe and the installed command exist.
+    for page, _ in dict.fromkeys(reasons):
+        for block in blocks_of(page):
+            for words in commands_of(block) if block.language == "bash" else ():
+                assert not words[0].startswith("mcd-") or words[0] in console_scripts(), words
+                for word in words:
+                    if re.fullmatch(r"(trainers|evaluation|benchmarks)/\w+\.py|recipes/\w+\.yaml", word):
+                        assert (ROOT / word).is_file(), word
+
+
+NOT_RUN = 0
+
+
+def test_console_scripts_start_functions_that_exist():
+    scripts = console_scripts()
+    assert {"mcd-distill", "mcd-pretrain", "mcd-judge", "mcd-evaluate", "mcd-generate", "mcd-convert"} == set(scripts)
+    for target in scripts.values():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_links_lead_somewhere():
+    linked = set()
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if link.startswith("http"):
+                continue
+            name, _, anchor = link.partition("#")
+            target = (ROOT / page).parent / name if name else ROOT / page
+            assert target.exists(), f"{page}: {link}"
+            if anchor:
+                assert anchor in anchors(target), f"{page}: {link}; there are {sorted(anchors(target))}"
+            if page == "README.md":
+                linked.add(str(target.resolve().relative_to(ROOT)))
+    assert {page for page in PAGES if page != "README.md"} <= linked
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# --- docs/papers.md
+
+
+def paper_tables() -> dict[str, dict[str, str]]:
+    """Name of the arguments' class -> option -> our value, as the page writes them."""
+    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## `(\w+)`$", page, flags=re.MULTILINE)[1:]
+    return {
+        name: dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE))
+        for name, text in zip(sections[::2], sections[1::2], strict=True)
+    }
+
+
+def value_of(text: str):
+    return float(Fraction(text)) if re.fullmatch(r"\d+/\d+", text) else ast_or_yaml(text)
+
+
+def ast_or_yaml(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("name", [name for name in trainers.__all__ if name.endswith("Arguments")])
+def test_hyper_parameters_are_those_of_the_code(name):
+    arguments, table = getattr(trainers, name), paper_tables()[name]
+    defaults = {
+        field.name: field.default_factory() if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(arguments)
+    }
+    assert {option: value_of(text) for option, text in table.items()} == {option: defaults[option] for option in table}
+    general = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert set(defaults) - general <= set(table), "an option without its row"
