@@ -49,7 +49,9 @@ setup(
         "console_scripts": [
             "mcd-distill=trainers.run_mcd:main",
             "mcd-pretrain=trainers.run_mdlm:main",
+            "mcd-judge=trainers.run_judge:main",
             "mcd-evaluate=evaluation.run_eval:main",
+            "mcd-convert=modeling_mcd.convert_checkpoints:main",
         ]
     },
 )
