@@ -8,7 +8,6 @@ above it: `<!-- not run: needs ... -->`.
 import ast
 import dataclasses
 import importlib
-import os
 import re
 import runpy
 import shlex
@@ -39,12 +38,15 @@ PAGES = sorted(
         *(ROOT / "docs").glob("*.md"),
     )
 )
-TRAINING = "--per_device_train_batch_size 2 --per_device_eval_batch_size 2 --warmup_steps 0 --logging_steps 1 --save_steps 1"
+TRAINING = (
+    "--per_device_train_batch_size 2 --per_device_eval_batch_size 2 --warmup_steps 0 --logging_steps 1 --save_steps 1"
+)
+TRAINING += " --max_validation_blocks 2 --disable_tqdm true"
 SMALL = {
-    "trainers.run_mcd": f"{TRAINING} --steps_per_round 1 --max_validation_blocks 2 --evaluation_samples 1",
-    "trainers.run_mdlm": f"{TRAINING} --max_steps 1 --max_validation_blocks 2 --eval_steps 1",
-    "trainers.run_judge": f"{TRAINING} --max_steps 1 --max_validation_blocks 2",
-    "evaluation.run_eval": "--samples 2 --seeds 1 --batch_size 2",
+    "trainers.run_mcd": f"{TRAINING} --steps_per_round 1 --evaluation_samples 1 --evaluation_steps 2",
+    "trainers.run_mdlm": f"{TRAINING} --max_steps 1 --eval_steps 1 --num_hidden_layers 1",
+    "trainers.run_judge": f"{TRAINING} --max_steps 1 --num_layers 1",
+    "evaluation.run_eval": "--samples 2 --seeds 1 --batch_size 2 --steps 2",
 }
 
 
@@ -60,13 +62,14 @@ def blocks_of(page: str) -> list[Block]:
     return [Block(language, code, needs or None) for needs, language, code in found]
 
 
-def commands_of(block: Block) -> list[list[str]]:
+def commands_of(block: Block) -> list[str]:
     lines = block.code.replace("\\\n", " ").splitlines()
-    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+    return [line for line in lines if shlex.split(line, comments=True)]
 
 
-def pages_with(language: str) -> list[str]:
-    return [page for page in PAGES if any(b.language == language and b.needs is None for b in blocks_of(page))]
+RUNNABLE = [
+    page for page in PAGES if any(b.needs is None and b.language in ("python", "bash") for b in blocks_of(page))
+]
 
 
 @pytest.fixture(scope="module")
@@ -104,37 +107,44 @@ def checkout(library, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", pages_with("python"))
+@pytest.mark.parametrize("page", RUNNABLE)
 def test_examples_run(page, checkout, monkeypatch):
+    """Without the commands of ours, which take seconds each."""
+    run_page(page, checkout, monkeypatch, commands=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in RUNNABLE if any(b.language == "bash" for b in blocks_of(page))])
+def test_commands_run(page, checkout, monkeypatch):
+    run_page(page, checkout, monkeypatch, commands=True)
+
+
+def run_page(page: str, checkout: Path, monkeypatch, commands: bool):
+    """Every block in the order of the page, Python in one session."""
     session = {"__name__": "page"}
     for block in blocks_of(page):
-        if block.language == "python" and block.needs is None:
+        if block.needs is None and block.language == "python":
             exec(compile(block.code.replace("/tmp/", f"{checkout}/"), page, "exec"), session)
+        elif block.needs is None and block.language == "bash":
+            for command in commands_of(block):
+                if commands or entry_point(shlex.split(command, comments=True))[0] is None:
+                    run(command, monkeypatch)
 
 
-@pytest.mark.parametrize("page", pages_with("bash"))
-def test_commands_run(page, checkout, monkeypatch, capfd):
-    for block in blocks_of(page):
-        if block.language == "bash" and block.needs is None:
-            for words in commands_of(block):
-                run(words, monkeypatch)
-
-
-def run(words: list[str], monkeypatch):
-    """Runs a command of a page: one of ours in this process with the settings of `SMALL`, any other in a shell."""
-    module, arguments = entry_point(words)
+def run(command: str, monkeypatch):
+    """One of our commands in this process with the settings of `SMALL`; any other in a shell."""
+    module, arguments = entry_point(shlex.split(command, comments=True))
     if module == "make":
         subprocess.run(["make", "-n", "-C", str(ROOT), *arguments], check=True, capture_output=True)
     elif module is None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable if words[0] == "python" else words[0], *words[1:]], check=True, env=environment)
+        subprocess.run(["bash", "-ec", command], check=True)
     else:
         monkeypatch.setattr(sys, "argv", [module, *arguments, *SMALL.get(module, "").split()])
         main = getattr(importlib.import_module(module), "main", None)
         try:
             main() if main else runpy.run_module(module, run_name="__main__")
         except SystemExit as end:
-            assert not end.code, f"{shlex.join(words)}: {end.code}"
+            assert not end.code, f"{command}: {end.code}"
 
 
 def entry_point(words: list[str]) -> tuple[str | None, list[str]]:
@@ -166,17 +176,9 @@ def test_what_is_not_run_says_why():
     reasons = [(page, block.needs) for page in PAGES for block in blocks_of(page) if block.needs]
     print("\n".join(f"{page}: needs {needs}" for page, needs in reasons))
     assert len(reasons) == NOT_RUN, reasons
-    # Even there the script, the recipe and the installed command exist.
-    for page, _ in dict.fromkeys(reasons):
-        for block in blocks_of(page):
-            for words in commands_of(block) if block.language == "bash" else ():
-                assert not words[0].startswith("mcd-") or words[0] in console_scripts(), words
-                for word in words:
-                    if re.fullmatch(r"(trainers|evaluation|benchmarks)/\w+\.py|recipes/\w+\.yaml", word):
-                        assert (ROOT / word).is_file(), word
 
 
-NOT_RUN = 0
+NOT_RUN = 10
 
 
 def test_console_scripts_start_functions_that_exist():
@@ -185,6 +187,33 @@ def test_console_scripts_start_functions_that_exist():
     for target in scripts.values():
         module, function = target.split(":")
         assert callable(getattr(importlib.import_module(module), function))
+
+
+def options_of(module: str, capsys) -> set[str]:
+    """The options that a command lists in its longest help."""
+    for option in ("--help-all", "--help"):
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module(module).main([option])
+        text = capsys.readouterr().out
+        if end.value.code == 0:
+            return set(re.findall(r"--[\w-]+", text))
+    raise AssertionError(f"{module} has no help")
+
+
+def test_every_option_on_a_page_is_one_of_its_command(capsys):
+    modules = {target.split(":")[0] for target in console_scripts().values()}
+    known, seen = {module: options_of(module, capsys) for module in modules}, 0
+    for page in PAGES:
+        for command in (c for block in blocks_of(page) if block.language == "bash" for c in commands_of(block)):
+            module, arguments = entry_point(shlex.split(command, comments=True))
+            if module in known:
+                unknown = {word.split("=")[0] for word in arguments if word.startswith("--")} - known[module]
+                assert not unknown, f"{page}: {command}: {unknown}"
+                seen += 1
+            assert all((ROOT / word).is_file() for word in arguments if re.fullmatch(r"recipes/\w+\.yaml", word)), (
+                command
+            )
+    assert seen > 15
 
 
 def test_links_lead_somewhere():
@@ -237,7 +266,7 @@ def ast_or_yaml(text: str):
 def test_hyper_parameters_are_those_of_the_code(name):
     arguments, table = getattr(trainers, name), paper_tables()[name]
     defaults = {
-        field.name: field.default_factory() if field.default is dataclasses.MISSING else field.default
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(arguments)
     }
     assert {option: value_of(text) for option, text in table.items()} == {option: defaults[option] for option in table}
