@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
-from tiny_run import BLOCK, ROOT, mcd_arguments, save_judge, save_teacher, write_inputs
+from tiny_run import (
+    BLOCK,
+    ROOT,
+    judge_arguments,
+    mcd_arguments,
+    mdlm_arguments,
+    save_judge,
+    save_teacher,
+    write_inputs,
+)
 
 from modeling_mcd import MDLMForMaskedDiffusion
 from trainers import run_judge, run_mcd, run_mdlm
@@ -27,40 +36,6 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def output(tmp_path) -> Path:
     return tmp_path / "run"
-
-
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def mdlm_arguments(inputs: Path, output: Path, model: Path | None = None) -> list[str]:
-    """Of a new network, or of one to go on from."""
-    settings = {
-        "tokenizer": inputs / "tokenizer",
-        "train_text": inputs / "text.txt",
-        "block_length": BLOCK,
-        **(SHAPE if model is None else {"model": model}),
-        "max_steps": 2,
-        "output_dir": output,
-    }
-    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-
-
-def judge_arguments(inputs: Path, output: Path) -> list[str]:
-    settings = {
-        "tokenizer": inputs / "tokenizer",
-        "train_text": inputs / "text.txt",
-        "block_length": BLOCK,
-        "hidden_size": 16,
-        "num_layers": 1,
-        "num_heads": 2,
-        "max_steps": 1,
-        "use_cpu": True,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "output_dir": output,
-    }
-    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
 ENTRIES = {

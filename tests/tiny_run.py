@@ -81,6 +81,40 @@ def mcd_arguments(inputs: Path, output_dir: Path, **changes) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def mdlm_arguments(inputs: Path, output: Path, model: Path | None = None) -> list[str]:
+    """Of a new network, or of one to go on from."""
+    settings = {
+        "tokenizer": inputs / "tokenizer",
+        "train_text": inputs / "text.txt",
+        "block_length": BLOCK,
+        **(SHAPE if model is None else {"model": model}),
+        "max_steps": 2,
+        "output_dir": output,
+    }
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def judge_arguments(inputs: Path, output: Path) -> list[str]:
+    settings = {
+        "tokenizer": inputs / "tokenizer",
+        "train_text": inputs / "text.txt",
+        "block_length": BLOCK,
+        "hidden_size": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "max_steps": 1,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "output_dir": output,
+    }
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
 def run_python(
     code: str, *arguments: str, launcher: tuple[str, ...] = ("-c",), **options
 ) -> subprocess.CompletedProcess:
