@@ -84,8 +84,7 @@ from trainers import (  # noqa: E402
 )
 from trainers.character_tokenizer import character_tokenizer  # noqa: E402
 from trainers.diffusion_trainer import collate_blocks  # noqa: E402
-from trainers.distillation_trainer import divergence_from_token  # noqa: E402
-from trainers.divergences import cross_entropy, divergence  # noqa: E402
+from trainers.divergences import cross_entropy, divergence, divergence_from_token  # noqa: E402
 from trainers.runs.inputs import TokenizerArguments, load_tokenizer  # noqa: E402
 from trainers.runs.text_blocks import TextArguments, load_blocks  # noqa: E402
 
@@ -894,7 +893,7 @@ def tokenizers_and_judges(world: World) -> list[Case]:
         judge("half of its weights", without_half, "weights"),
         judge("a BertModel", of(BertModel(bert)), "BertLMHeadModel"),
         judge("a BertForMaskedLM", of(BertForMaskedLM(bert)), "causal"),
-        judge("a model of masked diffusion", of(world.model), "MDLMConfig"),
+        judge("a model of masked diffusion", of(world.model), "masked diffusion model"),
         judge("a vocabulary that is too small", of(GPT2LMHeadModel(gpt)), "48", "40"),
         judge("NaN in its weights", with_number(NAN), "not finite"),
         judge("infinity in its weights", with_number(INFINITY), "not finite"),
@@ -942,8 +941,8 @@ def tokenizers_and_judges(world: World) -> list[Case]:
         tokenizer("an empty folder", None, "cannot be loaded"),
         tokenizer("no mask", no_mask, "mask"),
         tokenizer("more tokens than the model", more, "49", "48"),
-        tokenizer("no BOS and no EOS", no_eos, "eos_token"),
-        tokenizer("other letters", shuffled, "the teacher's"),
+        tokenizer("no BOS and no EOS", no_eos, "bos_token"),
+        tokenizer("other letters", shuffled, "the one saved with"),
         Case("not a name of the Hub", lambda f: load_tokenizer(TokenizerArguments("a/b/c")), ("a/b/c",)),
         Case("an empty name", lambda f: load_tokenizer(TokenizerArguments("")), ("tokenizer",)),
         Case("a file", lambda f: load_tokenizer(TokenizerArguments(str(world.text))), ("text.txt",)),
@@ -1051,10 +1050,10 @@ def head_rows_and_divergences(world: World) -> list[Case]:
         score("tokens that are fractions", "float", tokens=tokens.float()),
         score("weights of another number", "weights", "2", "3", weights=torch.ones(2)),
         Case("rows of another head", lambda _: student.put(torch.tensor([0]), rows(1)), ("head",)),
-        Case("more rows than places", lambda _: student.put(torch.tensor([0]), student[:2]), ("1", "2")),
-        Case("a place outside", lambda _: student.put(torch.tensor([7]), student[:1]), ("7", "3")),
-        Case("a row outside", lambda _: student[torch.tensor([5])], ("5", "3")),
-        Case("a mask of another length", lambda _: student[torch.ones(4, dtype=torch.bool)], ("4", "3")),
+        Case("more rows than places", lambda _: student.put(torch.tensor([0]), student.at(slice(2))), ("1", "2")),
+        Case("a place outside", lambda _: student.put(torch.tensor([7]), student.at(slice(1))), ("7", "3")),
+        Case("a row outside", lambda _: student.at(torch.tensor([5])), ("5", "3")),
+        Case("a mask of another length", lambda _: student.at(torch.ones(4, dtype=torch.bool)), ("4", "3")),
         Case("a point mass under MSE", lambda _: divergence_from_token("mse", student, tokens), ("mse",)),
         *[Case(f"log-probabilities at {t}", lambda _, t=t: student.log_probabilities(t), ("temperature", says(t)))
           for t in (0, -1.0, NAN)],

@@ -596,7 +596,7 @@ def test_a_converted_checkpoint_generates_in_a_process_of_its_own(tmp_path, layo
     result = run_python("modeling_mcd.convert_checkpoints", *arguments, launcher=("-m",), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"{sum(t.numel() for n, t in WEIGHTS.items() if 'inv_freq' not in n):,} parameters, {kind}" in result.stdout
-    result = run_python(FRESH, str(tmp_path / "ours"), cwd=tmp_path)
+    result = run_python(FRESH, str(tmp_path / "ours"), launcher=("-c",), cwd=tmp_path)
     assert result.stdout.split("\n")[0] == f"torch.Size([1, 24]) {kind} False", result.stderr
 
 

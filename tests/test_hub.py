@@ -6,10 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fork_server import ForkServer
 from hub_server import HubServer
 from safetensors.torch import load_file
 from tiny_run import ROOT, mcd_arguments, write_inputs
@@ -38,11 +40,16 @@ print(json.dumps(report))
 """
 
 
-def run(endpoint: str, home: Path, *command: str) -> subprocess.CompletedProcess:
-    """Runs a command with nothing of this process's Hugging Face settings: its own home, and the Hub at `endpoint`."""
+def environment_of(endpoint: str, home: Path) -> dict[str, str]:
+    """Nothing of this process's Hugging Face settings: its own home, and the Hub at `endpoint`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     environment |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    return environment
+
+
+def run(endpoint: str, home: Path, *command: str) -> subprocess.CompletedProcess:
+    environment = environment_of(endpoint, home)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -70,13 +77,15 @@ def story(inputs, tmp_path_factory):
         inputs, output, num_rounds=2, push_to_hub=True, hub_model_id="user/tiny", hub_private_repo=True
     )
     results, after, requests = [], [], []
-    with HubServer(TOKEN) as hub:
+    with HubServer(TOKEN) as hub, closing(ForkServer(environment_of(hub.endpoint, home / "hf"))) as python:
         for broken in ({r".*": 500}, {r"PUT .*": 403}, {}):
             hub.broken = broken
-            results.append(run(hub.endpoint, home / "hf", sys.executable, "-c", TRAIN, *arguments))
+            results.append(python.run(TRAIN, *arguments))
             after.append({path: (output / path).stat().st_mtime_ns for path in contents(output)})
             requests.append(len(hub.requests))
-        yield SimpleNamespace(home=home, output=output, hub=hub, results=results, after=after, requests=requests)
+        yield SimpleNamespace(
+            home=home, output=output, hub=hub, python=python, results=results, after=after, requests=requests
+        )
 
 
 @pytest.mark.parametrize("attempt", [0, 1], ids=["the server is broken", "large files are refused"])
@@ -112,7 +121,7 @@ def test_what_lands_is_the_student_and_its_card_and_nothing_of_the_run(story):
     assert {"README.md", "model.safetensors", "config.json", "tokenizer.json", "modeling_mdlm.py"} <= pushed.keys()
     assert not [path for path in pushed if "/" in path or path.startswith(".") or path == "run.json"]
     assert all(content == here[path] for path, content in pushed.items())
-    assert story.hub.private == {"user/tiny": True}
+    assert story.hub.private["user/tiny"] is True
 
 
 def test_a_stranger_loads_it_generates_and_runs_the_card_s_snippet(story):
@@ -132,12 +141,11 @@ def test_the_card_names_the_repository_and_no_folder_of_this_machine(story):
     assert re.findall(r"from_pretrained\((.*?)[,)]", card) == ["'user/tiny'"] * 2
 
 
-def test_a_repository_without_a_namespace_is_the_users_own_and_the_card_says_so(inputs, tmp_path):
+def test_a_repository_without_a_namespace_is_the_users_own_and_the_card_says_so(story, inputs, tmp_path):
     arguments = mcd_arguments(inputs, tmp_path / "small", num_rounds=1, steps_per_round=1, push_to_hub=True)
-    with HubServer(TOKEN) as hub:
-        result = run(hub.endpoint, tmp_path / "hf", sys.executable, "-c", TRAIN, *arguments)
-        assert result.returncode == 0, result.stderr
-        card = hub.files("user/small")["README.md"].decode()
+    result = story.python.run(TRAIN, *arguments)
+    assert result.returncode == 0, result.stderr
+    card = story.hub.files("user/small")["README.md"].decode()
     assert re.findall(r"from_pretrained\((.*?)[,)]", card) == ["'user/small'"] * 2
 
 
@@ -150,17 +158,18 @@ def test_the_recommended_command_makes_the_same_repository(story, attempt):
         result = run(another.endpoint, story.home / "retry", str(hf), *words)
         assert result.returncode == 0, result.stderr
         assert another.files("user/tiny") == story.hub.files("user/tiny")
-        assert another.private == story.hub.private, "a private run must not become public by the retry"
+        assert another.private == {"user/tiny": True}, "a private run must not become public by the retry"
 
 
-def test_nobody_listens_and_the_token_is_on_the_command_line(inputs, tmp_path):
+def test_nobody_listens_and_the_token_is_on_the_command_line(story, inputs, tmp_path):
     with HubServer(TOKEN) as hub:
         pass  # from here on its port is closed
     output, given = tmp_path / "run", "hf_given_secret"
     arguments = mcd_arguments(
         inputs, output, num_rounds=1, push_to_hub=True, hub_model_id="user/tiny", hub_token=given
     )
-    result = run(hub.endpoint, tmp_path / "hf", sys.executable, "-c", TRAIN, *arguments)
+    elsewhere = f"from huggingface_hub import constants; constants.ENDPOINT = {hub.endpoint!r}\n"
+    result = story.python.run(elsewhere + TRAIN, *arguments)
     assert result.returncode == 0, result.stderr
     assert "The push to 'user/tiny' failed" in result.stderr and "Traceback" not in result.stderr
     assert retry_command(result)[:5] == ["hf", "upload", "user/tiny", str(output), "."]

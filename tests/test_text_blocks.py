@@ -546,7 +546,7 @@ def test_a_large_file_takes_little_memory(tmp_path):
     """16 MB took 3.7 GB when a document was tokenised at once."""
     (tmp_path / "small.txt").write_text("the way of the data is one line, with no walking back. " * 6000)
     (tmp_path / "large.txt").write_text("the way of the data is one line, with no walking back. " * 300_000)
-    result = run_python(MEMORY, str(tmp_path / "small.txt"), str(tmp_path / "large.txt"))
+    result = run_python(MEMORY, str(tmp_path / "small.txt"), str(tmp_path / "large.txt"), launcher=("-c",))
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) < 150, "MB more than a file of 330 kB"
 

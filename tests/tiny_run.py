@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from fork_server import server
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
@@ -115,16 +116,21 @@ def judge_arguments(inputs: Path, output: Path) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
-def run_python(
-    code: str, *arguments: str, launcher: tuple[str, ...] = ("-c",), **options
-) -> subprocess.CompletedProcess:
-    """Runs code in a fresh process with this checkout on its path, one thread, and nothing from the network."""
+def run_python(code: str, *arguments: str, launcher: tuple[str, ...] | None = None, **options):
+    """Runs code in a process of its own with this checkout on its path, one thread, and nothing from the network.
+
+    Args:
+        code: Python code, run in a fork of a process that has imported the entry points; or what `launcher` takes.
+        launcher: words between the interpreter and `code`: a fresh interpreter is started with them, which takes longer.
+        options: `cwd`; under a launcher all that `subprocess.run` takes.
+
+    Returns:
+        `subprocess.CompletedProcess` with the output as text.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *launcher, code, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        **options,
-    )
+    if launcher is None:
+        environment.pop("PYTEST_CURRENT_TEST", None)
+        return server(tuple(sorted(environment.items()))).run(code, *arguments, **options)
+    command = [sys.executable, *launcher, code, *arguments]
+    options = {"capture_output": True, "text": True, "timeout": 600} | options
+    return subprocess.run(command, env=environment, **options)
