@@ -1,11 +1,18 @@
 """One process, two processes under DDP, ZeRO-2 and ZeRO-3 on a CPU: the same losses and the same final networks."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from safetensors.torch import load_file
 from tiny_run import ROOT, mcd_arguments, run_python, write_inputs
+
+from modeling_mcd.files import LOCK, lock_folder
 
 
 pytestmark = pytest.mark.slow
@@ -106,3 +113,54 @@ def test_unsynchronised_ranks_are_refused(inputs, tmp_path):
     assert "error: 2 processes were launched, but accelerate would not synchronise their gradients" in result.stderr
     assert "Traceback" not in result.stderr.split("torch/distributed/elastic")[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_the_orphan_of_a_killed_launcher_is_found(inputs, tmp_path):
+    """`kill -9` of `accelerate launch` leaves its child training: the same command names it, and works when it has ended."""
+    wait = tmp_path / "slow.py"
+    wait.write_text(
+        "import sys, time\nfrom trainers import run_mcd\nfrom trainers.mcd_trainer import MCDTrainer\n"
+        "step = MCDTrainer.training_step\n"
+        "MCDTrainer.training_step = lambda *a: (time.sleep(0 if 'fast' in sys.argv else 300), step(*a))[1]\n"
+        "run_mcd.main([word for word in sys.argv[1:] if word != 'fast'])\n"
+    )
+    arguments = [str(wait), *mcd_arguments(inputs, tmp_path / "run", num_rounds=1)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    launcher = subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *arguments], env=environment)
+    lock = tmp_path / "run" / LOCK
+    while not lock.exists() or not lock.read_text():
+        assert launcher.poll() is None
+        time.sleep(0.2)
+    orphan = json.loads(lock.read_text())["pid"]
+    launcher.kill()
+    launcher.wait()
+    try:
+        result = run_python("accelerate.commands.launch", *arguments, "fast", launcher=("-m",))
+        line = next(line for line in result.stderr.splitlines() if line.startswith("error: "))
+        assert f"is in use by process {orphan} on host" in line and f"`kill {orphan}`" in line
+        assert f"left behind by its launcher, process {launcher.pid}, which is gone" in line
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+    result = run_python("accelerate.commands.launch", *arguments, "fast", launcher=("-m",))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_of_two_ranks_one_says_that_a_folder_is_in_use(inputs, tmp_path):
+    with lock_folder(tmp_path / "run", "training"):
+        result = launch(inputs, tmp_path / "run", "ddp_cpu.yaml")
+    assert result.returncode != 0
+    assert len([line for line in result.stderr.splitlines() if "is in use by process" in line]) == 1
+    assert not list((tmp_path / "run").glob("*"))
+
+
+@needs_compiler
+def test_a_lock_of_a_killed_compile_is_named(inputs, tmp_path, monkeypatch):
+    """DeepSpeed would wait for it without end."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    lock = tmp_path / "cache" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    result = launch(inputs, tmp_path / "run", "zero2_cpu.yaml")
+    assert f"error: {lock} was left by a compile that was killed" in result.stderr
+    assert f"rm -r {lock.parent}" in result.stderr and not (tmp_path / "run").exists()

@@ -11,11 +11,11 @@ from trainers.teacher import Follower
 
 @dataclass
 class DistillationArguments(DiffusionTrainingArguments):
-    """Rounds of equal length. At the end of each the student is exported and judged; the method says what else it means."""
+    """Rounds of equal length. After each, the student is exported and judged; what else changes depends on the method."""
 
-    num_rounds: int = field(default=5, metadata={"help": "Rounds N."})
+    num_rounds: int = field(default=5, metadata={"help": "Number of rounds N."})
     steps_per_round: int = field(
-        default=10_000, metadata={"help": "Steps M of a round; max_steps is N * M unless given."}
+        default=10_000, metadata={"help": "Steps M in a round; max_steps is N * M unless given."}
     )
     learning_rate: float = field(default=6e-5, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=500, metadata={"help": "Steps of linear warm-up."})
@@ -32,7 +32,7 @@ class DistillationArguments(DiffusionTrainingArguments):
                 f"{self.num_rounds} * {self.steps_per_round} = {steps}: make it smaller, or give more or longer rounds"
             )
 
-    # Round, gap and all that follows from them are functions of the step alone: there is nothing to save or to restore.
+    # The round, the gap and everything derived from them are functions of the step alone, so none of it has to be saved.
 
     def round_of(self, step: int) -> int:
         return min(step // self.steps_per_round, self.num_rounds - 1)
@@ -42,8 +42,10 @@ class DistillationArguments(DiffusionTrainingArguments):
 class WideningGapArguments(DistillationArguments):
     """A gap in time that grows by a factor from each round to the next."""
 
-    delta: float = field(default=1 / 512, metadata={"help": "Time gap t - s in the first round."})
-    delta_growth: float = field(default=2.0, metadata={"help": "Factor on delta from each round to the next."})
+    delta: float = field(default=1 / 512, metadata={"help": "Time gap t - s in the first round, in (0, 1)."})
+    delta_growth: float = field(
+        default=2.0, metadata={"help": "Factor by which delta grows from each round to the next."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,7 +78,7 @@ def check_same_tokens(teacher, student, diffusion_kind: str = "absorbing"):
             )
 
 
-# What of a configuration decides which function given weights are. Dropout, context and noise schedule do not.
+# The fields that decide what function a set of weights computes. Dropout, context and noise schedule do not.
 ARCHITECTURE = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "conditioning_size"),
     *("layer_norm_eps", "rope_theta", "time_conditioning", "tie_word_embeddings"),
@@ -84,7 +86,7 @@ ARCHITECTURE = (
 
 
 def check_same_network(teacher, student):
-    """Raises ValueError, which names every field that differs, unless the student can become the next round's teacher."""
+    """Raises ValueError, which names every differing field, unless the student can become the next round's teacher."""
     pairs = {name: (getattr(teacher, name), getattr(student, name)) for name in ARCHITECTURE}
     differing = [f"{name} ({theirs} and {ours})" for name, (theirs, ours) in pairs.items() if theirs != ours]
     if differing:
@@ -94,16 +96,30 @@ def check_same_network(teacher, student):
         )
 
 
+def check_same_parameters(teacher: nn.Module, student: nn.Module):
+    """Raises ValueError, which names a parameter, unless one network's weights can be copied into the other."""
+    theirs, ours = (dict(network.named_parameters()).keys() for network in (teacher, student))
+    if theirs != ours:
+        name, owner = min(
+            [(name, "student") for name in ours - theirs] or [(name, "teacher") for name in theirs - ours]
+        )
+        raise ValueError(
+            f"only the {owner} has the parameter {name!r}, but each round's student becomes the next one's teacher: give "
+            "two networks of one kind. Of a PEFT model give no teacher (a copy of it is the first one), or merge its "
+            "adapter with merge_and_unload()"
+        )
+
+
 class DistillationTrainer(DiffusionTrainer):
-    """A student that learns from a teacher, which is at first `teacher` and afterwards what the method makes of it.
+    """A student that learns from a teacher: `teacher` at first, then whatever the method replaces it with.
 
     Args:
         model: the student; usually a copy of the teacher.
         teacher: of the same architecture and vocabulary; a copy of the student when not given.
 
     Raises:
-        ValueError: when the networks are of another diffusion kind, or differ in their vocabularies, masks or architectures,
-            or when the method has no teacher beside the student and one is given.
+        ValueError: the networks are of another diffusion kind, or differ in vocabulary, mask, architecture or parameters;
+            or a teacher is given to a method that has none.
     """
 
     diffusion_kind = "absorbing"
@@ -114,6 +130,8 @@ class DistillationTrainer(DiffusionTrainer):
         first = (self.model if teacher is None else teacher).config
         check_same_tokens(first, self.model.config, self.diffusion_kind)
         check_same_network(first, self.model.config)
+        if teacher is not None:
+            check_same_parameters(teacher, self.model)
         if self.has_teacher:
             self.companions["teacher"] = Follower(self.model if teacher is None else teacher, self.model.dtype)
             self.teacher = self.companions["teacher"].model.to(args.device)

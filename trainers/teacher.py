@@ -1,4 +1,4 @@
-"""Networks that follow the student without a gradient: the teacher (snapshot or EMA) and the student's own EMA."""
+"""Networks that follow the student without a gradient: the teacher (a snapshot or an EMA) and the student's own EMA."""
 
 import contextlib
 import copy
@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
 def full_weights(model: nn.Module):
-    """A context in which the parameters of a ZeRO-3 model are whole on every rank; nothing to do for others."""
+    """A context in which a ZeRO-3 model's parameters are gathered on every rank; does nothing for other models."""
     if not is_deepspeed_zero3_enabled():
         return contextlib.nullcontext()
     import deepspeed
@@ -21,7 +21,9 @@ def full_weights(model: nn.Module):
 
 
 class Follower:
-    """A frozen copy of a network, whole on every rank, that is moved towards the student's weights.
+    """A frozen copy of a network, unsharded on every rank, that is moved towards the student's weights.
+
+    A companion (`trainers.exact_resume.Companion`): every checkpoint holds it.
 
     Args:
         model: the network to copy.
@@ -30,8 +32,8 @@ class Follower:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32):
         if is_deepspeed_zero3_enabled():
-            # A partitioned network cannot be copied as it is: build the class anew and fill it. The constructor draws
-            # initial weights, which must not disturb the training's random state.
+            # A partitioned network cannot be copied: build a new one and fill it. Its constructor draws initial weights,
+            # which must not disturb the random state of the training.
             with torch.random.fork_rng():
                 self.model = type(model)(copy.deepcopy(model.config))
             self.follow(model)
@@ -41,7 +43,7 @@ class Follower:
 
     @torch.no_grad()
     def follow(self, student: nn.Module, weight: float = 1.0):
-        """Moves every parameter by `weight` of the way to the student's; 1 copies it."""
+        """Moves every parameter towards the student's by the fraction `weight` of the way; 1 copies it."""
         with full_weights(student):
             source = dict(student.named_parameters())
             for name, parameter in self.model.named_parameters():
@@ -66,7 +68,7 @@ class Follower:
 
 
 def ema_weight(decay: float, updates: int) -> float:
-    """1 - min(decay, (1 + n) / (10 + n)) after n earlier updates: the warm-up of MDLM's EMA."""
+    """The student's weight in an EMA with warm-up, as MDLM's: 1 - min(decay, (1 + n) / (10 + n)) after n updates."""
     return 1 - min(decay, (1 + updates) / (10 + updates))
 
 
@@ -81,7 +83,7 @@ class EMACallback(TrainerCallback):
 
 
 class TeacherCallback(TrainerCallback):
-    """Keeps the teacher: a snapshot of the student at the start of each round, or with a decay its EMA at every step."""
+    """Keeps the teacher: a snapshot of the student at the start of each round; or, with a decay, its EMA at every step."""
 
     def __init__(self, teacher: Follower, decay: float | None = None):
         self.teacher, self.decay = teacher, decay
