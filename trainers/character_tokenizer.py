@@ -16,8 +16,8 @@ END_OF_TEXT, MASK = "<|endoftext|>", "[MASK]"
 def character_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
     """46 characters, then `<|endoftext|>` (BOS = EOS), then `[MASK]`: 48 tokens.
 
-    Text is lower-cased, accents and typographic quotes are made plain, and every run of other characters (line ends
-    among them) becomes one space, so that decoding and encoding again gives the same ids.
+    Text is lower-cased, accents are removed, typographic quotes and dashes become plain ones, and every run of other characters
+    (line ends too) becomes one space. Decoding ids and encoding the text again therefore gives the same ids.
     """
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(ALPHABET)}, merges=[]))
     outside = "[^" + ALPHABET.replace("-", r"\-") + "]"

@@ -1,1 +1,1 @@
-"""How a run is run: recipe, inputs, output folder, rounds, Hub, errors. The methods know nothing of it."""
+"""How a run is carried out: recipe, inputs, output folder, rounds, Hub. The methods import nothing from here."""
