@@ -233,7 +233,7 @@ def test_weights_that_are_not_finite(refusal, inputs, tmp_path, field):
     network.lm_head.weight.data[3, 3] = float("nan")
     network.save_pretrained(tmp_path / "network")
     line = refusal("run_mdlm" if field == "model" else "run_mcd", **{field: tmp_path / "network"})
-    assert f"{field} '{tmp_path / 'network'}': its weight lm_head.weight holds a number that is not finite" in line
+    assert f"model '{tmp_path / 'network'}' cannot be loaded: lm_head.weight holds NaN or infinite numbers" in line
 
 
 def test_a_broken_tokenizer_file(refusal, inputs, tmp_path):

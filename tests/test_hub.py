@@ -138,7 +138,7 @@ def test_a_stranger_loads_it_generates_and_runs_the_card_s_snippet(story):
 
 def test_the_card_names_the_repository_and_no_folder_of_this_machine(story):
     card = story.hub.files("user/tiny")["README.md"].decode()
-    assert re.findall(r"from_pretrained\((.*?)[,)]", card) == ["'user/tiny'"] * 2
+    assert re.findall(r"from_pretrained\((.*?)[,)]", card) == ['"user/tiny"'] * 2
 
 
 def test_a_repository_without_a_namespace_is_the_users_own_and_the_card_says_so(story, inputs, tmp_path):
@@ -146,7 +146,7 @@ def test_a_repository_without_a_namespace_is_the_users_own_and_the_card_says_so(
     result = story.python.run(TRAIN, *arguments)
     assert result.returncode == 0, result.stderr
     card = story.hub.files("user/small")["README.md"].decode()
-    assert re.findall(r"from_pretrained\((.*?)[,)]", card) == ["'user/small'"] * 2
+    assert re.findall(r"from_pretrained\((.*?)[,)]", card) == ['"user/small"'] * 2
 
 
 @pytest.mark.parametrize("attempt", [0, 1], ids=["the server is broken", "large files are refused"])

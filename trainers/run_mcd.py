@@ -14,6 +14,7 @@ from transformers import set_seed
 from evaluation import load_report, save_results, write_report
 from evaluation.options import EvaluationArguments
 from modeling_mcd.command_line import one_line_errors
+from modeling_mcd.loading import load_model
 from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
 from trainers.distillation_trainer import DistillationTrainer, check_same_network, check_same_tokens
 from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
@@ -24,7 +25,6 @@ from trainers.runs.inputs import (
     check_block_length,
     check_tokenizer,
     load_data,
-    load_network,
     load_tokenizer,
     open_data,
 )
@@ -75,8 +75,8 @@ def main(arguments: list[str] | None = None):
     tokenizer = load_tokenizer(tokenizer_arguments)
     source = open_data(text, training)
     run.identify(source, tokenizer)
-    teacher = load_network(networks.teacher, "teacher")
-    student = teacher if networks.student is None else load_network(networks.student, "student")
+    teacher = load_model(networks.teacher)
+    student = teacher if networks.student is None else load_model(networks.student)
     check_same_tokens(teacher.config, student.config, trainer_class.diffusion_kind)
     check_same_network(teacher.config, student.config)
     check_tokenizer(tokenizer, teacher.config, networks.teacher)

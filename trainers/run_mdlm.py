@@ -15,13 +15,13 @@ from evaluation import save_results, validation_nelbo, write_report
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, check_numbers
 from modeling_mcd.command_line import one_line_errors
+from modeling_mcd.loading import load_model
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.runs.inputs import (
     TokenizerArguments,
     check_block_length,
     check_tokenizer,
     load_data,
-    load_network,
     load_tokenizer,
     open_data,
 )
@@ -73,7 +73,7 @@ class ModelArguments:
 
 def build_model(arguments: ModelArguments, tokenizer, context: int) -> MDLMForMaskedDiffusion:
     if arguments.model is not None:
-        return load_network(arguments.model, "model", diffusion_kind=arguments.diffusion_kind)
+        return load_model(arguments.model, diffusion_kind=arguments.diffusion_kind)
     kind = arguments.diffusion_kind or "absorbing"
     return MDLMForMaskedDiffusion(
         MDLMConfig(

@@ -1,12 +1,12 @@
-"""What a run reads: networks, their tokenizer, and the text."""
+"""What a run reads beside its networks: their tokenizer and the text."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
-from modeling_mcd.loading import check_tokens, load_model, reason_of, split_revision
+from modeling_mcd.loading import check_tokens, reason_of, split_revision
 from trainers.runs.text_blocks import RunText, TextArguments, load_blocks, open_run_text
 from trainers.runs.waiting import main_process_first
 
@@ -35,19 +35,6 @@ def load_tokenizer(arguments: TokenizerArguments) -> PreTrainedTokenizerBase:
     if tokenizer.bos_token_id is None:
         tokenizer.bos_token = tokenizer.eos_token
     return tokenizer
-
-
-def load_network(name: str, argument: str, **options) -> PreTrainedModel:
-    """`load_model`, for the network that the recipe calls `argument`.
-
-    Raises:
-        ValueError: it cannot be loaded, or a weight is NaN or infinite: no training would notice before its first step.
-    """
-    model = load_model(name, **options)
-    for parameter_name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(f"{argument} {name!r}: its weight {parameter_name} holds a number that is not finite")
-    return model
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config, network: str | None = None):
