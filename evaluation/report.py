@@ -22,8 +22,9 @@ def write_report(folder: str | Path, report: dict, name: str | None = None) -> s
         report: as `save_results` returns it.
         name: heading of the card; the folder's name by default.
     """
-    table = markdown_table(report["results"])
-    write_atomically(Path(folder) / "eval.md", table + "\n")
+    table, figures = markdown_table(report["results"]), report.get("figures", [])
+    parts = [*figures, table] if report["results"] or not figures else figures
+    write_atomically(Path(folder) / "eval.md", "\n\n".join(parts) + "\n")
     if any(row["model"] != HELD_OUT_TEXT for row in report["results"]):
         write_plot(folder, report["results"])
     if (Path(folder) / "config.json").exists():

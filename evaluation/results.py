@@ -56,10 +56,10 @@ def save_results(folder: str | Path, rows: Sequence[dict] = (), **about) -> dict
     """Merges rows into the folder's `eval.json` and returns the complete report. The file is replaced at once or not at all.
 
     A row replaces the one of the same point and protocol (`KEY` and `SETTINGS`). Rows that another process saved
-    meanwhile are kept. `about` is kept beside the results; None leaves an entry unchanged, and a dictionary adds to one: `label` (the row label of
-    the folder's own model), `recipe` (YAML), `data` and `method` (a sentence each), `figures` (sentences that hold other
-    figures of the folder's model), `kind` ("causal" for an autoregressive model), `repository` (where the folder is on
-    the Hub), anything that JSON can hold.
+    meanwhile are kept. `about` is kept beside the results; None leaves an entry unchanged, and a dictionary adds to one.
+    It is anything that JSON can hold; the card reads `label` (the row label of the folder's own model), `recipe` (YAML),
+    `data` and `method` (a sentence each), `figures` (a list of lines with other figures of the folder's model), `kind`
+    ("causal" for an autoregressive model) and `repository` (where the folder is on the Hub).
 
     Raises:
         ValueError: `eval.json` is not a report, or a value is infinite or NaN; the file is left as it was.

@@ -1,5 +1,6 @@
 """The figures: generative perplexity, diversity, likelihood; and run_eval.py from the command line to the files."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, HfArgumentParser
 
 from evaluation import (
     EvaluationProtocol,
@@ -23,7 +24,8 @@ from evaluation import (
     validation_nelbo,
     vocabulary_of,
 )
-from evaluation.run_eval import main
+from evaluation.options import EvaluationArguments
+from evaluation.run_eval import main, parser
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 
 
@@ -345,6 +347,23 @@ def test_run_eval_writes_everything_and_goes_on_where_it_was(folders, capsys):
     assert again.pop(tuple(kept[1][k] for k in ("model", "steps", "temperature")))["example"] == "kept"
     before = {tuple(row[k] for k in ("model", "steps", "temperature")): row for row in report["results"]}
     assert all(before[key] == row for key, row in again.items())
+
+
+def test_run_eval_takes_every_option_of_a_recipe_with_and_without_the_prefix():
+    values = {"evaluation_steps": "3", "evaluation_temperatures": "0.5", "evaluation_samples": "7", "judge": "j"}
+    values |= {"evaluation_seeds": "2", "evaluation_length": "9", "evaluation_sampler": "confidence"}
+    values |= {"evaluation_last_step": "greedy", "evaluation_precision": "float32", "evaluation_batch_size": "5"}
+    values |= {"convention": "raw_ids", "entropy_unit": "words", "judge_dtype": "bfloat16"}
+    assert values.keys() == {option.name for option in dataclasses.fields(EvaluationArguments)}
+    long = parser().parse_args(["m", *(f"--{name}={value}" for name, value in values.items())])
+    short = parser().parse_args(
+        ["m", *(f"--{name.removeprefix('evaluation_')}={value}" for name, value in values.items())]
+    )
+    (recipe,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(
+        [f"--{name}={value}" for name, value in values.items()]
+    )
+    assert vars(long) == vars(short)
+    assert {name: getattr(long, name) for name in values} == dataclasses.asdict(recipe)
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_the_snippet_of_the_card_runs_and_never_asks(tmp_path, model, tokenizer)
 
 def test_the_card_of_a_judge_is_of_its_kind_and_runs(tmp_path, capsys, monkeypatch):
     folder = save_judge(tmp_path / "judge")
-    report = save_results(folder, kind="causal", figures=["Loss on held-out text: 1.529 nats per token."])
+    report = save_results(folder, kind="causal", figures=["Loss on held-out text: 1.529 nats per token"])
     write_report(folder, report)
     card = (folder / "README.md").read_text()
     assert "Loss on held-out text: 1.529 nats per token." in card and "autoregressive" in card

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import ROOT, mcd_arguments, run_python, save_judge, write_inputs
 
 from evaluation import load_report
-from trainers import run_mcd
+from trainers import run_judge, run_mcd, run_mdlm
 
 
 RUN = "import sys; from trainers.run_mcd import main; main(sys.argv[1:])"
@@ -61,6 +61,31 @@ def test_trackers_hear_of_every_round(inputs, tmp_path):
     texts = events.Tensors("eval/sample/text_summary")
     assert [event.step for event in texts] == [0, 2, 4]
     assert texts[1].tensor_proto.string_val[0].decode() == rows["round-1", 4]["example"]
+
+
+@pytest.mark.parametrize("entry", ["run_mcd", "run_mdlm", "run_judge"])
+def test_every_run_writes_a_card_with_what_it_printed_and_no_local_path(inputs, tmp_path, entry, capsys):
+    output = tmp_path / "run"
+    if entry == "run_mcd":
+        words = arguments_for(inputs, output, steps_per_round=1)
+    else:
+        settings = {"tokenizer": inputs / "tokenizer", "train_text": inputs / "text.txt", "output_dir": output}
+        settings |= {"validation_text": inputs / "text.txt", "block_length": 32, "hidden_size": 16, "max_steps": 1}
+        settings |= {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "report_to": "none"}
+        heads = {"num_heads": 2, "num_layers": 1}
+        if entry == "run_mdlm":
+            heads = {"num_attention_heads": 2, "num_hidden_layers": 1, "logging_steps": 1, "save_steps": 1}
+        words = [f"--{name}={value}" for name, value in (settings | heads).items()]
+    {"run_mcd": run_mcd, "run_mdlm": run_mdlm, "run_judge": run_judge}[entry].main(words)
+    card, printed = (output / "README.md").read_text(), capsys.readouterr().out
+    if entry == "run_mcd":
+        assert (output / "eval.md").read_text().strip() in printed and (output / "eval.md").read_text().strip() in card
+    else:
+        (line,) = [line for line in printed.splitlines() if line.endswith(" nats per token")]
+        assert f"{line}." in card and line in (output / "eval.md").read_text()
+    assert ("AutoModelForCausalLM" in card) == (entry == "run_judge")
+    for text in (card, (output / "eval.json").read_text()):
+        assert not any(part in text for part in (str(tmp_path), str(inputs), inputs.parent.name))
 
 
 @pytest.mark.parametrize(

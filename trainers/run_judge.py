@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
+from evaluation import save_results, write_report
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
 from modeling_mcd.command_line import one_line_errors
 from trainers.diffusion_trainer import check_training_batch
 from trainers.exact_resume import ExactResumeArguments, ExactResumeTrainer
 from trainers.runs.inputs import TokenizerArguments, load_data, load_tokenizer, open_data
+from trainers.runs.output_folder import short_name
 from trainers.runs.recipe import parse_recipe
 from trainers.runs.run import Run
 from trainers.runs.text_blocks import TextArguments
@@ -81,11 +83,23 @@ def main(arguments: list[str] | None = None):
     with run.start():
         trainer.train(run.checkpoint)
         run.save(Follower(judge).model, tokenizer)  # a copy that is not sharded
+        figures = None
         if validation is not None:
             loss = trainer.evaluate()["eval_loss"]
+            figures = [f"Loss on the validation text: {loss:.4f} nats per token"]
             if run.is_first:
                 run.save_figures(loss=loss)
-                print(f"Loss on the validation text: {loss:.4f} nats per token")
+                print(figures[0])
+        if run.is_first:
+            report = save_results(
+                training.output_dir,
+                kind="causal",
+                figures=figures,
+                recipe=run.recipe(),
+                data=f"Trained on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
+                repository=training.hub_model_id,
+            )
+            write_report(training.output_dir, report)
         run.push()
     trainer.end()
 

@@ -114,17 +114,20 @@ def main(arguments: list[str] | None = None):
         model = trainer.whole_student()
         run.save(model, tokenizer)
         if run.is_first:
+            figures = None
+            if validation is not None:
+                nelbo = validation_nelbo(model, torch.tensor(validation["input_ids"]))
+                run.save_figures(nelbo=nelbo)
+                figures = [f"NELBO on the validation text: {nelbo:.4f} nats per token"]
+                print(figures[0])
             report = save_results(
                 training.output_dir,
+                figures=figures,
                 recipe=run.recipe(),
                 data=f"Trained on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
                 method="Trained by the continuous-time NELBO.",
                 repository=training.hub_model_id,
             )
-            if validation is not None:
-                nelbo = validation_nelbo(model, torch.tensor(validation["input_ids"]))
-                run.save_figures(nelbo=nelbo)
-                print(f"NELBO on the validation text: {nelbo:.4f} nats per token")
             write_report(training.output_dir, report)
         run.push()
     trainer.end()

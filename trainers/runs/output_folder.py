@@ -74,8 +74,14 @@ def portable_path(value):
 
 
 def short_name(source: str | None) -> str | None:
-    """A folder's name without the path of this machine; a Hub name as it is."""
-    return source if source is None or not Path(source).exists() else "/".join(Path(source).parts[-3:])
+    """A folder's name without what only this machine has of its path; a Hub name as it is."""
+    if source is None or not Path(source).exists():
+        return source
+    path = Path(source).resolve()
+    for root in (RECIPE_FOLDER.parent, Path.cwd()):
+        if path.is_relative_to(root):
+            return str(path.relative_to(root))
+    return path.name
 
 
 def difference(output_dir: Path, settings: dict, changeable: tuple[str, ...] = ()) -> str | None:
