@@ -42,8 +42,10 @@ def text_blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length
     """At most `count` blocks [count, length], spread evenly over the documents `texts`.
 
     Raises:
-        ValueError: less text than one block, or a tokenizer without BOS or EOS.
+        ValueError: less text than one block, a count below 1, or a tokenizer without BOS or EOS.
     """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, not {count}")
     blocks = np.array(list(pack(([text] for text in texts), tokenizer, length, "the reference text")))
     chosen = torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).round().long()
     return torch.from_numpy(blocks).long()[chosen]
