@@ -51,12 +51,12 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, **options) -> MD
             shape.
     """
     checkpoint = read_checkpoint(source, **options)
+    for name, tensor in checkpoint.state.items():  # of a model that ZeRO-3 partitions, no process has the weights
+        if not all(bound.isfinite() for bound in tensor.to(dtype).aminmax()):
+            raise cannot_load("model", source, f"{name} holds NaN or infinite numbers in {dtype}")
     model = MDLMForMaskedDiffusion.from_pretrained(
         None, config=checkpoint.config, state_dict=checkpoint.state, dtype=dtype
     )
-    for name, parameter in model.named_parameters():
-        if not all(bound.isfinite() for bound in parameter.detach().aminmax()):
-            raise cannot_load("model", source, f"{name} holds NaN or infinite numbers in {dtype}")
     if checkpoint.generation_config is not None:
         model.generation_config = checkpoint.generation_config
     return model
