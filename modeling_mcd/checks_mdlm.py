@@ -1,7 +1,9 @@
-"""Rules for numbers, the same for configurations, options and recipes."""
+"""Rules for numbers and tensors, the same for configurations, options, recipes and the arguments of a forward."""
 
 import math
 from collections.abc import Callable
+
+import torch
 
 
 # What a number may be: in words, and as a condition, written so that NaN does not meet it.
@@ -20,8 +22,50 @@ def check_numbers(settings, **rules: tuple[str, Callable]):
 
     What is no number at all (a string, True, False) breaks every rule.
     """
-    for name, (words, allows) in rules.items():
-        value = getattr(settings, name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (is_number and allows(value)):
-            raise ValueError(f"{name} must {words}, not {value!r}")
+    for name, rule in rules.items():
+        if getattr(settings, name) is not None:
+            check_number(name, getattr(settings, name), rule)
+
+
+def check_number(name: str, value: float, rule: tuple[str, Callable]):
+    """Raises ValueError, naming the number and its value, when it breaks the rule."""
+    words, allows = rule
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and allows(value)):
+        raise ValueError(f"{name} must {words}, not {value!r}")
+
+
+def may_look(tensor: torch.Tensor) -> bool:
+    """Whether the values of a tensor may be checked: an accelerator would be waited for, and a compiled graph broken."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]):
+    """Raises ValueError for what is no tensor of this shape."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor of the shape {tuple(shape)}, not {tensor!r}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape {tuple(shape)}, not {tuple(tensor.shape)}")
+
+
+def check_integers(name: str, tensor: torch.Tensor, end: int, ignored: int | None = None):
+    """Raises ValueError for a tensor whose values are not integers of 0 .. end - 1, or `ignored`."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must hold integers (int64), not {tensor.dtype}")
+    if may_look(tensor):
+        wrong = (tensor < 0) | (tensor >= end)
+        wrong = wrong if ignored is None else wrong & (tensor != ignored)
+        if wrong.any():
+            raise ValueError(f"{name} must lie in 0 .. {end - 1}, not be {tensor[wrong][0].item()}")
+
+
+def check_positions(name: str, chosen: torch.Tensor, shape: tuple[int, ...]):
+    """Raises ValueError unless `chosen` is a boolean mask of this shape, or a list of flat indices into it."""
+    if not isinstance(chosen, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, a boolean mask or indices, not {chosen!r}")
+    if chosen.dtype == torch.bool:
+        check_shape(name, chosen, shape)
+    elif chosen.ndim != 1:
+        raise ValueError(f"{name} must be a mask or indices of one dimension, not of shape {tuple(chosen.shape)}")
+    else:
+        check_integers(name, chosen, math.prod(shape))

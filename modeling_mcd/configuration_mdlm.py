@@ -5,10 +5,26 @@ from .requirements_mdlm import MINIMUM  # noqa: F401  (first: an old transformer
 
 # isort: split
 
+import difflib
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .checks_mdlm import BELOW_1, COUNT, INSIDE_0_1, NOT_NEGATIVE, POSITIVE, check_numbers
+
+
+COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+NUMBERS = dict.fromkeys((*COUNTS, "conditioning_size", "max_position_embeddings"), COUNT) | {
+    "hidden_dropout": BELOW_1,
+    "layer_norm_eps": NOT_NEGATIVE,
+    "rope_theta": POSITIVE,
+    "initializer_range": NOT_NEGATIVE,
+    "noise_epsilon": INSIDE_0_1,
+}
+TOKENS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+# Keywords of other models that look like ours and are none of our business.
+FOREIGN = ("sep_token_id", "cls_token_id", "unk_token_id", "decoder_start_token_id")
 
 
 @strict
@@ -36,11 +52,13 @@ class MDLMConfig(PreTrainedConfig):
         time_conditioning (`bool`, *optional*): Whether the network sees the noise level; by default only under uniform
             noise. Off, it is given sigma = 0 and the modulation is a constant of the network.
         noise_schedule (`str`, *optional*, defaults to `"log_linear"`): Name of gamma(t), see `noise_schedule_mdlm.py`.
-        noise_epsilon (`float`, *optional*, defaults to 1e-3): gamma(1), the visible fraction at full noise.
+        noise_epsilon (`float`, *optional*, defaults to 1e-3): The schedule's epsilon, in (0, 1). Under `"log_linear"` it is
+            gamma(1), the fraction still visible at full noise.
         mask_token_id (`int`, *optional*): Id of `[MASK]`; the last token when not given. Uniform noise has none.
 
     Raises:
-        ValueError: when heads do not divide the width, the mask is outside the vocabulary, or uniform noise has one.
+        ValueError: names the field, its value and the rule: for a number out of range, heads that do not divide the width,
+            a token outside the vocabulary, a mask under uniform noise, or a misspelt field.
     """
 
     model_type = "mdlm_mcd"
@@ -68,12 +86,14 @@ class MDLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        check_keywords(kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.time_conditioning is None:
             self.time_conditioning = self.diffusion_kind == "uniform"
         if self.mask_token_id is None and self.diffusion_kind == "absorbing":
             self.mask_token_id = self.vocab_size - 1
+        check_numbers(self, **NUMBERS)
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "
@@ -83,8 +103,11 @@ class MDLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"mask_token_id ({self.mask_token_id}) must be null under uniform diffusion: nothing is masked"
             )
-        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(f"mask_token_id ({self.mask_token_id}) must lie in [0, vocab_size = {self.vocab_size})")
+        for name in TOKENS:
+            tokens = getattr(self, name)
+            for token in tokens if isinstance(tokens, list) else [tokens]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name} ({token}) must lie in [0, vocab_size = {self.vocab_size})")
         # Replaced, never merged: an entry that names someone else's repository must not travel into what is saved.
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_mdlm.MDLMConfig",
@@ -92,6 +115,17 @@ class MDLMConfig(PreTrainedConfig):
             "AutoModelForMaskedLM": "modeling_mdlm.MDLMForMaskedDiffusion",
         }
         super().__post_init__(**kwargs)
+
+
+def check_keywords(keywords: dict):
+    """Raises ValueError for a keyword that is a field of ours misspelt.
+
+    Other keywords are kept, as transformers keeps them: saved configurations hold many that are not ours.
+    """
+    for name, value in keywords.items():
+        nearest = difflib.get_close_matches(name, MDLMConfig.__annotations__, 1, cutoff=0.7)
+        if nearest and name not in FOREIGN and not hasattr(PreTrainedConfig, name):
+            raise ValueError(f"unknown configuration field {name} ({value!r}): did you mean {nearest[0]}?")
 
 
 __all__ = ["MDLMConfig"]

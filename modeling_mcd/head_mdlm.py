@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.utils import ModelOutput
 
+from .checks_mdlm import POSITIVE, check_number, check_positions
+
 
 MASK_LOGIT = -1e6  # Finite, as in the published code: 0 * log(0) is then 0 and not NaN in a divergence.
 # Numbers in a chunk of logits. On a CPU 16 MB in float32: above 32 MB malloc asks the system for fresh pages each time, and
@@ -56,15 +58,21 @@ class HeadRows(ModelOutput):
     mask_token_id: int | None = None
 
     def at(self, chosen: torch.Tensor | slice) -> "HeadRows":
-        """The rows that a boolean mask [R], indices or a slice choose."""
+        """The rows that a boolean mask [R], indices or a slice choose. ValueError for any that are not there."""
+        if not isinstance(chosen, slice):
+            check_positions("rows", chosen, (len(self.hidden),))
         return replace(self, hidden=self.hidden[chosen])
 
     def put(self, chosen: torch.Tensor, rows: "HeadRows") -> "HeadRows":
         """A copy in which `rows`, of the same head, replace those that a boolean mask [R] or indices choose.
 
         Raises:
-            ValueError: when `rows` come from another head.
+            ValueError: when `rows` come from another head, or are not as many as the places.
         """
+        check_positions("places", chosen, (len(self.hidden),))
+        places = self.hidden[chosen]
+        if places.shape != rows.hidden.shape:
+            raise ValueError(f"put: {len(rows.hidden)} rows for {len(places)} places")
         if rows.weight.data_ptr() != self.weight.data_ptr():
             raise ValueError("put: the rows belong to another head, which would give them another meaning")
         hidden = self.hidden.clone()
@@ -90,6 +98,7 @@ class HeadRows(ModelOutput):
 
         Builds the logits of all rows at once; `map` goes through them in chunks.
         """
+        check_number("temperature", temperature, POSITIVE)
         vocab_size, scale = len(self.weight), 1 / temperature
         logits = self.hidden.new_empty(
             len(self.hidden), vocab_size, dtype=torch.promote_types(self.hidden.dtype, torch.float32)

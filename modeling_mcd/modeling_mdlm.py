@@ -18,6 +18,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .checks_mdlm import check_integers, check_positions, check_shape
 from .configuration_mdlm import MDLMConfig
 from .generation_mdlm import MDLMGenerationMixin
 from .head_mdlm import HeadRows
@@ -52,19 +53,17 @@ class MDLMNoiseEmbedding(nn.Module):
         angles = sigma.float()[:, None] * torch.exp(-math.log(10000) * exponents)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
         with torch.autocast(sigma.device.type, enabled=False):
-            hidden = nn.functional.silu(self.in_proj(sinusoids.to(self.in_proj.weight.dtype)))
+            # the dtype of the bias: a quantised weight holds integers
+            hidden = nn.functional.silu(self.in_proj(sinusoids.to(self.in_proj.bias.dtype)))
             return nn.functional.silu(self.out_proj(hidden))
 
 
-class MDLMModulation(nn.Linear):
-    """Conditioning [B, c] -> `parts` tensors [B, 1, hidden_size]. A class of its own because it starts at zero (adaLN-Zero)."""
+def modulation_parts(modulation: nn.Module, conditioning: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+    """Conditioning [B, c] -> `parts` tensors [B, 1, hidden_size].
 
-    def __init__(self, conditioning_size: int, hidden_size: int, parts: int):
-        super().__init__(conditioning_size, parts * hidden_size)
-        self.parts = parts
-
-    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super().forward(conditioning)[:, None].chunk(self.parts, dim=-1)
+    The modulations are plain linear layers, so that quantisation and adapters, which replace such layers, can.
+    """
+    return modulation(conditioning)[:, None].chunk(parts, dim=-1)
 
 
 def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -161,7 +160,8 @@ class MDLMLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MDLMConfig, layer_idx: int):
         super().__init__()
-        self.modulation = MDLMModulation(config.conditioning_size, config.hidden_size, 6)
+        self.modulation = nn.Linear(config.conditioning_size, 6 * config.hidden_size)
+        self.modulation.starts_at_zero = True
         self.attention_norm = MDLMLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attention = MDLMAttention(config, layer_idx)
         self.mlp_norm = MDLMLayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -177,9 +177,8 @@ class MDLMLayer(GradientCheckpointingLayer):
         hidden_rows: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = self.modulation(
-            conditioning
-        )
+        parts = modulation_parts(self.modulation, conditioning, 6)
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = parts
         branch = modulate(self.attention_norm(hidden_states), shift_attention, scale_attention)
         branch, _ = self.attention(branch, position_embeddings, attention_mask, hidden_rows, **kwargs)
         if hidden_rows is not None:
@@ -187,6 +186,37 @@ class MDLMLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + gate_attention * self.dropout(branch)
         branch = self.mlp(modulate(self.mlp_norm(hidden_states), shift_mlp, scale_mlp))
         return hidden_states + gate_mlp * self.dropout(branch)
+
+
+def check_canvas(
+    config: MDLMConfig,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    timesteps: torch.Tensor | None,
+):
+    """Raises ValueError for inputs of a forward that do not fit each other, the vocabulary or the context."""
+    name, canvas = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    dimensions = 2 if inputs_embeds is None else 3
+    if not isinstance(canvas, torch.Tensor) or canvas.ndim != dimensions:
+        shape = tuple(canvas.shape) if isinstance(canvas, torch.Tensor) else f"{canvas!r}"
+        raise ValueError(f"{name} must be a tensor of {dimensions} dimensions, batch and length first, not {shape}")
+    if inputs_embeds is None:
+        check_integers(name, canvas, config.vocab_size)
+    batch, length = canvas.shape[:2]
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"{name} are {length} tokens long, but the context (max_position_embeddings) is "
+            f"{config.max_position_embeddings}"
+        )
+    if (
+        isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 4
+    ):  # of 4 dimensions: prepared by the caller
+        check_shape("attention_mask", attention_mask, (batch, length))
+    if config.time_conditioning:
+        if timesteps is None:
+            raise ValueError("this model has time_conditioning: give timesteps, the total noise sigma of each row [B]")
+        check_shape("timesteps", timesteps, (batch,))
 
 
 @auto_docstring
@@ -207,7 +237,7 @@ class MDLMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MDLMLayerNorm):
             init.ones_(module.weight)
-        elif isinstance(module, MDLMModulation) or module is getattr(self, "lm_head", None):
+        elif getattr(module, "starts_at_zero", False) or module is getattr(self, "lm_head", None):
             # Every block is the identity and every logit zero at the start (DiT, arXiv 2212.09748, "adaLN-Zero").
             init.zeros_(module.weight)
             init.zeros_(module.bias)
@@ -221,7 +251,8 @@ class MDLMModel(MDLMPreTrainedModel):
         self.noise_embedding = MDLMNoiseEmbedding(config.conditioning_size)
         self.rotary_emb = MDLMRotaryEmbedding(config)
         self.layers = nn.ModuleList(MDLMLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm_modulation = MDLMModulation(config.conditioning_size, config.hidden_size, 2)
+        self.norm_modulation = nn.Linear(config.conditioning_size, 2 * config.hidden_size)
+        self.norm_modulation.starts_at_zero = True
         self.norm = MDLMLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -248,14 +279,22 @@ class MDLMModel(MDLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_canvas(self.config, input_ids, inputs_embeds, attention_mask, timesteps)
+        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        if hidden_rows is not None:
+            check_shape("hidden_rows", hidden_rows, (batch, hidden_rows.shape[-1]))
+            check_integers("hidden_rows", hidden_rows, length)
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions needs attn_implementation='eager': {self.config._attn_implementation!r} computes no "
+                "attention weights; call model.set_attn_implementation('eager')"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if not self.config.time_conditioning:
             timesteps = torch.zeros(1, device=inputs_embeds.device)  # one row: the modulation is the same for all
-        elif timesteps is None:
-            raise ValueError("this model has time_conditioning: give timesteps, the total noise sigma of each row [B]")
         if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+            position_ids = torch.arange(length, device=inputs_embeds.device)[None]
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
@@ -271,7 +310,7 @@ class MDLMModel(MDLMPreTrainedModel):
             )
         if hidden_rows is not None and not narrow:
             hidden_states = torch.take_along_dim(hidden_states, hidden_rows[..., None], dim=1)
-        shift, scale = self.norm_modulation(conditioning)
+        shift, scale = modulation_parts(self.norm_modulation, conditioning, 2)
         return BaseModelOutput(last_hidden_state=modulate(self.norm(hidden_states), shift, scale))
 
 
@@ -319,6 +358,12 @@ class MDLMForMaskedDiffusion(MDLMGenerationMixin, MDLMPreTrainedModel):
             raise ValueError(
                 "labels and hidden_rows exclude each other: compute the loss from the rows that are returned"
             )
+        canvas = input_ids if inputs_embeds is None else inputs_embeds
+        if isinstance(canvas, torch.Tensor) and labels is not None:  # anything else is refused by the trunk
+            check_shape("labels", labels, canvas.shape[:2])
+            check_integers("labels", labels, self.config.vocab_size, ignored=-100)
+        if isinstance(canvas, torch.Tensor) and hidden_rows is not None:
+            check_positions("hidden_rows", hidden_rows, canvas.shape[:2])
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -339,7 +384,7 @@ class MDLMForMaskedDiffusion(MDLMGenerationMixin, MDLMPreTrainedModel):
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+            loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten().long())
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -5,12 +5,17 @@ from dataclasses import dataclass
 
 import torch
 
+from .checks_mdlm import INSIDE_0_1, check_numbers
+
 
 @dataclass(frozen=True)
 class LogLinearSchedule:
     """gamma(t) = 1 - (1 - epsilon) t, MDLM's schedule: sigma(t) = -log gamma(t), and the NELBO weight is exactly 1/t."""
 
     epsilon: float = 1e-3
+
+    def __post_init__(self):
+        check_numbers(self, epsilon=INSIDE_0_1)
 
     def gamma(self, t: torch.Tensor) -> torch.Tensor:
         return 1 - (1 - self.epsilon) * t
@@ -27,6 +32,9 @@ class CosineSchedule:
     """gamma(t) = 1 - cos(pi/2 (1 - t')), t' = (1 - epsilon) t (Duo, arXiv 2506.10892)."""
 
     epsilon: float = 1e-3
+
+    def __post_init__(self):
+        check_numbers(self, epsilon=INSIDE_0_1)
 
     def gamma(self, t: torch.Tensor) -> torch.Tensor:
         return 1 - torch.cos(math.pi / 2 * (1 - (1 - self.epsilon) * t))

@@ -235,6 +235,18 @@ def forward(world: World) -> list[Case]:
         refuse("a mask of another shape", "hidden_rows", "(2, 7)", hidden_rows=mask[:, 1:]),
         refuse("a mask of another batch", "hidden_rows", "(1, 8)", hidden_rows=mask[:1]),
         refuse("rows that are no indices", "hidden_rows", "float", hidden_rows=torch.zeros(3)),
+        refuse("labels and rows", "labels", "hidden_rows", labels=ids, hidden_rows=mask),
+        refuse("attentions under sdpa", "output_attentions", "eager", "sdpa", output_attentions=True),
+        Case(
+            "a position of the trunk outside",
+            lambda _: model.model(ids, hidden_rows=torch.tensor([[8], [0]])),
+            ("hidden_rows", "8"),
+        ),
+        Case(
+            "positions of another batch",
+            lambda _: model.model(ids, hidden_rows=torch.tensor([[0]])),
+            ("hidden_rows", "(1, 1)"),
+        ),
         refuse("a list for rows", "hidden_rows", "[0, 1]", hidden_rows=[0, 1]),
         refuse("no noise level", "timesteps", network=timed),
         refuse("as many noise levels as tokens", "timesteps", "(2, 8)", network=timed, timesteps=torch.zeros(2, 8)),
@@ -1039,7 +1051,7 @@ def head_rows_and_divergences(world: World) -> list[Case]:
 
     return [
         compare("another kind", "jeffreys", kind="jeffreys"),
-        compare("the old name of a kind", "student", kind="student-teacher"),
+        compare("the old name of a kind", "student", kind="student_teacher"),
         *[compare(f"beta {beta}", "beta", says(beta), kind="jensen_shannon", beta=beta) for beta in (-0.1, 1.1, NAN)],
         *[compare(f"temperature {t}", "temperature", says(t), temperature=t) for t in (0, -1, NAN, INFINITY)],
         compare("other numbers of rows", "3", "2", teacher=rows(2)),
@@ -1051,8 +1063,8 @@ def head_rows_and_divergences(world: World) -> list[Case]:
         score("weights of another number", "weights", "2", "3", weights=torch.ones(2)),
         Case("rows of another head", lambda _: student.put(torch.tensor([0]), rows(1)), ("head",)),
         Case("more rows than places", lambda _: student.put(torch.tensor([0]), student.at(slice(2))), ("1", "2")),
-        Case("a place outside", lambda _: student.put(torch.tensor([7]), student.at(slice(1))), ("7", "3")),
-        Case("a row outside", lambda _: student.at(torch.tensor([5])), ("5", "3")),
+        Case("a place outside", lambda _: student.put(torch.tensor([7]), student.at(slice(1))), ("places", "7")),
+        Case("a row outside", lambda _: student.at(torch.tensor([5])), ("rows", "5")),
         Case("a mask of another length", lambda _: student.at(torch.ones(4, dtype=torch.bool)), ("4", "3")),
         Case("a point mass under MSE", lambda _: divergence_from_token("mse", student, tokens), ("mse",)),
         *[Case(f"log-probabilities at {t}", lambda _, t=t: student.log_probabilities(t), ("temperature", says(t)))

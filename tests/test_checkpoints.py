@@ -130,7 +130,9 @@ def test_the_mask_of_a_checkpoint_is_that_of_its_vocabulary(tmp_path, vocab_size
 @pytest.mark.parametrize("layout", CONFIGS)
 def test_round_trip_of_a_checkpoint_through_a_published_layout(build, tmp_path, layout, dtype):
     kind = "uniform" if layout == "duo" else "absorbing"
-    model = build(vocab_size=40, eos_token_id=3, noise_schedule="cosine", noise_epsilon=0.01, diffusion_kind=kind)
+    model = build(
+        vocab_size=40, bos_token_id=3, eos_token_id=3, noise_schedule="cosine", noise_epsilon=0.01, diffusion_kind=kind
+    )
     model.to(dtype).save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", layout, dtype)
     names = {f"backbone.{name}" for name in [*parameter_names(2), "rotary_emb.inv_freq"]}
@@ -503,7 +505,7 @@ def test_a_conversion_replaces_nothing_and_a_failed_one_leaves_nothing(build, tm
     source = published(tmp_path / "source", "mdlm")
     with pytest.raises(ValueError, match="source' is already there"):
         convert(source, source)
-    build(rope_theta=500.0, vocab_size=40).save_pretrained(tmp_path / "other")
+    build(rope_theta=500.0, vocab_size=40, bos_token_id=3, eos_token_id=3).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="rope_theta is 500.0, but the code of the mdlm layout has 10000.0 built in"):
         convert(tmp_path / "other", tmp_path / "out", "mdlm")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "source"]

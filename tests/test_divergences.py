@@ -253,8 +253,8 @@ def test_rows_are_chosen_and_put_together():
     [
         ({"kind": "kl"}, "'kl', but must be one of student_first, teacher_first"),
         ({"kind": "student_teacher"}, "student_teacher is now called student_first"),
-        ({"beta": 1.5}, "beta is 1.5, but must lie in"),
-        ({"temperature": 0.0}, "temperature is 0.0, but must be positive"),
+        ({"beta": 1.5}, "beta must lie in .0, 1., not 1.5"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, not 0.0"),
         ({"teacher": make_rows(3, 1)}, "the student has 4 rows and the teacher 3"),
     ],
 )

@@ -45,6 +45,6 @@ def test_given_masks_are_neither_scored_nor_counted(build):
 
 def test_the_model_is_left_in_its_mode_after_a_failure(build):
     model = build().train()
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="input_ids must lie in"):
         validation_nelbo(model, torch.full((2, 8), 1000))
     assert model.training

@@ -16,6 +16,7 @@ from torch.nn.parallel.distributed import _find_tensors
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, pipeline
 
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion, MDLMModel
+from modeling_mcd.checks_mdlm import check_integers
 from modeling_mcd.head_mdlm import HeadRows
 
 
@@ -52,10 +53,10 @@ def inverse_frequencies(head_dim: int) -> torch.Tensor:
     return torch.tensor([10000 ** (-2 * i / head_dim) for i in range(head_dim // 2)])
 
 
-def logits_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def logits_of(model: torch.nn.Module, ids: torch.Tensor, **inputs) -> torch.Tensor:
     """From a copy: weights mapped from a file lie unaligned in memory, and matrix products then round otherwise."""
     with torch.no_grad():
-        return copy.deepcopy(model)(ids).logits
+        return copy.deepcopy(model)(ids, **inputs).logits
 
 
 # --- The published architecture
@@ -313,14 +314,15 @@ def test_wrappers_find_every_tensor_of_head_rows(model):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_chosen_positions_of_the_trunk_are_those_of_the_whole_canvas(model, attention, padded):
+def test_chosen_positions_are_those_of_the_full_canvas(model, attention, padded):
+    """Flex attention without its compiled CPU kernel: with 8 tokens of width 16, that reads past the keys (torch 2.13)."""
     model.set_attn_implementation(attention)
     ids, positions = tokens(3, 8), torch.tensor([[1, 4, 0], [7, 2, 2], [5, 3, 6]])
     mask = torch.arange(8) < torch.tensor([[8], [5], [7]]) if padded else None
-    with torch.no_grad():
-        whole = model.model(ids, attention_mask=mask).last_hidden_state
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        full = model.model(ids, attention_mask=mask).last_hidden_state
         chosen = model.model(ids, attention_mask=mask, hidden_rows=positions).last_hidden_state
-    torch.testing.assert_close(chosen, torch.stack([whole[b, positions[b]] for b in range(3)]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(chosen, torch.stack([full[b, positions[b]] for b in range(3)]), atol=1e-6, rtol=0)
 
 
 def test_the_last_layer_runs_on_chosen_positions_only(model):
@@ -329,6 +331,76 @@ def test_the_last_layer_runs_on_chosen_positions_only(model):
         layer.mlp.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     model.model(tokens(3, 8), hidden_rows=torch.tensor([[1, 4], [7, 2], [5, 3]]))
     assert shapes == [(3, 8, 32), (3, 2, 32)]
+
+
+class Quantised(torch.nn.Module):
+    """Stands where a quantiser puts its own layer: another class, whose weight holds bytes and whose bias does not."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.bias = [linear], linear.bias
+        self.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, hidden_states):
+        return self.linear[0](hidden_states)
+
+
+def test_every_linear_layer_of_the_trunk_can_be_replaced(build):
+    """As bitsandbytes and quanto do, which leave the head alone."""
+    model, ids, sigma = build(time_conditioning=True), tokens(2, 8), torch.tensor([0.1, 3.0])
+    logits, replaced = logits_of(model, ids, timesteps=sigma), 0
+    for parent in list(model.model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(parent, name, Quantised(child))
+                replaced += 1
+    assert replaced == 2 * 5 + 3
+    with torch.no_grad():
+        assert torch.equal(model(ids, timesteps=sigma).logits, logits)
+
+
+def test_attentions_under_sdpa_are_refused_with_the_fix(model):
+    for network in (model, model.model):
+        with pytest.raises(ValueError, match="output_attentions needs attn_implementation='eager': 'sdpa'"):
+            network(tokens(2, 8), output_attentions=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("noise_epsilon", 1.0, r"noise_epsilon must lie in \(0, 1\), not 1.0"),
+        ("num_attention_heads", 0, "num_attention_heads must be an integer of at least 1, not 0"),
+        ("pad_token_id", 48, r"pad_token_id \(48\) must lie in \[0, vocab_size = 48\)"),
+        ("noise_eps", 0.1, r"unknown configuration field noise_eps \(0.1\): did you mean noise_epsilon\?"),
+    ],
+)
+def test_a_configuration_refuses_by_field_value_and_rule(build, field, value, message):
+    """All cases: `tests/bad_input.py`."""
+    with pytest.raises(ValueError, match=message) as error:
+        MDLMConfig(**build().config.to_dict() | {field: value})
+    assert "\n" not in str(error.value)
+
+
+def test_what_other_programs_write_into_a_configuration_is_kept(tmp_path):
+    """Standard keys of transformers, those of other models, and files written before a field existed."""
+    content = json.loads(Path("recipes/tiny/teacher/config.json").read_text())
+    foreign = {
+        "torch_dtype": "bfloat16",
+        "sep_token_id": 3,
+        "num_labels": 2,
+        "use_cache": False,
+        "attention_dropout": 0.1,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content | foreign | {"_name_or_path": "a/b", "top_k": 50}))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is MDLMConfig and config.sep_token_id == 3 and config.hidden_size == content["hidden_size"]
+
+
+def test_values_are_looked_at_on_a_cpu_only(model):
+    """An accelerator would be waited for; the meta device has no values, and a look at them would fail."""
+    check_integers("input_ids", torch.full((2, 8), 48, device="meta"), 48)
+    with pytest.raises(ValueError, match="input_ids must lie in 0 .. 47, not be 48"):
+        model(torch.full((2, 8), 48))
 
 
 # --- Time conditioning

@@ -18,6 +18,7 @@ from typing import get_args, get_type_hints
 import torch
 from torch.autograd.function import once_differentiable
 
+from modeling_mcd.checks_mdlm import POSITIVE, WITHIN_0_1, check_integers, check_number, check_shape
 from modeling_mcd.forward_process_mdlm import AbsorbingProcess, Process
 from modeling_mcd.head_mdlm import MASK_LOGIT, HeadRows, in_chunks
 
@@ -115,10 +116,10 @@ def divergence(
     """
     if kind not in DIVERGENCES:
         raise unknown_divergence(kind, DIVERGENCES)
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta is {beta}, but must lie in [0, 1]")
-    if temperature <= 0:
-        raise ValueError(f"the teacher's temperature is {temperature}, but must be positive")
+    check_number("beta", beta, WITHIN_0_1)
+    check_number("temperature", temperature, POSITIVE)
+    if len(student.weight) != len(teacher.weight):
+        raise ValueError(f"the student has {len(student.weight)} tokens and the teacher {len(teacher.weight)}")
     if len(student.hidden) != len(teacher.hidden):
         raise ValueError(
             f"the student has {len(student.hidden)} rows and the teacher {len(teacher.hidden)}: give them in pairs"
@@ -144,6 +145,9 @@ def cross_entropy(student: HeadRows, tokens: torch.Tensor, weights: torch.Tensor
     """
     if len(student.hidden) != len(tokens):
         raise ValueError(f"{len(student.hidden)} rows, but {len(tokens)} tokens: give one for each row")
+    check_integers("tokens", tokens, len(student.weight))
+    if weights is not None:
+        check_shape("weights", weights, tokens.shape)
 
     def loss(log_p: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = tokens[rows, None]
