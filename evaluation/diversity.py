@@ -5,6 +5,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from modeling_mcd.checks_mdlm import COUNT, check_number
+
 
 ENTROPY_UNITS = ("tokens", "words", "trigrams")
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")  # letters, with apostrophes inside
@@ -49,8 +51,9 @@ def distinct_n(texts: Iterable[str], n: int = 3) -> float:
 
     Falls with the amount of text: compare equal numbers of samples of equal length only.
     """
+    check_number("n", n, COUNT)
     ngrams = Counter()
-    for text in texts:
+    for text in _several(texts):
         words = text.split()
         ngrams.update(zip(*(words[i:] for i in range(n)), strict=False))
     return len(ngrams) / max(ngrams.total(), 1)
@@ -58,10 +61,16 @@ def distinct_n(texts: Iterable[str], n: int = 3) -> float:
 
 def known_words(texts: Iterable[str], vocabulary: set[str]) -> float:
     """Share of the words that are in the vocabulary (see `vocabulary_of`), all texts together; 0 when there is none."""
-    words = Counter(word for text in texts for word in WORD.findall(text.lower()))
+    words = Counter(word for text in _several(texts) for word in WORD.findall(text.lower()))
     return sum(count for word, count in words.items() if word in vocabulary) / max(words.total(), 1)
+
+
+def _several(texts: Iterable[str]) -> Iterable[str]:
+    if isinstance(texts, str):  # would be read as texts of one letter each
+        raise ValueError("texts must be several texts, such as a list, not one str")
+    return texts
 
 
 def vocabulary_of(texts: Iterable[str]) -> set[str]:
     """The words of texts: lower-cased runs of letters, with apostrophes inside, without digits and punctuation."""
-    return {word for text in texts for word in WORD.findall(text.lower())}
+    return {word for text in _several(texts) for word in WORD.findall(text.lower())}

@@ -74,9 +74,11 @@ class EvaluationProtocol:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {tuple(allowed)}, not {getattr(self, name)!r}")
-        check_numbers(self, **dict.fromkeys(("samples", "seeds", "batch_size", "length"), AT_LEAST_1))
+        check_numbers(self, **dict.fromkeys(("samples", "seeds", "batch_size"), AT_LEAST_1))
+        check_numbers(self, length=("be at least 2: the first token is not predicted", lambda value: value >= 2))
         if self.last_step is not None and "last_step" not in options_of(SAMPLERS["absorbing"][self.sampler]):
             raise ValueError(f"last_step ({self.last_step!r}) is not used by the sampler {self.sampler!r}")
+        self.generation_config(1, 1.0, self.length or 2, 1)  # has the rules of the other settings
 
     def check(self, tokenizer: PreTrainedTokenizerBase, config, steps: Sequence[int], temperatures: Sequence[float]):
         """Raises ValueError for what this protocol cannot do with a model, before anything is drawn.

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.judge import context_of, vocabulary_size
+from modeling_mcd.checks_mdlm import COUNT, check_number
 
 
 CONVENTIONS = ("retokenized", "raw_ids")
@@ -67,6 +68,10 @@ def score(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Total NLL in nats [samples] float64 and number of scored tokens [samples], by the convention's rules."""
     if convention == "retokenized":
+        if judge_tokenizer is None:
+            raise ValueError(
+                "judge_tokenizer is None, but the convention retokenized needs it: give it, or take raw_ids"
+            )
         sequences = [judge_tokenizer(text, verbose=False)["input_ids"] for text in samples]
         return sequence_nll(sequences, judge, batch_size, judge_tokenizer.eos_token_id)
     if convention == "raw_ids":
@@ -94,14 +99,15 @@ def sequence_nll(
     With `eos_token_id`, an EOS is scored only if it is the first of its window. Losses in float32, sums in float64.
 
     Raises:
-        ValueError: an id outside the judge's vocabulary.
+        ValueError: an id outside the judge's vocabulary, or a batch_size below 1.
     """
+    check_number("batch_size", batch_size, COUNT)
     judge.eval()
     vocabulary = vocabulary_size(judge)
-    largest = max((max(ids) for ids in sequences if ids), default=0)
-    if largest >= vocabulary:
+    outside = next((i for ids in sequences if ids for i in (min(ids), max(ids)) if not 0 <= i < vocabulary), None)
+    if outside is not None:
         raise ValueError(
-            f"token id {largest} is outside the judge's vocabulary of {vocabulary}: judge the text, re-tokenised"
+            f"token id {outside} is outside the judge's vocabulary of {vocabulary}: judge the text, re-tokenised"
         )
     context = context_of(judge) or max((len(ids) for ids in sequences), default=1)
     windows = [

@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from evaluation.generative_perplexity import sequence_nll
+from modeling_mcd.checks_mdlm import COUNT, check_number
 from modeling_mcd.forward_process_mdlm import at_positions, process_of, sigma_of
 
 
@@ -24,9 +25,13 @@ def validation_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: in
         blocks: [n, L] token ids.
 
     Raises:
-        ValueError: when the blocks hold nothing but [MASK].
+        ValueError: when the blocks have another shape, or hold nothing but [MASK]; when a number is below 1.
     """
+    check_number("draws", draws, COUNT)
+    check_number("batch_size", batch_size, COUNT)
     blocks = torch.as_tensor(blocks, dtype=torch.long)
+    if blocks.ndim != 2:
+        raise ValueError(f"blocks must have the shape (n, L), not {tuple(blocks.shape)}")
     count, length = blocks.shape
     process, device = process_of(model.config), model.device
     maskable = process.maskable(blocks)
@@ -58,4 +63,6 @@ def validation_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: in
 def causal_loss(judge: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 8) -> float:
     """Cross-entropy of a causal LM in nats per token: the mean over the L - 1 predictions of every block [n, L]."""
     nll, tokens = sequence_nll(torch.as_tensor(blocks).tolist(), judge, batch_size)
+    if not tokens.sum():
+        raise ValueError("there is no block of two tokens or more: nothing to score")
     return (nll.sum() / tokens.sum()).item()

@@ -66,6 +66,10 @@ def save_results(folder: str | Path, rows: Sequence[dict] = (), **about) -> dict
     """
     with report_lock(folder):
         report = load_report(folder)
+        for row in rows:
+            missing = [name for name in (*KEY, *SETTINGS) if name not in row]
+            if missing:
+                raise ValueError(f"a row of results must hold {missing[0]!r}, but has {sorted(row)}")
         results = {tuple(row[name] for name in (*KEY, *SETTINGS)): row for row in [*report["results"], *rows]}
         for name, value in about.items():
             if value is not None:

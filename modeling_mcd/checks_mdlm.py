@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -33,6 +34,13 @@ def check_number(name: str, value: float, rule: tuple[str, Callable]):
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (is_number and allows(value)):
         raise ValueError(f"{name} must {words}, not {value!r}")
+
+
+def check_choices(settings):
+    """Raises ValueError, naming field and value, when a field of a dataclass is none of those that its `Literal` lists."""
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal and getattr(settings, name) not in get_args(hint):
+            raise ValueError(f"{name} must be one of {get_args(hint)}, not {getattr(settings, name)!r}")
 
 
 def may_look(tensor: torch.Tensor) -> bool:

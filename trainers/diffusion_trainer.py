@@ -68,9 +68,12 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
     seen either). Shorter rows are padded on the right, and the padding is neither seen nor noised.
 
     Raises:
-        ValueError: names a column with a value for each token that has no meaning here, such as `position_ids`.
+        ValueError: names a column that is missing or does not fit, or one with a value for each token that has no meaning
+            here, such as `position_ids`.
     """
-    lengths = [len(row["input_ids"]) for row in rows]
+    if not rows:
+        raise ValueError("a batch must hold at least one row")
+    lengths = [_length_of(row) for row in rows]
     for name, value in rows[0].items():
         per_token = hasattr(value, "__len__") and not isinstance(value, str) and len(value) == lengths[0]
         if per_token and name not in TOKEN_COLUMNS:
@@ -80,7 +83,15 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
             )
 
     def padded(name: str, value: int) -> torch.Tensor:
-        return torch.tensor([[*row[name], *[value] * (max(lengths) - len(row[name]))] for row in rows]).long()
+        for row, length in zip(rows, lengths, strict=True):
+            if len(row.get(name, ())) != length:
+                raise ValueError(
+                    f"{name} of a row has {len(row.get(name, ()))} values, but its input_ids have {length}"
+                )
+        values = torch.tensor([[*row[name], *[value] * (max(lengths) - len(row[name]))] for row in rows])
+        if values.is_floating_point() and values.numel():
+            raise ValueError(f"{name} of a row must hold integers, not {values.flatten()[0].item()}")
+        return values.long()
 
     batch = {"input_ids": padded("input_ids", 0)}
     if "labels" in rows[0]:
@@ -92,6 +103,15 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
     elif min(lengths) < max(lengths):
         batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     return batch
+
+
+def _length_of(row: dict) -> int:
+    ids = row.get("input_ids")
+    if ids is None:
+        raise ValueError(f"a row must hold input_ids, but has {row}")
+    if isinstance(ids, str) or not hasattr(ids, "__len__"):
+        raise ValueError(f"input_ids of a row must be token ids, not {ids!r}")
+    return len(ids)
 
 
 def maskable_tokens(inputs: dict[str, torch.Tensor], process: Process | None = None) -> torch.BoolTensor:

@@ -225,11 +225,11 @@ class ExactResumeArguments(TrainingArguments):
             raise ValueError(
                 f"hub_strategy is {self.hub_strategy.value!r}, but a run is pushed once, when it is finished: set it to 'end'"
             )
-        for callback in get_reporting_integration_callbacks(self.report_to):
-            try:
+        try:
+            for callback in get_reporting_integration_callbacks(self.report_to):
                 callback()
-            except RuntimeError as error:  # its package is missing
-                raise ValueError(f"report_to {self.report_to}: {error} Or take report_to none.") from None
+        except (RuntimeError, ValueError) as error:  # its package is missing, or there is no such tracker
+            raise ValueError(f"report_to {self.report_to}: {error} Or take report_to none.") from None
         check_intervals(self, self.max_steps)
         self._check_scheduler()
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from modeling_mcd.checks_mdlm import BELOW_1, POSITIVE, check_numbers
+from modeling_mcd.checks_mdlm import BELOW_1, POSITIVE, check_choices, check_numbers
 from modeling_mcd.head_mdlm import HeadRows
 from trainers.diffusion_trainer import maskable_tokens
 from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
@@ -59,6 +59,7 @@ class MCDTrainingArguments(WideningGapArguments):
     def __post_init__(self):
         super().__post_init__()
         check_divergence(self)
+        check_choices(self)
         if not self.tau or not all(map(POSITIVE[1], self.tau)):
             raise ValueError(f"tau must be one or more positive temperatures, not {self.tau}")
         default = type(self).__dataclass_fields__["tau"].default_factory()

@@ -62,6 +62,9 @@ class ModelArguments:
         shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "conditioning_size")
         check_numbers(self, **dict.fromkeys(shape, AT_LEAST_1), hidden_dropout=BELOW_1)
         if self.model is None:
+            MDLMConfig(
+                **{name: getattr(self, name) for name in (*shape, "hidden_dropout")}
+            )  # has the rules of a shape
             return
         for name in (*shape, "hidden_dropout", "noise_schedule"):
             value = getattr(self, name)

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from modeling_mcd.checks_mdlm import AT_LEAST_1, INSIDE_0_1, check_numbers
+from modeling_mcd.checks_mdlm import AT_LEAST_1, INSIDE_0_1, check_choices, check_numbers
 from modeling_mcd.draws_mdlm import draw_tokens
 from modeling_mcd.forward_process_mdlm import masked_at
 from modeling_mcd.head_mdlm import HeadRows
@@ -52,6 +52,7 @@ class SDTTTrainingArguments(WideningGapArguments):
     def __post_init__(self):
         super().__post_init__()
         check_divergence(self)
+        check_choices(self)
         check_numbers(self, teacher_steps=AT_LEAST_1, sampling_epsilon=INSIDE_0_1)
         longest = self.teacher_steps * max(self.delta, self.delta_of(self.num_rounds - 1))
         if longest > 1:
