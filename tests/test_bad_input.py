@@ -175,7 +175,7 @@ def test_a_block_longer_than_the_context_of_a_model_to_go_on_from(refusal, input
 def test_the_training_of_a_judge_refuses_as_the_others_do(inputs, output):
     words = [f"--output_dir={output}", f"--train_text={inputs / 'nowhere.txt'}", "--block_length=32"]
     for tokenizer, says in (
-        ("nowhere", "tokenizer 'nowhere' cannot be loaded"),
+        ("nowhere", "tokenizer 'nowhere' is not a local file or folder"),
         (inputs / "tokenizer", "nowhere.txt"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -160,7 +160,7 @@ def test_every_recipe_of_the_library_is_read_by_its_entry_point(recipe, tmp_path
     entry = entry_of(yaml.safe_load(recipe.read_text()))
     with pytest.raises(SystemExit) as stop:
         entry.main([str(recipe), "--tokenizer=/nowhere", f"--output_dir={tmp_path / 'run'}", "--bf16=false"])
-    assert str(stop.value.code).startswith("error: tokenizer '/nowhere' cannot be loaded")
+    assert str(stop.value.code).startswith("error: tokenizer '/nowhere' is not a local file or folder")
 
 
 # --- Refusals

@@ -6,7 +6,8 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
-from modeling_mcd.loading import check_tokens, reason_of, split_revision
+from modeling_mcd import loading
+from modeling_mcd.loading import check_tokens, split_revision
 from trainers.runs.text_blocks import RunText, TextArguments, load_blocks, open_run_text
 from trainers.runs.waiting import main_process_first
 
@@ -23,13 +24,9 @@ def load_tokenizer(arguments: TokenizerArguments) -> PreTrainedTokenizerBase:
     """The tokenizer, with a mask token if `add_mask_token` asks for it, and with EOS as BOS if it has no BOS.
 
     Raises:
-        FileNotFoundError: names the tokenizer that cannot be loaded.
+        ValueError: names the tokenizer that cannot be loaded.
     """
-    try:
-        name, revision = split_revision(arguments.tokenizer)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-    except Exception as error:  # a broken folder raises whatever its broken file makes the reader raise
-        raise FileNotFoundError(f"tokenizer {arguments.tokenizer!r} cannot be loaded: {reason_of(error)}") from None
+    tokenizer = loading.load_tokenizer(arguments.tokenizer)
     if tokenizer.mask_token_id is None and arguments.add_mask_token:
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     if tokenizer.bos_token_id is None:
