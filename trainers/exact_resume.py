@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, check_numbers
 from modeling_mcd.files import write_json
+from trainers.deepspeed_build import check_build_cache
 
 
 logger = logging.get_logger(__name__)
@@ -205,6 +206,7 @@ class ExactResumeArguments(TrainingArguments):
     hub_strategy: str = field(default="end", metadata={"help": "When to push to the Hub: only 'end' is possible."})
 
     def __post_init__(self):
+        check_build_cache(self.deepspeed)
         pick_cpu_backend(self)
         if self.learning_rate is None:
             raise ValueError("learning_rate is null, but must be a positive number")

@@ -10,7 +10,6 @@ from transformers.utils import logging
 
 from modeling_mcd.files import in_use, lock_folder, write_json
 from trainers.exact_resume import ExactResumeArguments, from_first_process
-from trainers.runs.deepspeed_build import check_build_cache
 from trainers.runs.hub import push_to_hub, take_hub_api
 from trainers.runs.output_folder import (
     claim_output_dir,
@@ -51,7 +50,6 @@ class Run:
         self.training, self.arguments = training, arguments
         self.output_dir = Path(training.output_dir)
         self.is_first = training.process_index == 0
-        check_build_cache(training)
         self._hub = take_hub_api(training)
         self.settings = run_settings(training, *arguments)
         self.checkpoint = from_first_process(self._find_checkpoint)

@@ -7,16 +7,18 @@ import sys
 from pathlib import Path
 
 from torch.utils.cpp_extension import get_default_build_root
-from transformers import TrainingArguments
 
 
-def check_build_cache(training: TrainingArguments):
-    """Under DeepSpeed, says that the first run on a machine compiles.
+def check_build_cache(deepspeed: dict | str | None):
+    """Under DeepSpeed, says that the first run on a machine compiles. Call it before DeepSpeed is started, which compiles.
+
+    Args:
+        deepspeed: of the `TrainingArguments`; an accelerate launch says it by its environment.
 
     Raises:
         ValueError: a killed compile has left its lock, for which every later one would wait without end.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true" and training.deepspeed is None:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true" and deepspeed is None:
         return
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in root.glob("**/lock"):
@@ -25,7 +27,7 @@ def check_build_cache(training: TrainingArguments):
                 f"{lock} was left by a compile that was killed, and DeepSpeed would wait for it without end: "
                 f"rm -r {lock.parent}"
             )
-    if not any(root.glob("**/*.so")) and training.process_index == 0:
+    if not any(root.glob("**/*.so")) and os.environ.get("RANK", "0") == "0":
         print(
             "DeepSpeed compiles an extension now: about two minutes, once on this machine", file=sys.stderr, flush=True
         )
