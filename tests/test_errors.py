@@ -27,7 +27,7 @@ def test_a_disk_that_is_full_inside_torch_save(size):
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.bin"), "no space left on the disk while writing a.bin: "),
         (OSError(errno.ENOSPC, "No space left on device", "from", None, "to"), "while writing to: free some"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/a"), "/root/a: Permission denied"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/a"), "/data/a: Permission denied"),
         (ConnectionError("the Hub does\n not answer"), "the Hub does not answer"),
         (ConnectionError(), "ConnectionError"),
         (FloatingPointError("the loss is nan"), "the loss is nan"),
