@@ -1,4 +1,4 @@
-"""What is made of logits: the draw of a token, in float64 unless told otherwise, and how sure the network is of it."""
+"""From logits to tokens (float64 by default), and from logits to confidence scores."""
 
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
@@ -133,7 +133,7 @@ def draw_posterior(
     logits: torch.Tensor,
     z_t: torch.Tensor,
     part: torch.Tensor,
-    which: torch.Tensor,
+    choice: torch.Tensor,
     alpha_t: float,
     alpha_s: float,
     temperature: float = 1.0,
@@ -148,7 +148,7 @@ def draw_posterior(
     Args:
         logits: [rows, V], any floating dtype.
         z_t: [rows] tokens.
-        part, which: [rows], float64 in [0, 1): which part, and which token of it.
+        part, choice: [rows], float64 in [0, 1): they pick a part of the mixture, and a token of that part.
         temperature, top_k, top_p: what makes x_hat of the logits, see `draw_tokens`; so does `dtype`.
 
     Returns:
@@ -157,6 +157,6 @@ def draw_posterior(
     logits, vocab_size = keep_likeliest(logits.to(dtype), temperature, top_k, top_p), logits.shape[-1]
     stay, predict = posterior_weights(probability_of(logits, z_t, None, temperature), alpha_t, alpha_s, vocab_size)
     predicted = (part >= stay) & (part < stay + predict)
-    z_s = torch.where(part < stay, z_t, pick_uniformly(which, vocab_size))
-    z_s[predicted] = draw_tokens(logits[predicted], which[predicted], None, temperature, dtype=dtype)
+    z_s = torch.where(part < stay, z_t, pick_uniformly(choice, vocab_size))
+    z_s[predicted] = draw_tokens(logits[predicted], choice[predicted], None, temperature, dtype=dtype)
     return z_s.masked_fill(stay.isnan(), -1)
