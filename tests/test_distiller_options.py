@@ -60,7 +60,7 @@ def test_every_option_of_mcd_equals_its_formula_on_whole_tables(kind, inputs, ne
 @pytest.mark.parametrize(("steps", "grid"), [(1, "paper"), (3, "paper"), (2, "released"), (3, "released")])
 def test_every_option_of_sdtt_equals_its_formula_on_whole_tables(steps, grid, inputs, networks, tmp_path):
     x_0, maskable, delta = inputs["input_ids"], maskable_tokens(inputs), 0.125
-    times, u, which = noise(5)
+    times, u, second = noise(5)
     t = 1e-5 + (1 - 1e-5) * times
     gamma = lambda time: 1 - 0.999 * time.clamp(min=1e-5)  # noqa: E731
     z_t = mask(x_0, u, gamma(t), maskable)
@@ -76,7 +76,7 @@ def test_every_option_of_sdtt_equals_its_formula_on_whole_tables(steps, grid, in
         stays = stays * (1 - gamma(start.clamp(min=1e-5) - delta)) / (1 - gamma(start))
         for place in (masked & (u <= 1 - stays[:, None])).nonzero().tolist():
             cumulative = q[tuple(place)].exp().cumsum(0)
-            z[tuple(place)] = int((cumulative <= which[tuple(place)] * cumulative[-1]).sum())
+            z[tuple(place)] = int((cumulative <= second[tuple(place)] * cumulative[-1]).sum())
     for kind in ("student_first", "teacher_first", "total_variation", "mse"):
         options = {"divergence": kind, "teacher_steps": steps, "time_grid": grid, "delta": delta / 2}
         trainer = make_trainer("sdtt", networks, tmp_path, **options)
@@ -89,10 +89,10 @@ def test_dcd_teacher_first_is_its_formula_on_whole_tables(networks, tmp_path):
     trainer, inputs = make_trainer("dcd", networks, tmp_path, divergence="teacher_first"), prompted()
     loss = trainer.compute_loss(trainer.model, inputs).item()
     canvases, maskable = [], maskable_tokens(inputs)
-    t, u, which = noise(0)
+    t, u, second = noise(0)
     for time in (t, (t - 0.125).clamp(min=0)):
         alpha = 1 - 0.999 * time
-        other = other_tokens(inputs["input_ids"], which, K)
+        other = other_tokens(inputs["input_ids"], second, K)
         noised = (u > (alpha + (1 - alpha) / K)[:, None]) & maskable
         canvases.append((torch.where(noised, other, inputs["input_ids"]), alpha, inputs))
     p, q = (log_probabilities(net, *at) for net, at in zip((trainer.model, trainer.teacher), canvases, strict=True))

@@ -56,7 +56,7 @@ def sdtt_by_hand(trainer, inputs, step):
     """The teacher's canvas, token by token: who is revealed, what is drawn, and which distribution is remembered."""
     x_0, maskable = inputs["input_ids"], maskable_tokens(inputs)
     delta = 0.125 * 2 ** (step // 4)
-    times, u, which = noise(step)
+    times, u, second = noise(step)
     t = 1e-5 + (1 - 1e-5) * times
     gamma = lambda time: 1 - 0.999 * time.clamp(min=1e-5)  # noqa: E731
     z_t = mask(x_0, u, gamma(t), maskable)
@@ -68,14 +68,14 @@ def sdtt_by_hand(trainer, inputs, step):
             targets[place] = q[place]
             if u[place] <= after[place[0]]:
                 cumulative = q[place].exp().cumsum(0)
-                z[place] = int((cumulative <= which[place] * cumulative[-1]).sum())
+                z[place] = int((cumulative <= second[place] * cumulative[-1]).sum())
     p = log_probabilities(trainer.model, z_t, gamma(t), inputs)
     return sum(kl(p[b, i], target) for (b, i), target in targets.items()) / len(targets)
 
 
 def dcd_by_hand(trainer, inputs, step):
     x_0, maskable = inputs["input_ids"], maskable_tokens(inputs)
-    t, u, which = noise(step)
+    t, u, second = noise(step)
     alpha_t = 1 - 0.999 * t
     alpha_s = 1 - 0.999 * (t - 0.125 * 2 ** (step // 4)).clamp(min=0)
 
@@ -84,7 +84,7 @@ def dcd_by_hand(trainer, inputs, step):
         for b, i in maskable.nonzero().tolist():
             if u[b, i] > alpha[b] + (1 - alpha[b]) / K:
                 others = [token for token in range(K) if token != x_0[b, i]]
-                z[b, i] = others[int(which[b, i] * (K - 1))]
+                z[b, i] = others[int(second[b, i] * (K - 1))]
         return z
 
     p = log_probabilities(trainer.model, canvas(alpha_t), alpha_t, inputs)
@@ -185,8 +185,13 @@ def test_given_masks_are_never_noised_nor_scored(networks, tmp_path, method):
     """A text that holds the mask's id: one such token would cost 1e6, the log-probability that SUBS gives it."""
     trainer, x_0, seen = make_trainer(method, networks, tmp_path), blocks(), []
     x_0[:, ::5] = MASK
-    run = trainer.rows
-    trainer.rows = lambda network, positions, *rest: (seen.append(positions), run(network, positions, *rest))[1]
+    compute_rows = trainer.compute_rows
+
+    def watched(network, positions, *rest):
+        seen.append(positions)
+        return compute_rows(network, positions, *rest)
+
+    trainer.compute_rows = watched
     assert trainer.compute_loss(trainer.model, {"input_ids": x_0}) < 50
     assert any(positions.any() for positions in seen) and not any(positions[:, ::5].any() for positions in seen)
 
@@ -202,17 +207,17 @@ def test_sdtt_teacher_reveals_as_often_as_its_steps_say_and_draws_from_its_own_l
         teacher.lm_head.weight.zero_()
         teacher.lm_head.bias.copy_(torch.linspace(0, 3, K))
     seen, canvases = [], []
-    trainer.rows = lambda network, positions, z, gamma, inputs: (
+    trainer.compute_rows = lambda network, positions, z, gamma, inputs: (
         canvases.append(z),
-        type(trainer).rows(trainer, network, positions, z, gamma, inputs),
+        type(trainer).compute_rows(trainer, network, positions, z, gamma, inputs),
     )[1]
     for step in range(60):
-        _, u, which = noise(step)
+        _, u, second = noise(step)
         t = torch.full((ROWS,), 0.8, dtype=torch.float64)
         gamma_t = trainer.schedule.gamma(t)
         m_t = u > gamma_t[:, None]
         z_t = torch.where(m_t, MASK, blocks())
-        trainer.teacher_targets(z_t, m_t, t, gamma_t, 0.2, u, which, {})
+        trainer.teacher_targets(z_t, m_t, t, gamma_t, 0.2, u, second, {})
         drawn = m_t & (canvases[-1] != MASK)
         seen.append((int(m_t.sum()), canvases[-1][drawn]))
     total, tokens = sum(count for count, _ in seen), torch.cat([drawn for _, drawn in seen])
@@ -254,8 +259,8 @@ def test_mpdc_is_its_own_target_without_dropout(networks, tmp_path):
         for layer in trainer.model.model.layers:
             layer.dropout.p = 0.5
         canvas = torch.ones_like(x_0, dtype=torch.bool), x_0, torch.ones(ROWS), {}
-        first, second = (trainer.own_rows(trainer.model, *canvas).hidden for _ in range(2))
-        student = trainer.rows(trainer.model, *canvas).hidden
+        first, second = (trainer.compute_own_rows(trainer.model, *canvas).hidden for _ in range(2))
+        student = trainer.compute_rows(trainer.model, *canvas).hidden
         for layer in trainer.model.model.layers:
             layer.dropout.p = 0.0
     assert torch.equal(first, second) and not torch.equal(first, student) and trainer.model.training
@@ -304,12 +309,12 @@ def test_dcd_pairs_are_locked_and_each_canvas_has_its_marginal():
     size = 5
     generator = torch.Generator().manual_seed(0)
     x_0 = torch.randint(0, size, (400, 100), generator=generator)
-    u, which = torch.rand(2, 400, 100, dtype=torch.float64, generator=generator)
-    other = other_tokens(x_0, which, size)
+    u, second = torch.rand(2, 400, 100, dtype=torch.float64, generator=generator)
+    other = other_tokens(x_0, second, size)
     assert (other != x_0).all()
     canvases, everywhere = {}, torch.ones_like(x_0, dtype=torch.bool)
     alphas = [torch.full((400,), alpha, dtype=torch.float64) for alpha in (0.2, 0.6)]
-    pair = UniformProcess(LogLinearSchedule(), size).coupled_pair(x_0, *alphas, u, everywhere, which)
+    pair = UniformProcess(LogLinearSchedule(), size).coupled_pair(x_0, *alphas, u, everywhere, second)
     for alpha, (z, _) in zip((0.2, 0.6), pair, strict=True):
         counts = torch.bincount(((z - x_0) % size).flatten(), minlength=size).numpy()
         expected = [x_0.numel() * (alpha * (j == 0) + (1 - alpha) / size) for j in range(size)]

@@ -69,9 +69,9 @@ class DCDTrainer(DistillationTrainer):
         alpha_t, alpha_s = self.alpha(t), self.alpha((t - delta).clamp(min=0))
         (z_t, _), (z_s, _) = self.process.coupled_pair(x_0, alpha_t, alpha_s, u, maskable, second)
 
-        student = self.rows(model, maskable, z_t, alpha_t, inputs)
+        student = self.compute_rows(model, maskable, z_t, alpha_t, inputs)
         with torch.no_grad():
-            teacher = self.rows(self.teacher, maskable, z_s, alpha_s, inputs)
+            teacher = self.compute_rows(self.teacher, maskable, z_s, alpha_s, inputs)
         loss = divergence(self.args.divergence, student, teacher).sum() / maskable.sum().clamp(min=1)
 
         noised = (z_t != x_0).double().mean(), (z_s != x_0).double().mean()

@@ -219,7 +219,9 @@ class DiffusionTrainer(ExactResumeTrainer):
             noise = step_noise(seed, step, range(first, first + rows), global_rows, length, draws)
         return tuple(values.to(input_ids.device) for values in noise)
 
-    def rows(self, network, positions: torch.Tensor, z: torch.Tensor, gamma: torch.Tensor, inputs: dict) -> HeadRows:
+    def compute_rows(
+        self, network, positions: torch.Tensor, z: torch.Tensor, gamma: torch.Tensor, inputs: dict
+    ) -> HeadRows:
         """Runs a network on the canvas z [B, L] at noise level gamma [B]; returns its rows at `positions` (a mask [B, L])."""
         return network(
             hidden_rows=positions,

@@ -85,9 +85,9 @@ class DSCDTrainer(DistillationTrainer):
         m_teacher = most_masked(u, maskable, (teacher_ratio * available).round())
         z, z_teacher = (mask_tokens(x_0, masked, self.mask_token_id) for masked in (m, m_teacher))
 
-        student = self.rows(model, m, z, 1 - ratio, inputs)
+        student = self.compute_rows(model, m, z, 1 - ratio, inputs)
         with torch.no_grad():
-            teacher = self.rows(self.teacher, m_teacher, z_teacher, 1 - teacher_ratio, inputs)
+            teacher = self.compute_rows(self.teacher, m_teacher, z_teacher, 1 - teacher_ratio, inputs)
 
         count = m.sum().clamp(min=1)
         still_masked, tempered = m_teacher[m], at_temperature(student, temperature)

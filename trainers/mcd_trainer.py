@@ -96,9 +96,9 @@ class MCDTrainer(DistillationTrainer):
         gamma_t, gamma_s = self.schedule.gamma(t), self.schedule.gamma(t - delta)
         (z_t, m_t), (z_s, m_s) = self.process.coupled_pair(x_0, gamma_t, gamma_s, u, maskable)
 
-        student = self.rows(model, m_t, z_t, gamma_t, inputs)
+        student = self.compute_rows(model, m_t, z_t, gamma_t, inputs)
         with torch.no_grad():
-            teacher = self.rows(self.teacher, m_s, z_s, gamma_s, inputs)
+            teacher = self.compute_rows(self.teacher, m_s, z_s, gamma_s, inputs)
 
         still_masked = m_s[m_t]  # of the student's rows, those that are masked for the teacher too
         consistency = divergence(self.args.divergence, student.at(still_masked), teacher, temperature=tau).sum()

@@ -36,7 +36,7 @@ class MDLMTrainer(DiffusionTrainer):
         gamma, slope = self.schedule.gamma(t), self.schedule.derivative(t)
         z_t, scored = self.process.corrupt(x_0, gamma, u, maskable)
 
-        student = self.rows(model, scored, z_t, gamma, inputs)
+        student = self.compute_rows(model, scored, z_t, gamma, inputs)
         levels = at_positions(gamma, scored), at_positions(slope, scored)
         loss = nelbo(self.process, student, z_t[scored], x_0[scored], *levels).sum() / maskable.sum().clamp(min=1)
 

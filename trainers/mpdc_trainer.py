@@ -64,8 +64,8 @@ class MPDCTrainer(DistillationTrainer):
         (z_t, m_t), (z_s, m_s) = self.process.coupled_pair(x_0, gamma_t, gamma_s, u, maskable)
 
         with torch.no_grad():
-            target = self.own_rows(model, m_s, z_s, gamma_s, inputs)
-        student = self.rows(model, m_t, z_t, gamma_t, inputs)
+            target = self.compute_own_rows(model, m_s, z_s, gamma_s, inputs)
+        student = self.compute_rows(model, m_t, z_t, gamma_t, inputs)
         target = replace(student, hidden=target.hidden)  # one network, one head
 
         anchor, still_masked = anchored[:, None].expand_as(m_t)[m_t], m_s[m_t]
@@ -88,11 +88,11 @@ class MPDCTrainer(DistillationTrainer):
         )
         return (loss, {}) if return_outputs else loss
 
-    def own_rows(self, model, *canvas):
+    def compute_own_rows(self, model, *canvas):
         """The student as its own target, without dropout."""
         was_training = model.training
         model.eval()
         try:
-            return self.rows(model, *canvas)
+            return self.compute_rows(model, *canvas)
         finally:
             model.train(was_training)

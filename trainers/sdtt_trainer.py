@@ -112,7 +112,7 @@ class SDTTTrainer(DistillationTrainer):
 
         with torch.no_grad():
             teacher, revealed = self.teacher_targets(z_t, m_t, t, gamma_t, delta, u, second, inputs)
-        student = self.rows(model, m_t, z_t, gamma_t, inputs)
+        student = self.compute_rows(model, m_t, z_t, gamma_t, inputs)
         loss = divergence(self.args.divergence, student, teacher).sum() / m_t.sum().clamp(min=1)
 
         self.record(round=round, delta=delta, masked_fraction=m_t.double().mean(), revealed_fraction=revealed)
@@ -138,7 +138,7 @@ class SDTTTrainer(DistillationTrainer):
         masked, targets = m_t, None
         for i, start in enumerate(starts):
             gamma = self.schedule.gamma(start.clamp(min=self.args.sampling_epsilon))
-            rows = self.rows(self.teacher, masked, z, gamma, inputs)
+            rows = self.compute_rows(self.teacher, masked, z, gamma, inputs)
             targets = rows if targets is None else targets.put(masked[m_t], rows)
             if i + 1 < len(starts):
                 reveal = masked & ~masked_at(thresholds[i], u)

@@ -1,4 +1,4 @@
-"""The noise of a training step: times, the locked scalar u of each token, and the coupled canvases of every method."""
+"""The noise of a training step: the times of its rows, and the locking scalar u and further uniforms of its tokens."""
 
 import numpy as np
 import torch
@@ -7,17 +7,18 @@ import torch
 def step_noise(
     seed: int, step: int, rows: range, global_rows: int, length: int, draws: int = 1
 ) -> tuple[torch.Tensor, ...]:
-    """Stratified times and uniforms of each token for some rows of one optimisation step's global batch.
+    """Stratified times, and uniforms for each token, of some rows of one optimization step's global batch.
 
-    A row's noise is a function of (seed, step, its place in the global batch) alone. The micro-step and the rank decide
-    the place, so ranks differ, a resumed run sees the same noise, and so does the same global batch cut in another way.
+    A row's noise depends only on the seed, the step and the row's place in the global batch, and micro-step and rank
+    determine that place. So ranks get different noise, a resumed run repeats its noise, and the same global batch gets the
+    same noise however it is divided into processes and micro-batches.
 
     Args:
         seed, step: the key of the step.
         rows: places of these rows in the global batch, within `range(global_rows)`.
-        global_rows: rows in the global batch; each falls in a time stratum of its own, 1 / global_rows wide.
+        global_rows: rows in the global batch. [0, 1) is divided into as many strata, and each row's time lies in its own.
         length: tokens in a row.
-        draws: uniforms for each token. The first is the locking scalar u; how many follow does not change it.
+        draws: uniforms for each token. The first is the locking scalar u; asking for more does not change it.
 
     Returns:
         times float64 [rows] in [0, 1), and `draws` tensors float64 [rows, length] in [0, 1).
@@ -35,6 +36,6 @@ def step_noise(
 
 
 def most_masked(u: torch.Tensor, maskable: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """The `counts` [B] maskable tokens of each row with the largest u, [B, L]: nested for falling counts."""
+    """A mask [B, L] of the `counts` [B] maskable tokens with the largest u in each row; a smaller count gives a subset."""
     order = u.masked_fill(~maskable, -1.0).argsort(dim=1, descending=True)
     return order.argsort(dim=1) < counts[:, None]
