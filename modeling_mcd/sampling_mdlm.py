@@ -6,7 +6,8 @@ there are steps that reveal something in it: a row that reveals nothing takes no
 
 The locked noise of a token is two uniforms: `canvas.u` decides when it is revealed, `canvas.v` which token it becomes.
 Samplers that choose positions without the network use the first; all but the correcting ones draw the token with the second.
-So one seed gives related texts at every number of steps and under every order.
+So one seed gives related texts at every number of steps and under every order. `locking` says how the first uniforms of a
+row hang together (`locking_mdlm.py`).
 """
 
 import functools
@@ -25,6 +26,7 @@ from .draws_mdlm import (
     probability_margin,
     probability_of,
 )
+from .locking_mdlm import locked_uniforms
 from .noise_schedule_mdlm import NoiseSchedule
 
 
@@ -89,15 +91,16 @@ def ancestral(canvas: Canvas, *, steps: int, last_step: str | None = None) -> It
     yield from finish(canvas, last_step)
 
 
-def first_hitting(canvas: Canvas) -> Iterator[None]:
+def first_hitting(canvas: Canvas, *, locking: str = "independent") -> Iterator[None]:
     """First-hitting sampling (arXiv 2409.02908, Alg. 1): one token at a time, each row on its own clock.
 
     The limit of `ancestral` for infinitely many steps; costs one forward for each mask of a row. The first of n masked
     tokens is hit at 1 - gamma = (1 - gamma_t) max(u_1 .. u_n), so the sorted locked uniforms are the clock.
     """
     start = canvas.schedule.gamma(torch.ones((), dtype=torch.float64))
-    times = canvas.schedule.inverse(start + (1 - start) * canvas.u)
-    order = rank(canvas.u, canvas.masked)
+    u = locked_uniforms(locking, canvas.u, canvas.fillable)
+    times = canvas.schedule.inverse(start + (1 - start) * u)
+    order = rank(u, canvas.masked)
     for turn in range(canvas.masked.sum(dim=1).max()):
         hit = canvas.masked & (order == turn)
         canvas.reveal(hit, times.masked_fill(~hit, 0).sum(dim=1))
