@@ -5,11 +5,13 @@ from transformers import GenerationConfig
 
 from .checks_mdlm import ABOVE_0_TO_1, COUNT, INSIDE_0_1, NOT_NEGATIVE, WITHIN_0_1, check_numbers
 from .draws_mdlm import PRECISIONS
+from .locking_mdlm import LOCKINGS
 from .sampling_mdlm import LAST_STEPS, LOOP_FROM, LOOP_TO, REMASKING, SAMPLERS
 
 
 CHOICES = {
     "sampler": tuple(dict.fromkeys(name for samplers in SAMPLERS.values() for name in samplers)),
+    "locking": LOCKINGS,
     "last_step": LAST_STEPS,
     "remasking": REMASKING,
     "precision": (*PRECISIONS, "legacy_float32"),
@@ -39,6 +41,8 @@ class MDLMGenerationConfig(GenerationConfig):
         sampler (`str`, *optional*): One of `SAMPLERS`; `"ancestral"` by default.
         steps (`int`, *optional*): Denoising steps of each block, at least 1; 64 when neither the model nor the call says
             otherwise.
+        locking (`str`, *optional*): How the uniforms that decide when each token is revealed hang together, one of
+            `LOCKINGS`; `"independent"` by default.
         last_step (`str`, *optional*): What follows the steps, at t = 1e-5: a draw (`"ancestral"`), the likeliest tokens
             (`"greedy"`) or `"none"`. By default masked diffusion has no last step, since its steps end at t = 0, and
             uniform diffusion has an `"ancestral"` one.

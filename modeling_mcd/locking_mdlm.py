@@ -9,7 +9,7 @@ import torch
 
 
 LOCKINGS = ("independent", "spread", "interleaved")
-PHI = (5**0.5 - 1) / 2  # the golden ratio, less 1: of all steps round a circle, the one that keeps points farthest apart
+PHI = (5**0.5 - 1) / 2  # the golden ratio less 1: of all steps round a circle, it keeps the points farthest apart
 
 
 def locked_uniforms(
