@@ -77,3 +77,34 @@ def check_positions(name: str, chosen: torch.Tensor, shape: tuple[int, ...]):
         raise ValueError(f"{name} must be a mask or indices of one dimension, not of shape {tuple(chosen.shape)}")
     else:
         check_integers(name, chosen, math.prod(shape))
+
+
+def check_canvas(
+    config,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    timesteps: torch.Tensor | None,
+):
+    """Raises ValueError for inputs of a forward that do not fit each other, the vocabulary or the context."""
+    name, canvas = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    dimensions = 2 if inputs_embeds is None else 3
+    if not isinstance(canvas, torch.Tensor) or canvas.ndim != dimensions:
+        shape = tuple(canvas.shape) if isinstance(canvas, torch.Tensor) else f"{canvas!r}"
+        raise ValueError(f"{name} must be a tensor of {dimensions} dimensions, batch and length first, not {shape}")
+    if inputs_embeds is None:
+        check_integers(name, canvas, config.vocab_size)
+    batch, length = canvas.shape[:2]
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"{name} are {length} tokens long, but the context (max_position_embeddings) is "
+            f"{config.max_position_embeddings}"
+        )
+    if (
+        isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 4
+    ):  # of 4 dimensions: prepared by the caller
+        check_shape("attention_mask", attention_mask, (batch, length))
+    if config.time_conditioning:
+        if timesteps is None:
+            raise ValueError("this model has time_conditioning: give timesteps, the total noise sigma of each row [B]")
+        check_shape("timesteps", timesteps, (batch,))

@@ -147,6 +147,22 @@ class MDLMGenerationMixin:
             reveal_steps=reveal_steps.to(tokens.device) if options.output_reveal_steps else None,
         )
 
+    def trunk(self) -> Callable:
+        """`(input_ids, timesteps, attention_mask, hidden_rows) -> last_hidden_state` at those rows, which the head takes."""
+        return self.model
+
+    def padding_mask(self, seen: torch.BoolTensor) -> torch.Tensor:
+        """The trunk's `attention_mask` for the positions [b, L] that are not padding.
+
+        Made here, since the model would ask the device whether there is padding at all.
+        """
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=torch.empty(*seen.shape, 0, dtype=self.dtype, device=seen.device),
+            attention_mask=seen,
+            allow_is_bidirectional_skip=False,
+        )
+
     def denoiser(
         self,
         seen: torch.BoolTensor | None = None,
@@ -169,7 +185,9 @@ class MDLMGenerationMixin:
         guided, padded = guidance_scale is not None, seen is not None and not seen.all()
         seen, prompt = (None if mask is None else mask.to(self.device) for mask in (seen, prompt))
         process, head = process_of(self.config), self.get_output_embeddings()
-        network = torch.compile(self.model, mode="reduce-overhead", dynamic=False) if compile else self.model
+        network = self.trunk()
+        if compile:
+            network = torch.compile(network, mode="reduce-overhead", dynamic=False)
 
         def trunk(
             tokens: torch.Tensor, rows: torch.Tensor, time: torch.Tensor, wanted: torch.Tensor | None
@@ -179,14 +197,7 @@ class MDLMGenerationMixin:
                 without = tokens.masked_fill(prompt[rows], process.mask_token_id)
                 tokens, rows, sigma = torch.cat([tokens, without]), rows.repeat(2), sigma.repeat(2)
                 wanted = None if wanted is None else wanted.repeat(2, 1)
-            attention_mask = None
-            if padded:  # made here, since the model would ask the device whether there is padding at all
-                attention_mask = create_bidirectional_mask(
-                    config=self.config,
-                    inputs_embeds=tokens.new_empty(*tokens.shape, 0, dtype=self.dtype),
-                    attention_mask=seen[rows],
-                    allow_is_bidirectional_skip=False,
-                )
+            attention_mask = self.padding_mask(seen[rows]) if padded else None
             inputs = {"input_ids": tokens, "timesteps": sigma, "attention_mask": attention_mask}
             hidden = network(**inputs, hidden_rows=wanted).last_hidden_state
             return hidden.unflatten(0, (2, -1)).movedim(0, 2) if guided else hidden

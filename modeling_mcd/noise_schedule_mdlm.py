@@ -28,6 +28,20 @@ class LogLinearSchedule:
 
 
 @dataclass(frozen=True)
+class LinearSchedule:
+    """gamma(t) = 1 - t, the schedule of LLaDA (arXiv 2502.09992, Eq. 6): nothing is visible at t = 1."""
+
+    def gamma(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 - t
+
+    def inverse(self, gamma: torch.Tensor) -> torch.Tensor:
+        return 1 - gamma
+
+    def derivative(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(t, -1)
+
+
+@dataclass(frozen=True)
 class CosineSchedule:
     """gamma(t) = 1 - cos(pi/2 (1 - t')), t' = (1 - epsilon) t (Duo, arXiv 2506.10892)."""
 
@@ -46,10 +60,12 @@ class CosineSchedule:
         return -math.pi / 2 * (1 - self.epsilon) * torch.sin(math.pi / 2 * (1 - (1 - self.epsilon) * t))
 
 
-NoiseSchedule = LogLinearSchedule | CosineSchedule
-NOISE_SCHEDULES = {"log_linear": LogLinearSchedule, "cosine": CosineSchedule}
+NoiseSchedule = LogLinearSchedule | LinearSchedule | CosineSchedule
+NOISE_SCHEDULES = {"log_linear": LogLinearSchedule, "cosine": CosineSchedule}  # those with an epsilon
 
 
 def noise_schedule_of(config) -> NoiseSchedule:
     """The schedule that a model's configuration names."""
+    if config.noise_schedule == "linear":
+        return LinearSchedule()
     return NOISE_SCHEDULES[config.noise_schedule](config.noise_epsilon)
