@@ -55,6 +55,22 @@ def write_json(path: Path, content):
     write_atomically(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def read_object(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: names the file: it is not JSON in UTF-8, or holds something other than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} must hold an object, not a {type(content).__name__}")
+    return content
+
+
 _held: set[int] = set()  # file descriptors of the locks that this process holds
 
 

@@ -1,7 +1,6 @@
 """Loads every model of the family: ours or a published one, from a folder, a file or the Hub."""
 
 import argparse
-import json
 import os
 import pickle
 import zipfile
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .checkpoint_layouts import ROTARY_BUFFER, WRAPPERS, count_blocks, parameter_names, published_config
 from .configuration_mdlm import MDLMConfig
+from .files import read_object
 from .generation_mdlm import MDLMGenerationConfig
 from .modeling_mdlm import MDLMForMaskedDiffusion
 
@@ -117,7 +117,9 @@ def read_checkpoint(
         files, weight_map = find_weights(str(source), revision)
         folder = files[0].parent
         state, settings = read_files(files, weight_map, ema, trust_pickle)
-        settings = settings or read_json(folder / "config.json")
+        config_file = folder / "config.json"
+        if not settings and config_file.is_file():
+            settings = read_object(config_file)
         generation_config = None
         if settings.get("model_type") == MDLMConfig.model_type:
             config = MDLMConfig.from_dict(settings)
@@ -188,7 +190,7 @@ def find_weights(source: str, revision: str | None) -> tuple[list[Path], dict[st
 
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor -> file of a sharded checkpoint. Every file is in the folder itself."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{INDEX} names no file (weight_map)")
     for tensor, name in weight_map.items():
@@ -223,17 +225,6 @@ def download(source: str, revision: str | None) -> Path:
 def reason_of(error: Exception) -> str:
     """The first line of what an error says; its type when it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; empty when there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path.name} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} must hold an object, not a {type(content).__name__}")
-    return content
 
 
 def read_files(

@@ -25,7 +25,7 @@ from tiny_run import (
 from modeling_mcd import MDLMForMaskedDiffusion
 from trainers import run_judge, run_mcd, run_mdlm
 from trainers.character_tokenizer import character_tokenizer
-from trainers.exact_resume import last_complete_checkpoint
+from trainers.checkpoints import last_complete_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -488,26 +488,30 @@ def test_a_folder_in_which_a_run_was_killed_at_its_first_write(inputs, output):
     assert (output / "model.safetensors").is_file() and not list(output.glob(".run.json*"))
 
 
-UNREADABLE = pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"], ids=["cut off", "a list", "not UTF-8"])
+UNREADABLE = pytest.mark.parametrize(
+    ("content", "fault"),
+    [(b"{", "is not valid JSON"), (b"[]", "must hold an object, not a list"), (b"\xff", "is not valid JSON")],
+    ids=["cut off", "a list", "not UTF-8"],
+)
 
 
 @every
 @UNREADABLE
-def test_an_output_folder_whose_run_cannot_be_read(refusal, output, entry, content):
+def test_an_output_folder_whose_run_cannot_be_read(refusal, output, entry, content, fault):
     output.mkdir()
     (output / "run.json").write_bytes(content)
     line = refusal(entry)
-    assert f"output_dir '{output}' holds another run" in line and "run.json is cut off, or no JSON object" in line
+    assert f"output_dir '{output}' holds another run" in line and f"run.json {fault}" in line
     assert "choose another output_dir, or remove that folder" in line
 
 
 @UNREADABLE
 @pytest.mark.parametrize("file", ["manifest.json", "trainer_state.json"])
-def test_a_checkpoint_whose_manifest_cannot_be_read(refusal, finished, output, file, content):
+def test_a_checkpoint_whose_manifest_cannot_be_read(refusal, finished, output, file, content, fault):
     shutil.copytree(finished, output)
     (output / "checkpoint-4" / file).write_bytes(content)
     line = refusal("run_mcd", num_rounds=1, resume_from_checkpoint=output / "checkpoint-4")
-    assert f"cannot resume from {output / 'checkpoint-4'}: {file} is cut off, or no JSON object" in line
+    assert f"cannot resume from {output / 'checkpoint-4'}: {file} {fault}" in line
     assert last_complete_checkpoint(output).name == "checkpoint-2"
 
 

@@ -16,16 +16,16 @@ from tiny_run import mcd_arguments, write_inputs
 from toy_distillers import ROWS, blocks
 from transformers import TrainerCallback
 
+from modeling_mcd.files import read_object
 from trainers import run_mcd
-from trainers.exact_resume import (
+from trainers.checkpoints import (
     MANIFEST,
     TRAINER_STATE,
-    ExactResumeArguments,
     clear_later_checkpoints,
     fault_of,
     last_complete_checkpoint,
-    read_object,
 )
+from trainers.exact_resume import ExactResumeArguments
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 
 
@@ -64,7 +64,7 @@ def finished(whole, tmp_path):
 def lines(monkeypatch):
     """What was said as a warning."""
     said = []
-    monkeypatch.setattr("trainers.exact_resume.logger.warning", said.append)
+    monkeypatch.setattr("trainers.checkpoints.logger.warning", said.append)
     return said
 
 

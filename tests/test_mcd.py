@@ -8,8 +8,8 @@ import torch
 from tiny_run import BLOCK, save_teacher, write_inputs
 from transformers import AutoModel, TrainerCallback
 
+from trainers.checkpoints import fault_of
 from trainers.divergences import cross_entropy
-from trainers.exact_resume import fault_of
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.trajectories import step_noise

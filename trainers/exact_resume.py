@@ -1,20 +1,14 @@
 """Exact resume: a run that is stopped at any moment and started again ends bitwise as one that never was.
 
-A checkpoint is complete when it has a manifest, which is written last and holds the digest of every file. Everything that
-we use of `Trainer` beyond its documented interface is in this file; tests/test_exact_resume.py has one test for each,
-which says what an upgrade of transformers broke.
+What a checkpoint is on the disk: `checkpoints.py`. Everything that we use of `Trainer` beyond its documented interface is in
+this file; tests/test_exact_resume.py has one test for each, which says what an upgrade of transformers broke.
 """
 
-import hashlib
-import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -27,130 +21,19 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, check_numbers
-from modeling_mcd.files import write_json
+from modeling_mcd.files import read_object
+from trainers.checkpoints import (
+    MANIFEST,
+    checkpoints_in,
+    fault_of,
+    last_complete_checkpoint,
+    write_manifest,
+)
 from trainers.deepspeed_build import check_build_cache
 
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
-
-MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
-
-
-# --- Checkpoints on the disk
-
-
-def digest_of(path: Path) -> str:
-    """BLAKE2b of a file, read in pieces. A file that has not changed since the last call is not read again."""
-    status = path.stat()
-    return _digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-@lru_cache(maxsize=4096)
-def _digest(path: Path, *version: int) -> str:
-    digest = hashlib.blake2b(digest_size=32)
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 24):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def write_manifest(folder: Path, **facts):
-    """Completes a checkpoint: every file with its size and digest, and what else resuming needs to know."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(digest_of, files)
-        entries = {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "blake2b": digest}
-            for path, digest in zip(files, digests, strict=True)
-        }
-    write_json(folder / MANIFEST, {"files": entries, **facts})
-
-
-def read_object(path: Path) -> dict:
-    """Raises ValueError, which names the file, unless it holds a JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # no JSON, or not even UTF-8
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is cut off, or no JSON object")
-    return content
-
-
-def fault_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None when every file in it is the one that was saved."""
-    try:
-        files = read_object(folder / MANIFEST).get("files")
-        read_object(folder / TRAINER_STATE)
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing: it was never written to the end"
-    except ValueError as error:
-        return str(error)
-    if not isinstance(files, dict):
-        return f"{MANIFEST} has no digests: it is of an earlier version of this library"
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes and should have {entry['bytes']}"
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(digest_of, [folder / name for name in files])
-        for (name, entry), digest in zip(files.items(), digests, strict=True):
-            if digest != entry["blake2b"]:
-                return f"{name} is damaged: its digest is not that of the file that was saved"
-    return None
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("checkpoint-"))
-
-
-def checkpoints_in(output_dir: Path) -> list[Path]:
-    """The folders `checkpoint-N`, complete or not, the newest first."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=step_of, reverse=True)
-
-
-def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint to resume from. Says of each newer one why it is passed over.
-
-    Raises:
-        ValueError: when checkpoints were completed there and none of them can be used: to begin again at step 0 would in
-            the end write over them.
-    """
-    damaged = []
-    for folder in checkpoints_in(output_dir):
-        fault = fault_of(folder)
-        if fault is None:
-            return folder
-        logger.warning(f"{folder} is passed over: {fault}")
-        if (folder / MANIFEST).exists():
-            damaged.append(f"{folder.name}: {fault}")
-    if damaged:
-        raise ValueError(
-            f"output_dir {str(output_dir)!r} holds checkpoints, but none to resume from ({'; '.join(damaged)}). Nothing "
-            "was removed: choose another output_dir, or move them away to begin again"
-        )
-    return None
-
-
-def clear_later_checkpoints(output_dir: Path, keep: Path | None):
-    """Clears the way for a run that goes on from `keep`, or begins: no remains of an interrupted save lie before it.
-
-    With a checkpoint to go on from, later ones are removed, with a line for each. Without one nothing is removed: what was
-    left by a save that never ended is renamed to `incomplete-checkpoint-N`.
-    """
-    for folder in checkpoints_in(output_dir):
-        if keep is None:
-            aside = output_dir / f"incomplete-{folder.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            logger.warning(f"{folder} was never completed, and there is nothing to resume from: it is now {aside}")
-        elif step_of(folder) > step_of(keep):
-            logger.warning(f"removing {folder} ({fault_of(folder) or 'it is later'}): the run goes on from {keep}")
-            shutil.rmtree(folder)
 
 
 # --- Processes

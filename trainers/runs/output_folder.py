@@ -8,13 +8,8 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from modeling_mcd.files import LOCK, new_folder, write_json
-from trainers.exact_resume import (
-    clear_later_checkpoints,
-    fault_of,
-    last_complete_checkpoint,
-    read_object,
-)
+from modeling_mcd.files import LOCK, new_folder, read_object, write_json
+from trainers.checkpoints import clear_later_checkpoints, fault_of, last_complete_checkpoint
 from trainers.runs.recipe import RECIPE_FOLDER
 
 
