@@ -4,7 +4,7 @@ from .diversity import distinct_n, known_words, unigram_entropy, vocabulary_of
 from .evaluate_model import EvaluationProtocol, evaluate_held_out_text, evaluate_model
 from .generative_perplexity import GenerativePerplexity, generative_perplexity, sequence_nll
 from .judge import load_judge
-from .likelihood import causal_loss, validation_nelbo
+from .likelihood import StepBound, causal_loss, step_bound, validation_nelbo
 from .matched_entropy import matched_gen_ppl
 from .model_card import write_model_card
 from .plot import write_plot
@@ -18,6 +18,7 @@ __all__ = [
     "EvaluationProtocol",
     "GenerativePerplexity",
     "RunReport",
+    "StepBound",
     "causal_loss",
     "distinct_n",
     "evaluate_held_out_text",
@@ -31,6 +32,7 @@ __all__ = [
     "read_texts",
     "save_results",
     "sequence_nll",
+    "step_bound",
     "text_blocks",
     "unigram_entropy",
     "validation_nelbo",
