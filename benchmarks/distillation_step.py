@@ -38,10 +38,11 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**27), "MALLOC_TRIM_THRESHOL
 def coupled_pair(trainer: MCDTrainer, x_0: torch.Tensor):
     """The noise of a step as `MCDTrainer.compute_loss` draws it: masks, canvases and noise levels at t and s."""
     delta = trainer.args.delta_of(0)
-    times, u = trainer.noise_of_batch(x_0)
+    everywhere = torch.ones_like(x_0, dtype=torch.bool)
+    times, u = trainer.noise_of_batch(everywhere)
     t = 1 - (1 - delta) * times
     gammas = trainer.schedule.gamma(t), trainer.schedule.gamma(t - delta)
-    pair = trainer.process.coupled_pair(x_0, *gammas, u, torch.ones_like(x_0, dtype=torch.bool))
+    pair = trainer.process.coupled_pair(x_0, *gammas, u, everywhere)
     return [masked for _, masked in pair], [canvas for canvas, _ in pair], [sigma_of(gamma) for gamma in gammas]
 
 

@@ -189,19 +189,26 @@ class UniformProcess:
         """z_1, of the uniforms' shape: any token with equal probability."""
         return pick_uniformly(uniforms, self.vocab_size)
 
-    def corrupt(self, x_0: torch.Tensor, gamma: torch.Tensor, u: torch.Tensor, maskable: torch.Tensor) -> Noisy:
+    def corrupt(
+        self,
+        x_0: torch.Tensor,
+        gamma: torch.Tensor,
+        u: torch.Tensor,
+        maskable: torch.Tensor,
+        pick: torch.Tensor | None = None,
+    ) -> Noisy:
         """z_t ~ q(. | x_0), and the positions whose tokens the bound at z_t scores: all maskable ones.
-
-        One uniform does both: given u > gamma, (u - gamma) / (1 - gamma) is uniform again, and picks the token.
 
         Args:
             x_0: [B, L] tokens.
             gamma: [B] float64, in [0, 1).
             u: [B, L] float64, in [0, 1).
             maskable: [B, L] bool; the other tokens stay clean and are not scored.
+            pick: [B, L] float64, in [0, 1), picks the token. By default u does both: given u > gamma,
+                (u - gamma) / (1 - gamma) is uniform again. With a u that is locked across tokens it would tell where noise is.
         """
         gamma = gamma[:, None]
-        picked = pick_uniformly((u - gamma) / (1 - gamma), self.vocab_size)
+        picked = pick_uniformly((u - gamma) / (1 - gamma) if pick is None else pick, self.vocab_size)
         return torch.where((u <= gamma) | ~maskable, x_0, picked), maskable
 
     def coupled_pair(

@@ -153,6 +153,29 @@ def test_loss_equals_the_formula_by_hand(method, step, data, networks, tmp_path)
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_loss_equals_the_formula_by_hand_on_spread_paths(method, networks, tmp_path, monkeypatch):
+    """Every second row's u is frac(rho + i phi), i counting the tokens after the prompt; all else is the paper's."""
+    trainer = make_trainer(method, networks, tmp_path, locking="spread", spread_fraction=0.5)
+    inputs = prompted()
+    maskable, plain = maskable_tokens(inputs), noise
+
+    def spread_noise(step, draws=2):
+        times, u, *more = plain(step, draws)
+        for b in (1, 3):
+            places = maskable[b].nonzero()[:, 0].tolist()
+            rho = u[b, places[0]].item()
+            for i, place in enumerate(places):
+                u[b, place] = (rho + i * (5**0.5 - 1) / 2) % 1
+        return times, u, *more
+
+    loss = trainer.compute_loss(trainer.model, inputs).item()
+    unspread = BY_HAND[method](trainer, inputs, 0)
+    monkeypatch.setitem(globals(), "noise", spread_noise)
+    assert loss == pytest.approx(BY_HAND[method](trainer, inputs, 0), rel=1e-9)
+    assert loss != pytest.approx(unspread, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_prompt_and_padding_carry_no_gradient_and_padding_is_not_seen(method, networks, tmp_path):
     trainer, inputs = make_trainer(method, networks, tmp_path), prompted()
     loss = trainer.compute_loss(trainer.model, inputs)
@@ -275,7 +298,7 @@ def test_the_nelbo_knows_prompts_and_padding_too(kind, networks, tmp_path):
 
     def loss_of(inputs, rows=slice(None)):
         length = inputs["input_ids"].shape[1]
-        trainer.noise_of_batch = lambda input_ids: (times[rows], u[rows, :length])
+        trainer.noise_of_batch = lambda maskable, draws: (times[rows], u[rows, :length])
         return trainer.compute_loss(trainer.model, inputs).item()
 
     together, total = prompted(), 0.0

@@ -99,7 +99,7 @@ def test_teacher_gets_no_gradient_and_every_student_parameter_one(teacher, tmp_p
 def test_a_batch_with_nothing_masked_costs_nothing(teacher, tmp_path):
     trainer = make_trainer(teacher, tmp_path, delta=1e-9, delta_growth=1.0)
     trainer.model.train()
-    trainer.noise_of_batch = lambda x: (
+    trainer.noise_of_batch = lambda maskable: (
         torch.full((4,), 1 - 1e-9, dtype=torch.float64),
         torch.zeros(4, BLOCK, dtype=torch.float64),
     )

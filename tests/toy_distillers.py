@@ -47,8 +47,9 @@ def make_networks(folder):
 def make_trainer(method, networks, folder, **changes):
     trainer_class, arguments_class, settings = METHODS[method]
     teacher, student = networks[trainer_class.diffusion_kind]
-    settings = {"num_rounds": 2, "steps_per_round": 4, "ema_decay": None, "save_strategy": "no"} | settings | changes
-    arguments = arguments_class(output_dir=str(folder), seed=SEED, per_device_train_batch_size=ROWS, **settings)
+    settings = {"num_rounds": 2, "steps_per_round": 4, "ema_decay": None, "save_strategy": "no"} | settings
+    settings |= {"per_device_train_batch_size": ROWS} | changes
+    arguments = arguments_class(output_dir=str(folder), seed=SEED, **settings)
     teacher = {"teacher": teacher} if trainer_class.has_teacher else {}
     trainer = trainer_class(student, arguments, **teacher)
     trainer.model.train()

@@ -65,7 +65,7 @@ class DCDTrainer(DistillationTrainer):
         round = self.args.round_of(self.state.global_step)
         delta = self.args.delta_of(round)
 
-        t, u, second = self.noise_of_batch(x_0, draws=2)
+        t, u, second = self.noise_of_batch(maskable, draws=2)
         alpha_t, alpha_s = self.alpha(t), self.alpha((t - delta).clamp(min=0))
         (z_t, _), (z_s, _) = self.process.coupled_pair(x_0, alpha_t, alpha_s, u, maskable, second)
 

@@ -3,23 +3,27 @@
 from collections.abc import Sized
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Literal
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from modeling_mcd.checks_mdlm import BELOW_1, check_numbers
+from modeling_mcd.checks_mdlm import ABOVE_0_TO_1, BELOW_1, check_numbers
 from modeling_mcd.forward_process_mdlm import Process, process_of, sigma_of
 from modeling_mcd.head_mdlm import HeadRows
+from modeling_mcd.locking_mdlm import LOCKINGS, locked_uniforms
 from trainers.exact_resume import ExactResumeArguments, ExactResumeTrainer
 from trainers.teacher import EMACallback, Follower
-from trainers.trajectories import step_noise
+from trainers.trajectories import spread_rows, step_noise
 
 
 logger = logging.get_logger(__name__)
 
 EVALUATION_STEP = 2**63  # no training step: evaluation has a stream of noise of its own
+
+TRAINING_LOCKINGS = ("independent", "spread")  # see `locking_mdlm.py`
 
 TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "attention_mask")  # of the rows of a dataset
 
@@ -52,13 +56,36 @@ class DiffusionTrainingArguments(ExactResumeArguments):
     ema_decay: float | None = field(
         default=0.9999, metadata={"help": "Decay of the student's EMA, with warm-up; null: none."}
     )
+    locking: Literal[TRAINING_LOCKINGS] = field(
+        default="independent",
+        metadata={
+            "help": "Scalars u of a row's tokens: independent, or spread by one scalar, see docs/distillers.md."
+        },
+    )
+    spread_fraction: float | None = field(
+        default=None, metadata={"help": "Share of a batch's rows that locking spread is for; null: all of them."}
+    )
 
     def __post_init__(self):
-        check_numbers(self, ema_decay=("lie in [0, 1) or be null", BELOW_1[1]))
+        check_numbers(self, ema_decay=("lie in [0, 1) or be null", BELOW_1[1]), spread_fraction=ABOVE_0_TO_1)
+        if self.locking not in TRAINING_LOCKINGS:
+            why = ", which needs a number of steps and is for sampling only" * (self.locking in LOCKINGS)
+            raise ValueError(f"locking must be one of {TRAINING_LOCKINGS}, not {self.locking!r}{why}")
+        if self.locking == "independent" and self.spread_fraction is not None:
+            raise ValueError(
+                f"spread_fraction ({self.spread_fraction}) is for locking 'spread', not for 'independent'"
+            )
+        if self.locking == "spread" and self.spread_fraction is None:
+            self.spread_fraction = 1.0
         super().__post_init__()
         for name, reason in UNUSED.items():
             if getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}, but would do nothing: {reason}; leave it out")
+        batch = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+        if self.locking == "spread" and round(self.spread_fraction * batch) == 0:
+            raise ValueError(
+                f"spread_fraction ({self.spread_fraction}) of a global batch of {batch} rows is none of them: make it larger"
+            )
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -204,9 +231,18 @@ class DiffusionTrainer(ExactResumeTrainer):
         """Forgets which micro-batches of the current step have had their noise: the next batch is the step's first again."""
         self._noise_step, self._micro_step = None, 0
 
-    def noise_of_batch(self, input_ids: torch.Tensor, draws: int = 1) -> tuple[torch.Tensor, ...]:
-        """Stratified times [B], locking scalars u [B, L] and `draws` - 1 further uniforms [B, L], see `step_noise`."""
-        rows, length = input_ids.shape
+    @property
+    def locking(self) -> str:
+        """`args.locking` in training. Evaluation is always `independent`, so that the losses of all runs compare."""
+        return self.args.locking if self.model.training else "independent"
+
+    def noise_of_batch(self, maskable: torch.Tensor, draws: int = 1) -> tuple[torch.Tensor, ...]:
+        """Stratified times [B], locking scalars u [B, L] and `draws` - 1 further uniforms [B, L], see `step_noise`.
+
+        Under `locking: spread` the u of a row's maskable tokens [B, L] are spread, see `locked_uniforms`; the other
+        uniforms, and all that the noise is keyed by, stay what they are.
+        """
+        rows, length = maskable.shape
         seed, world_size = self.args.seed, self.args.world_size
         step = self.state.global_step if self.model.training else EVALUATION_STEP
         self._micro_step = self._micro_step + 1 if step == self._noise_step else 0
@@ -217,7 +253,11 @@ class DiffusionTrainer(ExactResumeTrainer):
         else:
             global_rows = rows * world_size * self.args.gradient_accumulation_steps
             noise = step_noise(seed, step, range(first, first + rows), global_rows, length, draws)
-        return tuple(values.to(input_ids.device) for values in noise)
+        times, u, *more = (values.to(maskable.device) for values in noise)
+        if self.locking == "spread":
+            spread = spread_rows(range(first, first + rows), global_rows, self.args.spread_fraction).to(u.device)
+            u = torch.where(spread[:, None], locked_uniforms("spread", u, maskable), u)
+        return times, u, *more
 
     def compute_rows(
         self, network, positions: torch.Tensor, z: torch.Tensor, gamma: torch.Tensor, inputs: dict

@@ -76,7 +76,7 @@ class DSCDTrainer(DistillationTrainer):
         x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
         temperature, weight = self.args.temperature, self.args.lambda_of(self.state.global_step)
 
-        times, u, second = self.noise_of_batch(x_0, draws=2)
+        times, u, second = self.noise_of_batch(maskable, draws=2)
         ratio = between(self.args.student_ratio, times)
         share = between(self.args.teacher_share, second[:, 0])  # only the first of a row's draws is needed
         teacher_ratio = torch.minimum((ratio * share).clamp(*self.args.teacher_ratio), ratio)

@@ -91,7 +91,7 @@ class MCDTrainer(DistillationTrainer):
         round = self.args.round_of(self.state.global_step)
         delta, tau = self.args.delta_of(round), self.args.tau_of(round)
 
-        times, u = self.noise_of_batch(x_0)
+        times, u = self.noise_of_batch(maskable)
         t = 1 - (1 - delta) * times  # U(delta, 1]
         gamma_t, gamma_s = self.schedule.gamma(t), self.schedule.gamma(t - delta)
         (z_t, m_t), (z_s, m_s) = self.process.coupled_pair(x_0, gamma_t, gamma_s, u, maskable)

@@ -31,10 +31,12 @@ class MDLMTrainer(DiffusionTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
 
-        times, u = self.noise_of_batch(x_0)
+        # Under uniform noise, u also picks the token, unless u is spread: the picks must not depend on each other.
+        picks = self.process.mask_token_id is None and self.locking == "spread"
+        times, u, *pick = self.noise_of_batch(maskable, draws=1 + picks)
         t = self.args.sampling_epsilon + (1 - self.args.sampling_epsilon) * times
         gamma, slope = self.schedule.gamma(t), self.schedule.derivative(t)
-        z_t, scored = self.process.corrupt(x_0, gamma, u, maskable)
+        z_t, scored = self.process.corrupt(x_0, gamma, u, maskable, *pick)
 
         student = self.compute_rows(model, scored, z_t, gamma, inputs)
         levels = at_positions(gamma, scored), at_positions(slope, scored)

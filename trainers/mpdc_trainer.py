@@ -56,7 +56,7 @@ class MPDCTrainer(DistillationTrainer):
         x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
         delta = self.args.delta_of(self.state.global_step)
 
-        times, u, second = self.noise_of_batch(x_0, draws=2)
+        times, u, second = self.noise_of_batch(maskable, draws=2)
         anchored = second[:, 0] < self.args.anchor_fraction  # only the first of a row's draws is needed
         t = 1 - (1 - torch.full_like(times, delta).masked_fill(anchored, ANCHOR_EPSILON)) * times
         s = torch.where(anchored, 0, t - delta)

@@ -105,7 +105,7 @@ class SDTTTrainer(DistillationTrainer):
         round, epsilon = self.args.round_of(self.state.global_step), self.args.sampling_epsilon
         delta = self.args.delta_of(round)
 
-        times, u, second = self.noise_of_batch(x_0, draws=2)
+        times, u, second = self.noise_of_batch(maskable, draws=2)
         t = epsilon + (1 - epsilon) * times
         gamma_t = self.schedule.gamma(t)
         z_t, m_t = self.process.corrupt(x_0, gamma_t, u, maskable)

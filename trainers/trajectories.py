@@ -35,6 +35,20 @@ def step_noise(
     return torch.from_numpy(times), *torch.from_numpy(uniforms[:, 1:]).split(length, dim=1)
 
 
+def spread_rows(rows: range, global_rows: int, fraction: float) -> torch.BoolTensor:
+    """Of some rows of a global batch, those whose tokens are spread, [rows].
+
+    Exactly round(fraction * global_rows) rows of the global batch, evenly apart in it, chosen by their place alone: however
+    the batch is cut, and independent of the time stratum of a row, which is another one at every step.
+
+    Args:
+        rows: places of these rows in the global batch, within `range(global_rows)`.
+    """
+    spread = round(fraction * global_rows)
+    place = torch.arange(rows.start, rows.stop)
+    return (place + 1) * spread // global_rows > place * spread // global_rows
+
+
 def most_masked(u: torch.Tensor, maskable: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """A mask [B, L] of the `counts` [B] maskable tokens with the largest u in each row; a smaller count gives a subset."""
     order = u.masked_fill(~maskable, -1.0).argsort(dim=1, descending=True)
