@@ -4,7 +4,7 @@ from .diversity import distinct_n, known_words, unigram_entropy, vocabulary_of
 from .evaluate_model import EvaluationProtocol, evaluate_held_out_text, evaluate_model
 from .generative_perplexity import GenerativePerplexity, generative_perplexity, sequence_nll
 from .judge import load_judge
-from .likelihood import StepBound, causal_loss, step_bound, validation_nelbo
+from .likelihood import Bound, block_nelbo, causal_loss, step_bound, validation_nelbo
 from .matched_entropy import matched_gen_ppl
 from .model_card import write_model_card
 from .plot import write_plot
@@ -15,10 +15,11 @@ from .text import read_texts, text_blocks
 
 
 __all__ = [
+    "Bound",
     "EvaluationProtocol",
     "GenerativePerplexity",
     "RunReport",
-    "StepBound",
+    "block_nelbo",
     "causal_loss",
     "distinct_n",
     "evaluate_held_out_text",

@@ -36,12 +36,52 @@ PLAIN = {
 }
 
 
-@torch.no_grad()
-def validation_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 32, seed: int = 0) -> float:
-    """Continuous-time NELBO of a model (MDLM, Eq. 10; Duo, Eq. 17), in nats per token.
+@dataclass(frozen=True)
+class Bound:
+    """An upper bound on -log p of some blocks: what `step_bound` and `block_nelbo` return.
 
-    The mean is over all tokens of the blocks, but for any [MASK] that they hold: it is neither noised nor scored nor
-    counted.
+    Args:
+        nats: [n] float64, CPU: of each block.
+        tokens: [n] int64, CPU: how many of its tokens were scored.
+    """
+
+    nats: torch.DoubleTensor
+    tokens: torch.LongTensor
+
+    @property
+    def mean(self) -> float:
+        """Nats per token, over all blocks."""
+        return (self.nats.sum() / self.tokens.sum()).item()
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of `mean` over blocks and their noise; None for a single block."""
+        return _standard_error(self.nats - self.mean * self.tokens, self.tokens)
+
+    def minus(self, other: "Bound") -> tuple[float, float | None]:
+        """The difference of two means over the same blocks, and its standard error.
+
+        The error is that of the pairs: what makes a text hard under both cancels.
+        """
+        if not torch.equal(self.tokens, other.tokens):
+            raise ValueError("a paired difference needs two bounds of the same blocks with the same prompts")
+        difference = self.mean - other.mean
+        return difference, _standard_error(self.nats - other.nats - difference * self.tokens, self.tokens)
+
+
+def _standard_error(residuals: torch.Tensor, tokens: torch.Tensor) -> float | None:
+    """Of a ratio of sums over blocks (nats / tokens), from the blocks' residuals."""
+    count = len(residuals)
+    if count < 2:
+        return None
+    return (residuals.square().sum() / (count - 1)).sqrt().item() / (tokens.double().mean().item() * math.sqrt(count))
+
+
+@torch.no_grad()
+def block_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 32, seed: int = 0) -> Bound:
+    """Continuous-time NELBO of a model (MDLM, Eq. 10; Duo, Eq. 17) for each block, in nats.
+
+    All tokens of a block are scored but for any [MASK] that it holds: it is neither noised nor scored nor counted.
 
     Each block is noised at `draws` times, one in each of as many equal parts of (0, 1]; over all blocks the times of a
     part are stratified too, in random order, so that the estimate is unbiased. The noise depends on the seed and the
@@ -66,7 +106,7 @@ def validation_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: in
     if not maskable.any():
         raise ValueError(f"blocks {tuple(blocks.shape)} hold no token to score: nothing but [MASK], or nothing at all")
     generator = torch.Generator().manual_seed(seed)
-    total, was_training = 0.0, model.training
+    total, was_training = torch.zeros(count, dtype=torch.float64), model.training
     model.eval()
     try:
         for draw in range(draws):
@@ -82,10 +122,17 @@ def validation_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: in
                 head = model(input_ids=z_t, timesteps=sigma_of(gamma[rows]).to(device), hidden_rows=positions)
                 levels = (at_positions(values[rows].to(device), positions) for values in (gamma, slope))
                 nats = head.map(process.nelbo, z_t[positions], x_0[positions], *levels)
-                total += nats.double().sum().item()
+                of_tokens = torch.zeros(positions.shape, dtype=torch.float64, device=device)
+                of_tokens[positions] = nats.double()
+                total[rows] += of_tokens.sum(dim=1).cpu()
     finally:
         model.train(was_training)
-    return total / (draws * maskable.sum().item())
+    return Bound(total / draws, maskable.sum(dim=1))
+
+
+def validation_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 32, seed: int = 0) -> float:
+    """The mean of `block_nelbo` over all tokens: nats per token."""
+    return block_nelbo(model, blocks, draws, batch_size, seed).mean
 
 
 def causal_loss(judge: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 8) -> float:
@@ -97,45 +144,6 @@ def causal_loss(judge: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 
 
 
 # --- The bound of the sampler that is used
-
-
-@dataclass(frozen=True)
-class StepBound:
-    """The N-step bound of some blocks: what `step_bound` returns.
-
-    Args:
-        nats: [n] float64, CPU: the bound on -log p_N of each block.
-        tokens: [n] int64, CPU: how many tokens of it were scored; a prompt's are not.
-    """
-
-    nats: torch.DoubleTensor
-    tokens: torch.LongTensor
-
-    @property
-    def mean(self) -> float:
-        """Nats per token, over all blocks."""
-        return (self.nats.sum() / self.tokens.sum()).item()
-
-    @property
-    def error(self) -> float | None:
-        """Standard error of `mean` over blocks (and their plans); None for a single block."""
-        return _standard_error(self.nats - self.mean * self.tokens, self.tokens)
-
-    def minus(self, other: "StepBound") -> tuple[float, float | None]:
-        """The difference of two means over the same blocks, and its standard error: of the pairs, so most of the text's
-        own variance cancels."""
-        if not torch.equal(self.tokens, other.tokens):
-            raise ValueError("a paired difference needs two bounds of the same blocks with the same prompts")
-        difference = self.mean - other.mean
-        return difference, _standard_error(self.nats - other.nats - difference * self.tokens, self.tokens)
-
-
-def _standard_error(residuals: torch.Tensor, tokens: torch.Tensor) -> float | None:
-    """Of a ratio of sums over blocks (nats / tokens), from the blocks' residuals."""
-    count = len(residuals)
-    if count < 2:
-        return None
-    return (residuals.square().sum() / (count - 1)).sqrt().item() / (tokens.double().mean().item() * math.sqrt(count))
 
 
 class TeacherForcedCanvas(Canvas):
@@ -179,7 +187,7 @@ def step_bound(
     batch_size: int = 32,
     progress: bool = False,
     **options,
-) -> StepBound:
+) -> Bound:
     """The N-step bound: an upper bound on -log p_N(x) of held-out blocks under the sampler that is used, in nats.
 
     A plan (G_1, ..., G_N) that is drawn independently of the text makes N steps a model of their own,
@@ -246,7 +254,7 @@ def step_bound(
                 bar.update(len(rows))
     finally:
         model.train(was_training)
-    return StepBound(torch.cat(nats), scored.sum(dim=1))
+    return Bound(torch.cat(nats), scored.sum(dim=1))
 
 
 def _scored(config, blocks: torch.LongTensor, prompt_mask: torch.Tensor | None) -> torch.BoolTensor:

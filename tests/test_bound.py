@@ -9,7 +9,7 @@ from small_model import MASK, make_context_matter
 from toy import MASK as TOY_MASK
 from toy import finish, index_of, table_of_logits, toy_canvas
 
-from evaluation import StepBound, step_bound, validation_nelbo
+from evaluation import Bound, step_bound, validation_nelbo
 from evaluation.likelihood import TeacherForcedCanvas, posterior_divergence
 from modeling_mcd.forward_process_mdlm import process_of, uniform_nelbo
 from modeling_mcd.sampling_mdlm import SAMPLERS, TAIL
@@ -179,16 +179,16 @@ def test_blocks_from_left_to_right_see_what_is_before_them(network):
 
 
 def test_means_and_errors_are_those_of_a_ratio_and_of_pairs():
-    one = StepBound(torch.tensor([20.0, 30.0, 46.0]).double(), torch.tensor([10, 10, 10]))
-    other = StepBound(torch.tensor([19.0, 28.0, 45.0]).double(), torch.tensor([10, 10, 10]))
+    one = Bound(torch.tensor([20.0, 30.0, 46.0]).double(), torch.tensor([10, 10, 10]))
+    other = Bound(torch.tensor([19.0, 28.0, 45.0]).double(), torch.tensor([10, 10, 10]))
     assert one.mean == pytest.approx(3.2) and one.error == pytest.approx(torch.tensor([2.0, 3, 4.6]).std() / 3**0.5)
     difference, error = one.minus(other)
     assert difference == pytest.approx(4 / 30) and error == pytest.approx(torch.tensor([0.1, 0.2, 0.1]).std() / 3**0.5)
     assert error < one.error / 10
-    assert StepBound(torch.tensor([20.0, 5.0]).double(), torch.tensor([10, 2])).mean == pytest.approx(25 / 12)
-    assert StepBound(torch.tensor([20.0]).double(), torch.tensor([10])).error is None
+    assert Bound(torch.tensor([20.0, 5.0]).double(), torch.tensor([10, 2])).mean == pytest.approx(25 / 12)
+    assert Bound(torch.tensor([20.0]).double(), torch.tensor([10])).error is None
     with pytest.raises(ValueError, match="the same blocks"):
-        one.minus(StepBound(one.nats, torch.tensor([10, 10, 9])))
+        one.minus(Bound(one.nats, torch.tensor([10, 10, 9])))
 
 
 @pytest.mark.parametrize(
