@@ -1,6 +1,7 @@
 """Shared fixtures: an offline and empty Hugging Face home, a small model with random weights, its tokenizer."""
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -26,6 +27,12 @@ from trainers.character_tokenizer import character_tokenizer  # noqa: E402
 
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """All modules are imported: a training begins with a collection, which need not look at their half a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

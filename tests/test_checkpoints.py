@@ -583,7 +583,8 @@ def test_a_checkpoint_of_the_hub_is_found_by_name_and_revision():
 # --- The converter and the entry points
 
 
-FRESH = """
+CONVERT = "import runpy; runpy.run_module('modeling_mcd.convert_checkpoints', run_name='__main__')"
+LOAD = """
 import sys, torch
 from transformers import AutoModel
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -592,13 +593,13 @@ print(model.generate(steps=4, seed=0).shape, model.config.diffusion_kind, "model
 
 
 @pytest.mark.parametrize("layout, kind", [("sdtt", "absorbing"), ("duo", "uniform")])
-def test_a_converted_checkpoint_generates_in_a_process_of_its_own(tmp_path, layout, kind):
+def test_a_converted_checkpoint_needs_no_package(tmp_path, layout, kind):
+    """Converted by one process, it generates in another one."""
     source = published(tmp_path / "theirs", layout)
-    arguments = [str(source), str(tmp_path / "ours")]
-    result = run_python("modeling_mcd.convert_checkpoints", *arguments, launcher=("-m",), cwd=tmp_path)
+    result = run_python(CONVERT, str(source), str(tmp_path / "ours"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"{sum(t.numel() for n, t in WEIGHTS.items() if 'inv_freq' not in n):,} parameters, {kind}" in result.stdout
-    result = run_python(FRESH, str(tmp_path / "ours"), launcher=("-c",), cwd=tmp_path)
+    result = run_python(LOAD, str(tmp_path / "ours"), plain=True, cwd=tmp_path)
     assert result.stdout.split("\n")[0] == f"torch.Size([1, 24]) {kind} False", result.stderr
 
 

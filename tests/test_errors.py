@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny_run import ROOT, run_python
+from tiny_run import run_python
 
 from modeling_mcd.command_line import line_of, one_line_errors
 
@@ -71,6 +71,5 @@ def test_a_users_own_file_of_the_name_of_a_package_is_named(tmp_path, name):
 def test_a_users_own_evaluation_does_not_disturb_the_methods(tmp_path):
     (tmp_path / "evaluation.py").write_text("FIGURE = 3")
     (tmp_path / "mine.py").write_text("from trainers import MCDTrainer; import evaluation; print(evaluation.FIGURE)")
-    result = run_python(str(tmp_path / "mine.py"), launcher=(), cwd=tmp_path)
+    result = run_python("import runpy; runpy.run_path('mine.py')", plain=True, cwd=tmp_path)
     assert result.returncode == 0 and result.stdout == "3\n", result.stderr
-    assert ROOT != tmp_path

@@ -48,11 +48,6 @@ def environment_of(endpoint: str, home: Path) -> dict[str, str]:
     return environment
 
 
-def run(endpoint: str, home: Path, *command: str) -> subprocess.CompletedProcess:
-    environment = environment_of(endpoint, home)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
@@ -125,8 +120,7 @@ def test_what_lands_is_the_student_and_its_card_and_nothing_of_the_run(story):
 
 
 def test_a_stranger_loads_it_generates_and_runs_the_card_s_snippet(story):
-    home = story.home / "stranger"
-    result = run(story.hub.endpoint, home, sys.executable, "-c", VISIT)
+    result = story.python.run(VISIT, plain=True)
     assert result.returncode == 0, result.stderr
     *snippet, report = result.stdout.strip("\n").split("\n")
     report = json.loads(report)
@@ -153,12 +147,17 @@ def test_a_repository_without_a_namespace_is_the_users_own_and_the_card_says_so(
 def test_the_recommended_command_makes_the_same_repository(story, attempt):
     program, *words = retry_command(story.results[attempt])
     assert program == "hf" and words[:4] == ["upload", "user/tiny", str(story.output), "."]
-    with HubServer(TOKEN) as another:
-        hf = Path(sys.executable).with_name(program)
-        result = run(another.endpoint, story.home / "retry", str(hf), *words)
+    hf = f"import runpy; runpy.run_path({str(Path(sys.executable).with_name(program))!r}, run_name='__main__')"
+    hub = story.hub
+    pushed, commits, private = hub.files("user/tiny"), dict(hub.commits), dict(hub.private)
+    hub.commits.clear(), hub.private.clear()  # as before the run
+    try:
+        result = story.python.run(hf, *words, plain=True)
         assert result.returncode == 0, result.stderr
-        assert another.files("user/tiny") == story.hub.files("user/tiny")
-        assert another.private == {"user/tiny": True}, "a private run must not become public by the retry"
+        assert hub.files("user/tiny") == pushed
+        assert hub.private == {"user/tiny": True}, "a private run must not become public by the retry"
+    finally:
+        hub.commits.update(commits), hub.private.update(private)
 
 
 def test_nobody_listens_and_the_token_is_on_the_command_line(story, inputs, tmp_path):

@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import os
 import re
-import subprocess
 
 import pytest
 from huggingface_hub import ModelCard
@@ -223,7 +222,7 @@ def test_the_snippet_of_the_card_runs_and_never_asks(tmp_path, model, tokenizer)
     tokenizer.save_pretrained(tmp_path / "out")
     write_model_card(tmp_path / "out", {"results": []})
     code = "import torch; torch.manual_seed(0)\n" + snippet_of(tmp_path / "out" / "README.md")
-    result = run_python(code, launcher=("-c",), cwd=tmp_path / "out", stdin=subprocess.DEVNULL)
+    result = run_python(code, plain=True, cwd=tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "modeling_mcd" not in code
     free, continued = result.stdout.splitlines()[-2:]

@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import ROOT, mcd_arguments, run_python, write_inputs
+from tiny_run import mcd_arguments, run_python, start_python, write_inputs
 
 from trainers.run_mcd import main
 
@@ -171,13 +170,11 @@ def test_a_folder_in_use_is_refused_by_name(inputs, whole_run, capsys):
     arguments = mcd_arguments(inputs, whole_run.parent / "waiting", num_rounds=1)
     wait = "import time\nfrom trainers.mcd_trainer import MCDTrainer\n"
     wait += "MCDTrainer.training_step = lambda *a: (print('waits', flush=True), time.sleep(300))\n"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen(
-        [sys.executable, "-c", wait + RUN, *arguments], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    first = start_python(wait + RUN, *arguments)
     try:
-        while "waits" not in first.stdout.readline():
-            assert first.poll() is None
+        while "waits" not in first.read("out"):
+            assert first.poll() is None, first.read("err")
+            time.sleep(0.02)
         before = sorted(path.name for path in (whole_run.parent / "waiting").rglob("*"))
         with pytest.raises(SystemExit) as stop:
             main(arguments)

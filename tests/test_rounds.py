@@ -5,14 +5,12 @@ import io
 import json
 import math
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import ROOT, mcd_arguments, run_python, save_judge, write_inputs
+from tiny_run import mcd_arguments, run_python, save_judge, start_python, write_inputs
 
 from evaluation import load_report
 from trainers import run_judge, run_mcd, run_mdlm
@@ -195,19 +193,8 @@ def test_two_processes_share_the_work_and_outlive_any_timeout(inputs, tmp_path):
     for name in ("judge", "teacher"):
         (tmp_path / name).symlink_to(inputs / name)
     assert run_python(TWO_RANKS, "0", "1", str(tmp_path)).returncode == 0
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS, str(rank), "2", str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for process in processes:
-        _, error = process.communicate(timeout=240)
-        assert process.returncode == 0, error
+    for process in [start_python(TWO_RANKS, str(rank), "2", str(tmp_path)) for rank in (0, 1)]:
+        assert process.wait() == 0, process.read("err")
     one, two = (points_by_temperature(tmp_path / f"report-{size}") for size in (1, 2))
     assert one.keys() == two.keys() and len(one) == 9
     for key, row in one.items():

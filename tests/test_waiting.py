@@ -1,10 +1,7 @@
 """Work of one process that takes longer than any collective may."""
 
-import subprocess
-import sys
-
 import pytest
-from tiny_run import ROOT
+from tiny_run import start_python
 
 
 WORKER = """
@@ -31,10 +28,8 @@ for turn in range(3):
 
 @pytest.mark.slow
 def test_work_longer_than_the_timeout_of_the_group(tmp_path):
-    command = [sys.executable, "-c", WORKER]
-    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen([*command, str(rank), str(tmp_path)], **options) for rank in range(2)]
-    (_, first_said), (read, other_said) = [worker.communicate(timeout=300) for worker in workers]
-    assert read == "work\nwork\n", other_said
-    assert [worker.returncode for worker in workers] == [1, 1] and first_said.endswith("error: no text\n")
-    assert "Traceback" not in other_said and "error" not in other_said.lower(), "one process says it"
+    workers = [start_python(WORKER, str(rank), str(tmp_path)) for rank in range(2)]
+    first, other = (worker.complete() for worker in workers)
+    assert other.stdout == "work\nwork\n", other.stderr
+    assert (first.returncode, other.returncode) == (1, 1) and first.stderr.endswith("error: no text\n")
+    assert "Traceback" not in other.stderr and "error" not in other.stderr.lower(), "one process says it"

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from fork_server import server
+from fork_server import Process, server
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
@@ -116,21 +116,34 @@ def judge_arguments(inputs: Path, output: Path) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
-def run_python(code: str, *arguments: str, launcher: tuple[str, ...] | None = None, **options):
-    """Runs code in a process of its own with this checkout on its path, one thread, and nothing from the network.
+def environment() -> dict[str, str]:
+    """This checkout on the path, one thread, and nothing from the network."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start_python(code: str, *arguments: str, plain: bool = False, cwd: Path | None = None) -> Process:
+    """Starts `python -c CODE ARGUMENTS`, as a fork of a process that has imported the entry points.
 
     Args:
-        code: Python code, run in a fork of a process that has imported the entry points; or what `launcher` takes.
-        launcher: words between the interpreter and `code`: a fresh interpreter is started with them, which takes longer.
-        options: `cwd`; under a launcher all that `subprocess.run` takes.
+        plain: of a process that has imported torch and transformers, and nothing of this library.
+    """
+    without_test = {name: value for name, value in environment().items() if name != "PYTEST_CURRENT_TEST"}
+    return server(tuple(sorted(without_test.items()))).start(code, *arguments, plain=plain, cwd=cwd)
+
+
+def run_python(code: str, *arguments: str, launcher: tuple[str, ...] | None = None, **options):
+    """Runs code in a process of its own.
+
+    Args:
+        code: as for `start_python`; or what `launcher` takes.
+        launcher: words between the interpreter and `code`: a new interpreter is started with them, which takes longer.
+        options: of `start_python`; under a launcher those of `subprocess.run`.
 
     Returns:
         `subprocess.CompletedProcess` with the output as text.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     if launcher is None:
-        environment.pop("PYTEST_CURRENT_TEST", None)
-        return server(tuple(sorted(environment.items()))).run(code, *arguments, **options)
+        return start_python(code, *arguments, **options).complete()
     command = [sys.executable, *launcher, code, *arguments]
     options = {"capture_output": True, "text": True, "timeout": 600} | options
-    return subprocess.run(command, env=environment, **options)
+    return subprocess.run(command, env=environment(), **options)
