@@ -1,9 +1,11 @@
 """Options of `generate`, saved beside the model as `generation_config.json`: what each means and the values it takes."""
 
+from itertools import pairwise
+
 import torch
 from transformers import GenerationConfig
 
-from .checks_mdlm import ABOVE_0_TO_1, COUNT, INSIDE_0_1, NOT_NEGATIVE, WITHIN_0_1, check_numbers
+from .checks_mdlm import ABOVE_0_TO_1, COUNT, INSIDE_0_1, NOT_NEGATIVE, WITHIN_0_1, check_number, check_numbers
 from .draws_mdlm import PRECISIONS
 from .locking_mdlm import LOCKINGS
 from .sampling_mdlm import LAST_STEPS, LOOP_FROM, LOOP_TO, REMASKING, SAMPLERS
@@ -28,7 +30,9 @@ NUMBERS = (
 )
 SWITCHES = ("stop_at_eos", "return_dict_in_generate", "output_reveal_steps", "compile")
 DEFAULTS = {"sampler": "ancestral", "steps": 64, "temperature": 1.0, "precision": "float64", "num_return_sequences": 1}
-DEFAULTS = dict.fromkeys((*CHOICES, *NUMBERS, "suppress_tokens")) | dict.fromkeys(SWITCHES, False) | DEFAULTS
+DEFAULTS = (
+    dict.fromkeys((*CHOICES, *NUMBERS, "suppress_tokens", "reveal_counts")) | dict.fromkeys(SWITCHES, False) | DEFAULTS
+)
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -42,7 +46,11 @@ class MDLMGenerationConfig(GenerationConfig):
         steps (`int`, *optional*): Denoising steps of each block, at least 1; 64 when neither the model nor the call says
             otherwise.
         locking (`str`, *optional*): How the uniforms that decide when each token is revealed hang together, one of
-            `LOCKINGS`; `"independent"` by default.
+            `LOCKINGS`; `"independent"` by default. Samplers whose order comes from the network make no use of it, and
+            `"interleaved"` goes with `"ancestral"` of masked diffusion alone.
+        reveal_counts (`dict`, *optional*): For some numbers of steps, the fractions of the tokens that are visible after
+            each step, such as `{"4": [0.1, 0.3, 0.6, 1.0]}`; `ancestral` and `random` take them in place of linear times.
+            Other numbers of steps stay as they are, and `{}` stands for none.
         last_step (`str`, *optional*): What follows the steps, at t = 1e-5: a draw (`"ancestral"`), the likeliest tokens
             (`"greedy"`) or `"none"`. By default masked diffusion has no last step, since its steps end at t = 0, and
             uniform diffusion has an `"ancestral"` one.
@@ -94,6 +102,7 @@ class MDLMGenerationConfig(GenerationConfig):
         for name in SWITCHES:
             if getattr(self, name) not in (None, True, False):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        check_reveal_counts(self.reveal_counts)
         tokens = self.suppress_tokens
         if tokens is not None and not (
             isinstance(tokens, list | tuple) and all(isinstance(x, int) and not isinstance(x, bool) for x in tokens)
@@ -112,6 +121,10 @@ class MDLMGenerationConfig(GenerationConfig):
         for name in LOOP:
             if getattr(self, name) is not None and self.remasking != "loop":
                 raise ValueError(f"{name} ({getattr(self, name)}) is used by remasking='loop' alone")
+        if self.locking == "interleaved" and self.reveal_counts:
+            raise ValueError(
+                "reveal_counts do not go with locking='interleaved', whose steps reveal equal numbers: give reveal_counts={}"
+            )
         t_on, t_off = self.t_on or LOOP_FROM, self.t_off or LOOP_TO
         if t_off >= t_on:
             raise ValueError(f"t_off ({t_off}) must be below t_on ({t_on})")
@@ -119,6 +132,8 @@ class MDLMGenerationConfig(GenerationConfig):
             for name, wrong in (
                 ("sampler", self.sampler not in (None, "ancestral")),
                 ("temperature", self.temperature == 0),
+                ("locking", self.locking not in (None, "independent")),
+                ("reveal_counts", bool(self.reveal_counts)),
                 ("top_k", self.top_k is not None),
                 ("top_p", self.top_p is not None),
             ):
@@ -151,6 +166,24 @@ class MDLMGenerationConfig(GenerationConfig):
     @classmethod
     def from_model_config(cls, model_config):
         raise NotImplementedError("the options of masked diffusion are not part of a model configuration")
+
+
+def check_reveal_counts(counts: dict | None):
+    """Raises ValueError, naming what is wrong, unless each number of steps has as many fractions, increasing to 1."""
+    if counts is None:
+        return
+    if not isinstance(counts, dict):
+        raise ValueError(f"reveal_counts must map numbers of steps to fractions, not be {counts!r}")
+    for steps, shares in counts.items():
+        name = f"reveal_counts[{steps!r}]"
+        if not str(steps).isdecimal() or int(steps) < 1:
+            raise ValueError(f"{name}: a key must be a number of steps of at least 1, such as '8'")
+        if not isinstance(shares, list | tuple) or len(shares) != int(steps):
+            raise ValueError(f"{name} must be a list of {steps} fractions, one for each step, not {shares!r}")
+        for share in shares:
+            check_number(name, share, ABOVE_0_TO_1)
+        if any(later <= earlier for earlier, later in pairwise(shares)) or shares[-1] != 1:
+            raise ValueError(f"{name} must increase from step to step and end at 1, not be {shares!r}")
 
 
 __all__ = ["MDLMGenerationConfig"]

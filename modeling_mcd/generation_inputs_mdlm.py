@@ -144,6 +144,8 @@ def check_options(options: MDLMGenerationConfig, asked: set[str], config: MDLMCo
             f"{name} ({getattr(options, name)!r}) is not used by the sampler {options.sampler!r}, "
             f"which takes {list(used)}"
         )
+    if options.locking == "interleaved":
+        check_interleaved(options, config)
     if config.mask_token_id is None:
         for name, wrong in (
             ("precision", options.precision == "legacy_float32"),
@@ -158,6 +160,15 @@ def check_options(options: MDLMGenerationConfig, asked: set[str], config: MDLMCo
         raise ValueError(f"suppress_tokens hold all {len(suppressed)} tokens, but must leave one to draw")
     if options.output_reveal_steps and not options.return_dict_in_generate:
         raise ValueError("output_reveal_steps needs return_dict_in_generate=True: the ids alone have no place for it")
+
+
+def check_interleaved(options: MDLMGenerationConfig, config: MDLMConfig):
+    """Refuses what locking='interleaved' does not go with: it needs N steps of equal size that reveal everything."""
+    if options.sampler != "ancestral" or config.mask_token_id is None:
+        raise ValueError(
+            "locking 'interleaved' goes with the sampler 'ancestral' of masked diffusion alone, whose steps are fixed in "
+            f"number and size, not with {options.sampler!r} of {config.diffusion_kind} diffusion: take locking='spread'"
+        )
 
 
 def end_of_sequence(options: MDLMGenerationConfig, config: MDLMConfig) -> tuple[list[int], int | None]:

@@ -12,7 +12,7 @@ row hang together (`locking_mdlm.py`).
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -41,6 +41,29 @@ def step_times(steps: int, last_step: str | None) -> torch.Tensor:
     return torch.linspace(1, 0 if last_step is None else TAIL, steps + 1, dtype=torch.float64)
 
 
+def reveal_grid(
+    steps: int, schedule: NoiseSchedule, last_step: str | None, shares: Sequence[float] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The times of a grid and gamma at each, float64 [steps + 1].
+
+    Without `shares`, the grid of `step_times`. Otherwise `shares` are the fractions of the tokens that are visible after each
+    step, [steps] and increasing to 1: gamma runs through them, and nothing is left for a last step.
+    """
+    if shares is None:
+        times = step_times(steps, last_step)
+        return times, schedule.gamma(times)
+    start = schedule.gamma(torch.ones((), dtype=torch.float64))
+    gammas = start + (1 - start) * torch.tensor([0, *shares], dtype=torch.float64)
+    return schedule.inverse(gammas), gammas
+
+
+def shares_of(steps: int, locking: str, reveal_counts: Mapping | None) -> list[float] | None:
+    """The `shares` of `reveal_grid` that a locking or the option `reveal_counts` asks for; None for the linear times."""
+    if locking == "interleaved":  # whose groups are of equal size, whatever the schedule
+        return [k / steps for k in range(1, steps + 1)]
+    return {int(number): shares for number, shares in (reveal_counts or {}).items()}.get(steps)
+
+
 def steps_of(times: torch.Tensor, gammas: torch.Tensor) -> Iterator[tuple[float, float, float]]:
     """The steps t -> s between neighbouring times of a grid: (t, gamma_t, gamma_s) of each."""
     for t, (gamma_t, gamma_s) in zip(times[:-1].tolist(), pairwise(gammas.tolist()), strict=True):
@@ -58,34 +81,50 @@ def finish(canvas: Canvas, last_step: str | None) -> Iterator[None]:
 
 
 def ancestral_reveal_steps(
-    uniforms: torch.Tensor, steps: int, schedule: NoiseSchedule, last_step: str | None = None
+    uniforms: torch.Tensor,
+    steps: int,
+    schedule: NoiseSchedule,
+    last_step: str | None = None,
+    shares: Sequence[float] | None = None,
 ) -> torch.LongTensor:
     """The step (0 .. steps - 1) in which the ancestral sampler reveals each token. Costs no forward of the network.
 
     The posterior of MDLM (arXiv 2406.07524, Eq. 7) unmasks a token between t and s < t with probability
     (gamma_s - gamma_t) / (1 - gamma_t), whatever the other tokens and the network say. That is scalar trajectory
     locking read backwards (arXiv 2602.00792, Thm 3.3): with u ~ U(gamma_1, 1] fixed for each masked token, step k
-    reveals those with gamma(t_k) < u <= gamma(t_{k+1}), on the grid t_k = 1 - k / steps. The last step reveals the rest;
-    with a `last_step` the grid ends at `TAIL`, and tokens left for the last step get the value `steps`.
+    reveals those with gamma(t_k) < u <= gamma(t_{k+1}), on the grid t_k = 1 - k / steps or that of the `shares`. The last
+    step reveals the rest; with a `last_step` and no `shares` the grid ends at `TAIL`, and tokens left for the last step get
+    the value `steps`.
 
     Args:
-        uniforms: float64, any shape, in [0, 1).
+        uniforms: float64, any shape, in [0, 1); see `locked_uniforms`.
         steps: number of steps, at least 1.
         schedule: the noise schedule.
         last_step: None, or what follows the steps, one of `LAST_STEPS`.
+        shares: see `reveal_grid`.
     """
-    grid = schedule.gamma(step_times(steps, last_step).to(uniforms.device))
+    grid = reveal_grid(steps, schedule, last_step, shares)[1].to(uniforms.device)
     u = grid[0] + (1 - grid[0]) * uniforms
-    return torch.searchsorted(grid[1:-1] if last_step is None else grid[1:], u)
+    return torch.searchsorted(grid[1:-1] if last_step is None or shares is not None else grid[1:], u)
 
 
-def ancestral(canvas: Canvas, *, steps: int, last_step: str | None = None) -> Iterator[None]:
+def ancestral(
+    canvas: Canvas,
+    *,
+    steps: int,
+    last_step: str | None = None,
+    locking: str = "independent",
+    reveal_counts: Mapping | None = None,
+) -> Iterator[None]:
     """Ancestral sampling, reveal-first (arXiv 2406.07524; 2602.00792, Thm 3.3): exactly the law of the full-canvas sampler.
 
-    At most `steps` forwards a row.
+    That law belongs to independent `locking`; under another one each token's own path has it, and who is revealed together
+    does not (docs/locking.md). At most `steps` forwards a row.
     """
-    plan = ancestral_reveal_steps(canvas.u, steps, canvas.schedule, last_step)
-    for step, time in enumerate(step_times(steps, last_step)[:-1].tolist()):
+    shares = shares_of(steps, locking, reveal_counts)
+    u = locked_uniforms(locking, canvas.u, canvas.fillable, steps)
+    plan = ancestral_reveal_steps(u, steps, canvas.schedule, last_step, shares)
+    for step, time in enumerate(reveal_grid(steps, canvas.schedule, last_step, shares)[0][:-1].tolist()):
         canvas.reveal(canvas.masked & (plan == step), time)
         yield
     yield from finish(canvas, last_step)
@@ -107,14 +146,23 @@ def first_hitting(canvas: Canvas, *, locking: str = "independent") -> Iterator[N
         yield
 
 
-def random(canvas: Canvas, *, steps: int) -> Iterator[None]:
+def random(
+    canvas: Canvas, *, steps: int, locking: str = "independent", reveal_counts: Mapping | None = None
+) -> Iterator[None]:
     """A uniformly random order with fixed counts: after k of N steps, round(n k / N) of n masks are revealed.
 
-    Not the law of `ancestral`, whose binomial counts cost quality at few steps. min(steps, n) forwards a row.
+    Not the law of `ancestral`, whose binomial counts cost quality at few steps. The order is that of the locked uniforms;
+    `reveal_counts` may give other fractions than k / N. min(steps, n) forwards a row.
     """
-    order, goals = rank(canvas.u, canvas.masked), goals_of(canvas.masked, steps)
+    shares = shares_of(steps, locking, reveal_counts)
+    order = rank(locked_uniforms(locking, canvas.u, canvas.fillable, steps), canvas.masked)
+    goals, times = goals_of(canvas.masked, steps), [1 - step / steps for step in range(steps)]
+    if shares is not None:
+        n = canvas.masked.sum(dim=1, keepdim=True)
+        goals = (n * torch.tensor([0, *shares], dtype=torch.float64) + 0.5).long()
+        times = reveal_grid(steps, canvas.schedule, None, shares)[0].tolist()
     for step in range(steps):
-        canvas.reveal(canvas.masked & (order < goals[:, step + 1, None]), 1 - step / steps)
+        canvas.reveal(canvas.masked & (order < goals[:, step + 1, None]), times[step])
         yield
 
 
@@ -263,6 +311,7 @@ def remdm(
     t_off: float = LOOP_TO,
     alpha_on: float = 0.9,
     last_step: str | None = None,
+    locking: str = "independent",
 ) -> Iterator[None]:
     """Remasking diffusion (ReMDM, arXiv 2503.00307): a visible token is masked again with probability sigma.
 
@@ -285,9 +334,10 @@ def remdm(
         "confidence": functools.partial(by_confidence, canvas=canvas, chances=chances),
         "loop": functools.partial(looped, t_on=t_on, t_off=t_off, **given),
     }[remasking]
+    clock = clock_of(canvas, locking)
     for network_time, (t, gamma_t, gamma_s) in zip(network_times[:-1].tolist(), steps_of(times, gammas), strict=True):
         sigma_max = min(1.0, (1 - gamma_s) / gamma_t) if gamma_t > 0 else 1.0
-        answer = correct(canvas, network_time, gamma_t, gamma_s, sigma_of(t, sigma_max))
+        answer = correct(canvas, network_time, gamma_t, gamma_s, sigma_of(t, sigma_max), clock)
         if remasking == "confidence" and answer is not None:
             tokens = canvas.tokens[tuple(map(canvas.send, answer.where.nonzero().unbind(dim=1)))]
             measure = functools.partial(probability_of, mask_token_id=canvas.mask_token_id)
@@ -330,28 +380,56 @@ def loop_profile(times: torch.Tensor, t_on: float, t_off: float, alpha_on: float
     return torch.where(times > t_on, rising, 1 - times.clamp(max=t_off) * (1 - alpha_on) / t_off)
 
 
-def psi(canvas: Canvas, *, steps: int, kappa: float = 0.98, last_step: str | None = None) -> Iterator[None]:
+def psi(
+    canvas: Canvas,
+    *,
+    steps: int,
+    kappa: float = 0.98,
+    last_step: str | None = None,
+    locking: str = "independent",
+) -> Iterator[None]:
     """The psi-sampler of Duo, chapter 2 (arXiv 2602.21185), under absorbing noise.
 
     z_s is drawn from the posterior with probability kappa, and otherwise as fresh noise of level s on a draw of all clean
     tokens. That is ReMDM with sigma = (1 - kappa) (1 - gamma_s); kappa = 1 is `ancestral` with other noise.
     """
-    times = step_times(steps, last_step)
+    times, clock = step_times(steps, last_step), clock_of(canvas, locking)
     for t, gamma_t, gamma_s in steps_of(times, canvas.schedule.gamma(times)):
-        correct(canvas, t, gamma_t, gamma_s, (1 - kappa) * (1 - gamma_s))
+        correct(canvas, t, gamma_t, gamma_s, (1 - kappa) * (1 - gamma_s), clock)
         yield
     yield from finish(canvas, last_step)
 
 
-def correct(canvas: Canvas, time: float, gamma_t: float, gamma_s: float, sigma: float | torch.Tensor) -> Answer | None:
-    """One step of ReMDM's posterior with fresh noise. The reveals and remasks are known before the forward.
+def clock_of(canvas: Canvas, locking: str) -> torch.Tensor | None:
+    """The clock of `correct`, [B, L] float64; None for independent locking, which draws anew in every step."""
+    return None if locking == "independent" else locked_uniforms(locking, canvas.u, canvas.fillable)
+
+
+def correct(
+    canvas: Canvas,
+    time: float,
+    gamma_t: float,
+    gamma_s: float,
+    sigma: float | torch.Tensor,
+    clock: torch.Tensor | None,
+) -> Answer | None:
+    """One step of ReMDM's posterior. The reveals and remasks are known before the forward.
+
+    Without a clock both are drawn anew for each token. A clock locks them: masked tokens are revealed where it is below
+    their chance, for which it is uniform; where it is not, it is made uniform again, and so it is at a remasked token. Each
+    token's own path then has ReMDM's law, a step reveals what lies apart, and with sigma = 0 the plan is that of `ancestral`.
 
     Returns:
         The network's answer for the revealed tokens; None if none were revealed.
     """
     u, v = canvas.fresh_noise()
-    reveal = canvas.masked & (u < (gamma_s - (1 - sigma) * gamma_t) / (1 - gamma_t))
+    chance = (gamma_s - (1 - sigma) * gamma_t) / (1 - gamma_t)
+    if clock is not None:
+        u = locked_uniforms("spread", u, canvas.fillable)
+    reveal = canvas.masked & ((u if clock is None else clock) < chance)
     remask = canvas.fillable & ~canvas.masked & (u < sigma)
+    if clock is not None:
+        clock.copy_(torch.where(remask, u / sigma, (clock - chance) / (1 - chance)))
     answer = canvas.ask(reveal, time, sparing=True) if reveal.any() else None
     if answer is not None:
         answer.reveal(reveal, v)
@@ -362,8 +440,13 @@ def correct(canvas: Canvas, time: float, gamma_t: float, gamma_s: float, sigma: 
 # --- Uniform-state diffusion: no masks; every step may change every token
 
 
-def uniform_ancestral(canvas: Canvas, *, steps: int, last_step: str = "ancestral") -> Iterator[None]:
+def uniform_ancestral(
+    canvas: Canvas, *, steps: int, last_step: str = "ancestral", locking: str = "independent"
+) -> Iterator[None]:
     """Ancestral sampling of a uniform-state model (Duo, arXiv 2506.10892): from noise, `steps` draws from the posterior.
+
+    `locking` is that of the uniforms that decide, anew in each step, which tokens stay; what the others become is drawn
+    independently.
 
     A last step removes the noise that is left at `TAIL`: "ancestral" draws from the posterior of t = 0, "greedy" takes
     the likeliest token at every position (Duo's greedy tail), "none" leaves it and saves a forward.
@@ -374,6 +457,7 @@ def uniform_ancestral(canvas: Canvas, *, steps: int, last_step: str = "ancestral
         times = torch.cat([times, times.new_zeros(1)])
     for t, alpha_t, alpha_s in steps_of(times, canvas.schedule.gamma(times)):
         u, v = canvas.fresh_noise()
+        u = locked_uniforms(locking, u, canvas.fillable)
         draw = functools.partial(draw_posterior, alpha_t=alpha_t, alpha_s=alpha_s, **canvas.denoiser.draw)
         canvas.write(where, canvas.ask(where, t).map(draw, canvas.tokens[index], u[where], v[where]))
         yield
