@@ -42,6 +42,9 @@ def parser() -> OneLineParser:
     for name, (kind, words) in OPTIONS.items():
         result.add_argument(f"--{name}", type=kind, help=words)
     result.add_argument("--sampler", choices=CHOICES["sampler"], help="See docs/generation.md; ancestral by default.")
+    result.add_argument(
+        "--locking", choices=CHOICES["locking"], help="See docs/locking.md; spread is better at few steps."
+    )
     result.add_argument("--seed", type=int, help="Fixes the text; random by default.")
     result.add_argument("--tokenizer", help="Folder or Hub name, for a model that comes without one.")
     result.add_argument("--device", help="Such as cpu or cuda; an accelerator by default, where there is one.")
@@ -65,7 +68,7 @@ def run(options: argparse.Namespace):
         raise ValueError("--stream needs a terminal on standard error, and there is none")
     if options.replay is not None and (Path(options.replay).is_dir() or not Path(options.replay).parent.is_dir()):
         raise ValueError(f"--replay {options.replay!r} must name a file in a folder that is there")
-    given = {name: getattr(options, name) for name in (*OPTIONS, "sampler")}
+    given = {name: getattr(options, name) for name in (*OPTIONS, "sampler", "locking")}
     MDLMGenerationConfig(**given)  # refuses what is wrong before anything is loaded
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
     model, tokenizer = load_both(options.model, options.tokenizer, options.device)

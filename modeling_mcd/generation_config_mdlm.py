@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from transformers import GenerationConfig
 
-from .checks_mdlm import ABOVE_0_TO_1, COUNT, INSIDE_0_1, NOT_NEGATIVE, WITHIN_0_1, check_number, check_numbers
+from .checks_mdlm import ABOVE_0_TO_1, COUNT, INSIDE_0_1, NOT_NEGATIVE, WITHIN_0_1, check_numbers
 from .draws_mdlm import PRECISIONS
 from .locking_mdlm import LOCKINGS
 from .sampling_mdlm import LAST_STEPS, LOOP_FROM, LOOP_TO, REMASKING, SAMPLERS
@@ -169,21 +169,23 @@ class MDLMGenerationConfig(GenerationConfig):
 
 
 def check_reveal_counts(counts: dict | None):
-    """Raises ValueError, naming what is wrong, unless each number of steps has as many fractions, increasing to 1."""
-    if counts is None:
-        return
-    if not isinstance(counts, dict):
-        raise ValueError(f"reveal_counts must map numbers of steps to fractions, not be {counts!r}")
-    for steps, shares in counts.items():
-        name = f"reveal_counts[{steps!r}]"
-        if not str(steps).isdecimal() or int(steps) < 1:
-            raise ValueError(f"{name}: a key must be a number of steps of at least 1, such as '8'")
-        if not isinstance(shares, list | tuple) or len(shares) != int(steps):
-            raise ValueError(f"{name} must be a list of {steps} fractions, one for each step, not {shares!r}")
-        for share in shares:
-            check_number(name, share, ABOVE_0_TO_1)
-        if any(later <= earlier for earlier, later in pairwise(shares)) or shares[-1] != 1:
-            raise ValueError(f"{name} must increase from step to step and end at 1, not be {shares!r}")
+    """Raises ValueError unless every number of steps has as many fractions, increasing from above 0 to exactly 1."""
+
+    def is_right(steps, shares) -> bool:
+        return (
+            str(steps).isdecimal()
+            and isinstance(shares, list | tuple)
+            and len(shares) == int(steps) > 0
+            and all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares)
+            and all(earlier < later for earlier, later in pairwise([0, *shares]))
+            and shares[-1] == 1
+        )
+
+    if counts is not None and not (isinstance(counts, dict) and all(is_right(*item) for item in counts.items())):
+        raise ValueError(
+            "reveal_counts must give each number of steps as many fractions, increasing to 1, such as "
+            f"{{'2': [0.4, 1.0]}}, not {counts!r}"
+        )
 
 
 __all__ = ["MDLMGenerationConfig"]

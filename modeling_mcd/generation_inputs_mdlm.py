@@ -12,7 +12,7 @@ from .configuration_mdlm import MDLMConfig
 from .forward_process_mdlm import process_of
 from .generation_config_mdlm import DEFAULTS, LENGTHS, TOKENS, MDLMGenerationConfig
 from .noise_mdlm import RowNoise, row_keys
-from .sampling_mdlm import SAMPLERS, legacy_ancestral, options_of
+from .sampling_mdlm import SAMPLERS, legacy_ancestral, options_of, shares_of
 
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -146,6 +146,12 @@ def check_options(options: MDLMGenerationConfig, asked: set[str], config: MDLMCo
         )
     if options.locking == "interleaved":
         check_interleaved(options, config)
+    if {"last_step", "reveal_counts"} <= set(used) and "last_step" in asked:
+        if shares_of(options.steps, options.locking, options.reveal_counts) is not None:
+            raise ValueError(
+                f"last_step ({options.last_step!r}) would find nothing left: locking='interleaved' and reveal_counts for "
+                f"{options.steps} steps reveal every token in these"
+            )
     if config.mask_token_id is None:
         for name, wrong in (
             ("precision", options.precision == "legacy_float32"),

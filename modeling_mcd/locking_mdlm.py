@@ -21,15 +21,20 @@ def locked_uniforms(
     among the fillable ones of its row, in reading order:
 
         independent   u, as it is
-        spread        frac(rho + i phi): what is revealed at neighbouring times lies Fibonacci numbers apart
-        interleaved   ((i + floor(N rho)) mod N + frac(N rho)) / N for N steps: each reveals every N-th token, and the next
-                      step the right-hand neighbours of these
+        spread        frac(rho + i phi); if N is a power of two, van der Corput's sequence from a random place on, see below
+        interleaved   ((i + floor(N rho)) mod N + frac(N rho)) / N: a step reveals every N-th token, and the next step the
+                      right-hand neighbours of these
+
+    By the first rule of `spread`, tokens of one step are a Fibonacci number apart, for every N (three-gap theorem). By the
+    second, (reversed(floor(2^32 rho) + i) + frac(2^32 rho)) / 2^32 with `reversed` the bits of a number below 2^32 from
+    last to first, those of N equal steps are exactly N apart. N and 2N have the same rule, so what is visible at their
+    common times agrees.
 
     Args:
         locking: one of `LOCKINGS`.
         u: [B, L] float64, independent uniforms in [0, 1).
         fillable: [B, L] bool, on the device of `u`: the tokens that are to be filled, or that noise may mask.
-        steps: N, the number of steps of a sampler; only `interleaved` needs it.
+        steps: N, a sampler's number of steps. None where there is no such number, as in training; `interleaved` needs one.
 
     Returns:
         [B, L] float64; places that are not fillable keep their u. A row depends on nothing but itself.
@@ -45,9 +50,19 @@ def locked_uniforms(
         raise ValueError("locking 'interleaved' needs a number of steps, and this use has none: take 'spread'")
     rho = u.gather(1, fillable.long().argmax(dim=1, keepdim=True))
     place = fillable.cumsum(dim=1) - 1
-    if locking == "spread":
-        locked = (rho + place * PHI) % 1
-    else:
+    if locking == "interleaved":
         turn = rho * steps
         locked = ((place + turn.long()) % steps + turn % 1) / steps
+    elif steps is not None and steps & (steps - 1) == 0:
+        start = rho * 2**32
+        locked = (bits_reversed((place + start.long()) % 2**32) + start % 1) / 2**32
+    else:
+        locked = (rho + place * PHI) % 1
     return torch.where(fillable, locked, u)
+
+
+def bits_reversed(numbers: torch.LongTensor) -> torch.LongTensor:
+    """Numbers of 32 bits, of any shape, with their last bit first."""
+    for width, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
+        numbers = numbers >> width & mask | (numbers & mask) << width
+    return numbers

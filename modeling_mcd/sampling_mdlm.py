@@ -334,7 +334,7 @@ def remdm(
         "confidence": functools.partial(by_confidence, canvas=canvas, chances=chances),
         "loop": functools.partial(looped, t_on=t_on, t_off=t_off, **given),
     }[remasking]
-    clock = clock_of(canvas, locking)
+    clock = clock_of(canvas, locking, steps)
     for network_time, (t, gamma_t, gamma_s) in zip(network_times[:-1].tolist(), steps_of(times, gammas), strict=True):
         sigma_max = min(1.0, (1 - gamma_s) / gamma_t) if gamma_t > 0 else 1.0
         answer = correct(canvas, network_time, gamma_t, gamma_s, sigma_of(t, sigma_max), clock)
@@ -393,16 +393,16 @@ def psi(
     z_s is drawn from the posterior with probability kappa, and otherwise as fresh noise of level s on a draw of all clean
     tokens. That is ReMDM with sigma = (1 - kappa) (1 - gamma_s); kappa = 1 is `ancestral` with other noise.
     """
-    times, clock = step_times(steps, last_step), clock_of(canvas, locking)
+    times, clock = step_times(steps, last_step), clock_of(canvas, locking, steps)
     for t, gamma_t, gamma_s in steps_of(times, canvas.schedule.gamma(times)):
         correct(canvas, t, gamma_t, gamma_s, (1 - kappa) * (1 - gamma_s), clock)
         yield
     yield from finish(canvas, last_step)
 
 
-def clock_of(canvas: Canvas, locking: str) -> torch.Tensor | None:
+def clock_of(canvas: Canvas, locking: str, steps: int) -> torch.Tensor | None:
     """The clock of `correct`, [B, L] float64; None for independent locking, which draws anew in every step."""
-    return None if locking == "independent" else locked_uniforms(locking, canvas.u, canvas.fillable)
+    return None if locking == "independent" else locked_uniforms(locking, canvas.u, canvas.fillable, steps)
 
 
 def correct(

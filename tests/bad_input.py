@@ -272,9 +272,18 @@ BAD_OPTIONS = {
     **{name: [-0.1, 1.1, NAN, "half"] for name in ("threshold", "eta", "kappa")},
     **{name: [0, 1, NAN, "late"] for name in ("t_on", "t_off", "alpha_on")},
     "top_p": [0, 1.5, NAN, "most"],
-    **{name: ["best", 3] for name in ("sampler", "last_step", "remasking", "precision")},
+    **{name: ["best", 3] for name in ("sampler", "locking", "last_step", "remasking", "precision")},
     **{name: ["yes", 2] for name in ("stop_at_eos", "return_dict_in_generate", "output_reveal_steps", "compile")},
     "suppress_tokens": [3, "ab", [1.5], [True]],
+    "reveal_counts": [
+        3,
+        [1.0],
+        {"two": [1.0]},
+        {"2": [1.0]},
+        {"2": [0.5, 0.5]},
+        {"2": [0.5, 0.9]},
+        {"2": [True, 1.0]},
+    ],
 }
 
 
@@ -328,6 +337,12 @@ def generate(world: World) -> list[Case]:
         refuse("legacy and greedy", "temperature", "legacy_float32", temperature=0, precision="legacy_float32"),
         refuse("threshold without adaptive", "threshold (0.5)", "ancestral", threshold=0.5),
         refuse("kappa without psi", "kappa (0.5)", "random", sampler="random", kappa=0.5),
+        refuse("a locking of confidence", "locking ('spread')", "confidence", sampler="confidence", locking="spread"),
+        refuse("interleaved in random order", "locking 'interleaved'", "random", sampler="random", locking="interleaved"),
+        refuse("interleaved counts", "reveal_counts", "interleaved", locking="interleaved", reveal_counts={"2": [0.5, 1.0]}),
+        refuse("a last step after interleaved", "last_step", "greedy", locking="interleaved", last_step="greedy"),
+        refuse("counts of first_hitting", "reveal_counts", "first_hitting", sampler="first_hitting", steps=None, reveal_counts={}),
+        refuse("legacy with a locking", "locking", "legacy_float32", locking="spread", precision="legacy_float32"),
         refuse("steps of first_hitting", "steps (2)", "first_hitting", sampler="first_hitting"),
         refuse("a uniform model by confidence", "sampler", "confidence", network=world.uniform, sampler="confidence"),
         refuse("a uniform model, guided", "guidance_scale", network=world.uniform, guidance_scale=2.0),

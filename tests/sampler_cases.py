@@ -7,6 +7,7 @@ from modeling_mcd.sampling_mdlm import SAMPLERS
 CASES = {
     "ancestral": {"steps": 4},
     "ancestral, greedy": {"steps": 4, "last_step": "greedy"},
+    "ancestral, spread": {"steps": 4, "locking": "spread"},
     "first_hitting": {},
     "random": {"steps": 2},
     "confidence": {"steps": 2},
@@ -17,6 +18,7 @@ CASES = {
     "remdm": {"steps": 6, "eta": 0.3},
     "remdm, confidence": {"steps": 6, "remasking": "confidence"},
     "remdm, loop": {"steps": 6, "remasking": "loop", "eta": 0.3},
+    "remdm, spread": {"steps": 6, "eta": 0.3, "locking": "spread"},
     "psi": {"steps": 6, "kappa": 0.6},
 }
 
