@@ -17,6 +17,7 @@ with the work on another machine. Several commands for different `--seeds` or `-
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -35,6 +36,7 @@ from evaluation import RunReport, load_report, read_texts, save_results, text_bl
 from evaluation.judge import load_judge
 from evaluation.options import EvaluationArguments
 from modeling_mcd.loading import load_model
+from trainers.run_mdlm import ModelArguments
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +109,12 @@ class Network:
     @property
     def label(self) -> str:
         return self.method if self.run is None else f"{self.method}, seed {self.seed}"
+
+
+def default_shape() -> list:
+    """Takes a recipe's shape back, on the command line: a model that is given has its own."""
+    fields = [field for field in dataclasses.fields(ModelArguments) if field.default is not None]
+    return [word for field in fields for word in (f"--{field.name}", field.default)]
 
 
 class Tables:
@@ -182,7 +190,7 @@ class Tables:
         if run.recipe.endswith("teacher.yaml"):
             words += ["--model", self.teachers[run.teacher], "--max_steps", rounds * steps]
             words += ["--eval_strategy", "no", "--lr_scheduler_type", "constant_with_warmup"]
-            words += ["--weight_decay", 0, "--adam_beta2", 0.999]
+            words += ["--weight_decay", 0, "--adam_beta2", 0.999, *default_shape()]
             same = ("learning_rate", "warmup_steps", "per_device_train_batch_size", "ema_decay")
             words += [word for name in same for word in (f"--{name}", self.recipe[name])]
             self.train("run_mdlm.py", folder, *words)

@@ -21,14 +21,15 @@ import yaml
 from transformers import AutoTokenizer
 
 from benchmarks.paper_report import line
-from benchmarks.paper_tables import MCD_COST, ROOT
-from evaluation import StepBound, read_texts, step_bound, text_blocks, validation_nelbo
+from benchmarks.paper_tables import MCD_COST, ROOT, default_shape
+from evaluation import Bound, block_nelbo, read_texts, step_bound, text_blocks
 from modeling_mcd.files import read_object, write_atomically, write_json
 from modeling_mcd.loading import load_model
 from trainers import run_mcd, run_mdlm
 
 
 LOCKINGS = ("independent", "spread")
+NELBO_CELL = ("NELBO", 0)  # beside (locking, N)
 RECIPES = ROOT / "recipes"
 RESULTS = ROOT / "benchmarks" / "results" / "spread_teaching"
 NELBO_COST = 3  # trunk forwards of a step
@@ -66,20 +67,20 @@ def train(options: argparse.Namespace, method: str, locking: str, seed: int) -> 
     folder = options.output_dir / f"{method}-{locking}-{seed}".replace(" ", "_").replace(",", "").replace("/", "_")
     recipe = yaml.safe_load((RECIPES / "tiny.yaml").read_text(encoding="utf-8"))
     words = ["--seed", seed, "--locking", locking, "--output_dir", folder, "--disable_tqdm", True]
-    words += ["--save_steps", 25, "--logging_steps", 25]
+    words += ["--save_steps", 25, "--logging_steps", 1]
     if method in MCD:
         main, words = run_mcd.main, [RECIPES / "tiny.yaml", "--judge", "null", *MCD[method], *words]
         words += ["--num_rounds", options.rounds, "--steps_per_round", options.steps_per_round]
         words += ["--tau", *recipe["tau"][: options.rounds]]
     else:
-        main, words = run_mdlm.main, [RECIPES / "tiny_teacher.yaml", "--eval_strategy", "no", *words]
+        main, words = run_mdlm.main, [RECIPES / "tiny_teacher.yaml", "--eval_strategy", "no", "--validation_text", "null", *words]
         words += ["--lr_scheduler_type", "constant_with_warmup"]
         if method == SCRATCH:
             words += [*SMALL, "--ema_decay", "null", "--save_total_limit", "null", "--warmup_steps", 50]
             words += ["--max_steps", options.scratch_steps, "--save_steps", options.scratch_steps // 3]
         else:
             steps = options.rounds * options.steps_per_round * MCD_COST // NELBO_COST
-            words += ["--model", RECIPES / "tiny" / "teacher", "--max_steps", steps]
+            words += ["--model", RECIPES / "tiny" / "teacher", "--max_steps", steps, *default_shape()]
             words += ["--weight_decay", 0, "--adam_beta2", 0.999]
             same = ("learning_rate", "warmup_steps", "per_device_train_batch_size", "ema_decay")
             words += [word for name in same for word in (f"--{name}", recipe[name])]
@@ -91,62 +92,77 @@ def train(options: argparse.Namespace, method: str, locking: str, seed: int) -> 
     return [Network(f"{SCRATCH}, {n} steps", locking, seed, folder / f"checkpoint-{n}") for n in steps]
 
 
+def key_of(network: Network, cell: tuple[str, int], blocks: int) -> str:
+    return f"{network.name}|{cell[0]}|{cell[1]}|{blocks}"
+
+
 def judge(options: argparse.Namespace, network: Network, blocks: torch.LongTensor, measured: dict):
-    """Adds what is not yet in `measured`: the NELBO, and the nats of each block for each locking and N."""
-    model, place = None, options.output_dir / "measured.json"
-    grid = [(locking, n) for locking in LOCKINGS for n in options.steps]
-    for locking, n in [("nelbo", 0), *grid]:
-        key = f"{network.name}|{locking}|{n}|{len(blocks)}"
+    """Adds what is not yet in `measured`: the nats of each block, for the NELBO and for each locking and N."""
+    model = None
+    for cell in [NELBO_CELL, *((locking, n) for locking in LOCKINGS for n in options.steps)]:
+        key = key_of(network, cell, len(blocks))
         if key in measured:
             continue
         model = model or load_model(network.folder).float().eval()
-        if locking == "nelbo":
-            measured[key] = [validation_nelbo(model, blocks)]
+        if cell == NELBO_CELL:
+            bound = block_nelbo(model, blocks, batch_size=8)
         else:
-            bound = step_bound(model, blocks, steps=n, locking=locking, batch_size=8)
-            measured[key] = [round(nats, 4) for nats in bound.nats.tolist()]
-        write_json(place, measured)
-        print(f"{network.name}, judged {locking}, N = {n}: {statistics.fmean(measured[key]):.4f}", flush=True)
+            bound = step_bound(model, blocks, steps=cell[1], locking=cell[0], batch_size=8)
+        measured[key] = [round(nats, 4) for nats in bound.nats.tolist()]
+        write_json(options.output_dir / "measured.json", measured)
+        print(f"{network.name}, {cell[0]}, {cell[1]}: {bound.mean:.4f} nats per token", flush=True)
 
 
 def report(options: argparse.Namespace, networks: list[Network], length: int, measured: dict):
     """Tables of means over seeds, and of differences from the teacher under the same locking of the sampler."""
 
-    def bounds(network: Network, locking: str, n: int) -> StepBound:
-        nats = torch.tensor(measured[f"{network.name}|{locking}|{n}|{options.blocks}"], dtype=torch.float64)
-        return StepBound(nats, torch.full((len(nats),), length))
+    def bound(network: Network, cell: tuple[str, int]) -> Bound:
+        nats = torch.tensor(measured[key_of(network, cell, options.blocks)], dtype=torch.float64)
+        return Bound(nats, torch.full((len(nats),), length))
 
     rows, teacher = {}, networks[0]
     for network in networks:
         rows.setdefault(network.row, []).append(network)
-    head = [*(f"N = {n}" for n in options.steps), "NELBO"]
     lines, content = [], []
-    for locking in LOCKINGS:
+    for sampler in LOCKINGS:
+        cells = [*((sampler, n) for n in options.steps), NELBO_CELL]
         plain, differences = [], []
-        for row, of_seeds in rows.items():
-            nelbo = statistics.fmean(measured[f"{net.name}|nelbo|0|{options.blocks}"][0] for net in of_seeds)
-            means = [statistics.fmean(bounds(net, locking, n).mean for net in of_seeds) for n in options.steps]
-            plain.append(line(row, [f"{mean:.3f}" for mean in (*means, nelbo)]))
-            pairs = [
-                [bounds(net, locking, n).minus(bounds(teacher, locking, n)) for net in of_seeds] for n in options.steps
-            ]
-            shown = [(statistics.fmean(d for d, _ in pair), max(e for _, e in pair)) for pair in pairs]
-            if of_seeds[0] is not teacher and not row.startswith(SCRATCH):
-                differences.append(line(row, [f"{d:+.3f} ± {e:.3f}" for d, e in shown]))
-            content.append(
-                {"network": row, "sampler": locking, "seeds": [net.seed for net in of_seeds], "nelbo": nelbo}
-            )
-            content[-1] |= {str(n): {"bound": m, "error": bounds(of_seeds[0], locking, n).error, "difference": d, "difference_error": e}
-                            for n, m, (d, e) in zip(options.steps, means, shown, strict=True)}  # fmt: skip
-        for title, table, columns in (("bound", plain, head), ("less the teacher's", differences, head[:-1])):
+        for row, seeds in rows.items():
+            of_row = {"network": row, "sampler": sampler, "seeds": [network.seed for network in seeds]}
+            for cell in cells:
+                of_seeds = [bound(network, cell) for network in seeds]
+                pairs = [of_seed.minus(bound(teacher, cell)) for of_seed in of_seeds]
+                of_row["NELBO" if cell == NELBO_CELL else f"N = {cell[1]}"] = {
+                    "nats": statistics.fmean(of_seed.mean for of_seed in of_seeds),
+                    "error": of_seeds[0].error,
+                    "difference": statistics.fmean(difference for difference, _ in pairs),
+                    "difference_error": max(error for _, error in pairs),
+                    "differences": [difference for difference, _ in pairs],
+                }
+            content.append(of_row)
+            measures = [of_row[name] for name in of_row if isinstance(of_row[name], dict)]
+            plain.append(line(row, [f"{measure['nats']:.3f}" for measure in measures]))
+            if seeds[0] is not teacher and not row.startswith(SCRATCH):
+                shown = [f"{measure['difference']:+.3f} ± {measure['difference_error']:.3f}" for measure in measures]
+                differences.append(line(row, shown))
+        head = ["NELBO" if cell == NELBO_CELL else f"N = {cell[1]}" for cell in cells]
+        for title, table in (("the bound", plain), ("less the teacher's", differences)):
             if table:
-                lines += [f"Sampler {locking}, {title}, nats per token:", ""]
-                lines += [line("", columns), "| --- |" + " ---: |" * len(columns), *table, ""]
-    about = f"{options.blocks} blocks of {length} held-out tokens; seeds {options.seeds}; {options.rounds} rounds of {options.steps_per_round} steps."
-    lines += [f"{about} ± is the standard error over blocks, of the paired difference."]
-    write_atomically(RESULTS.with_suffix(".md"), "\n".join(lines) + "\n")
+                lines += [
+                    f"Sampler {sampler}, {title}:",
+                    "",
+                    line("", head),
+                    "| --- |" + " ---: |" * len(head),
+                    *table,
+                    "",
+                ]
+    about = (
+        f"Nats per token on {options.blocks} blocks of {length} held-out tokens; seeds {options.seeds}; MCD: {options.rounds} "
+        f"rounds of {options.steps_per_round} steps. ± is the standard error of the paired difference over blocks."
+    )
+    write_atomically(RESULTS.with_suffix(".md"), "\n".join([*lines, about]) + "\n")
     write_json(RESULTS.with_suffix(".json"), {"about": about, "rows": content})
-    print("\n".join(lines), flush=True)
+    print("\n".join([*lines, about]), flush=True)
 
 
 def main():
