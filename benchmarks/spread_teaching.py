@@ -1,8 +1,8 @@
 """What teaching on spread paths gives, judged by the N-step bound on held-out text: no judge, no temperature, no samples.
 
-    python -m benchmarks.spread_teaching [--seeds 1] [--rounds 3] [--steps_per_round 50] [--blocks 32]
+    python -m benchmarks.spread_teaching [--seeds 1] [--rounds 3] [--steps_per_round 25] [--blocks 24]
 
-From the tiny teacher, with the budget of trunk forwards that `paper_tables` gives a method: MCD on independent and on spread
+From the tiny teacher, with one budget of trunk forwards for every training: MCD on independent and on spread
 paths, MCD whose gap is the sampler's own step of 1/8 on both, and the control that goes on with the NELBO on both. From
 scratch: a smaller network on independent and on spread masks. Every network is judged under both lockings of the sampler, on
 the same blocks and plans, so that differences are paired.
@@ -35,7 +35,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "spread_teaching"
 NELBO_COST = 3  # trunk forwards of a step
 MCD = {"MCD": (), "MCD, delta 1/8": ("--delta", 1 / 8, "--delta_growth", 1)}
 NELBO, SCRATCH = "NELBO goes on", "from scratch"
-SMALL = ("--hidden_size", 128, "--num_hidden_layers", 4, "--num_attention_heads", 4, "--learning_rate", 2e-3)
+SMALL = ("--hidden_size", 96, "--num_hidden_layers", 3, "--num_attention_heads", 3, "--learning_rate", 2e-3)
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps_per_round", type=int, default=50)
+    parser.add_argument("--steps_per_round", type=int, default=25)
     parser.add_argument("--scratch_steps", type=int, default=300)
-    parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--methods", nargs="+", default=[NELBO, *MCD, SCRATCH], choices=[NELBO, *MCD, SCRATCH])
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "spread_teaching")
