@@ -73,8 +73,11 @@ def train(options: argparse.Namespace, method: str, locking: str, seed: int) -> 
         words += ["--num_rounds", options.rounds, "--steps_per_round", options.steps_per_round]
         words += ["--tau", *recipe["tau"][: options.rounds]]
     else:
-        main, words = run_mdlm.main, [RECIPES / "tiny_teacher.yaml", "--eval_strategy", "no", "--validation_text", "null", *words]
-        words += ["--lr_scheduler_type", "constant_with_warmup"]
+        main, words = (
+            run_mdlm.main,
+            [RECIPES / "tiny_teacher.yaml", "--lr_scheduler_type", "constant_with_warmup", *words],
+        )
+        words += ["--validation_text", "null", "--eval_strategy", "no"]
         if method == SCRATCH:
             words += [*SMALL, "--ema_decay", "null", "--save_total_limit", "null", "--warmup_steps", 50]
             words += ["--max_steps", options.scratch_steps, "--save_steps", options.scratch_steps // 3]
