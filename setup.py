@@ -34,11 +34,11 @@ setup(
     package_data={"": ["*.yaml", "*.json", "*.txt", "*.safetensors", "*.md"]},
     install_requires=[
         "torch>=2.9",
-        "transformers>=5.20,<6",
+        "transformers>=5.17,<6",
         "accelerate>=1.15",
         "psutil",
         "datasets>=5.0",
-        "huggingface-hub>=2.0",
+        "huggingface-hub>=1.33",
         "safetensors>=0.7",
         "jinja2>=3.1",
         "matplotlib>=3.10",

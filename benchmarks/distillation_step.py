@@ -145,7 +145,8 @@ def measure_floor(options: argparse.Namespace, trainer: MCDTrainer, x_0: torch.T
 def measure_step(options: argparse.Namespace, trainer: MCDTrainer, x_0: torch.Tensor, side: str) -> dict:
     model = trainer.model
     if side != "ours, nothing recomputed":
-        model.activation_checkpointing_enable()
+        # The name that transformers before 5.20 has.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, fused=True)  # the Trainer's default
     loss_of, losses = plain_loss if side == "plain" else our_loss, []
 

@@ -12,7 +12,7 @@ from modeling_mcd.files import write_atomically
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-TRANSFORMERS = "5.20"  # as in setup.py: the oldest that loads the models
+TRANSFORMERS = "5.17"  # as in setup.py: the oldest that loads the models
 # The last line of a card that this library wrote: a digest of all that stands above it.
 MARK = re.compile(r"<!-- Made from eval\.json; not written again once changed by hand: (\w{16}) -->\n\Z")
 BESIDE = "eval_card.md"  # the card where README.md is the user's

@@ -4,17 +4,22 @@ Plain text is UTF-8; a byte-order mark is dropped and line ends become `\\n`. A 
 row of a table (JSON, CSV, Parquet, a saved or downloaded dataset). Training text and held-out text pass through here alike.
 """
 
+from __future__ import annotations
+
 import codecs
 import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from modeling_mcd.loading import reason_of
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 
 PIECE = 2**20  # characters of a file that are read at a time
@@ -112,6 +117,7 @@ def open_text(
                 separator = "\t" if files[0].suffix.lower() == ".tsv" else ","
                 options = {"converters": {column: str}, "keep_default_na": False, "na_filter": False, "sep": separator}
             files = {"train": [str(file) for file in files]}
+            load_dataset = datasets_library(name).load_dataset
             try:
                 rows = build_dataset(
                     load_dataset, kind, data_files=files, split="train", streaming=streaming, **options
@@ -122,6 +128,7 @@ def open_text(
                 raise ValueError(f"text {name!r} cannot be read as {kind}: {reason_of(error)}") from None
     else:
         used = ("column", "split", "config", "revision")
+        load_dataset = datasets_library(name).load_dataset
         try:
             rows = build_dataset(load_dataset, name, config, split=split, revision=revision, streaming=streaming)
         except OSError as error:
@@ -139,6 +146,18 @@ def open_text(
         found = getattr(kind, "dtype", type(kind).__name__)
         raise ValueError(f"the column {column!r} of {name!r} holds {found}, not text: give another text_column")
     return TextSource(name, digest, (), rows.select_columns([column]), column, used)
+
+
+def datasets_library(text: str) -> ModuleType:
+    """The package `datasets`, which only tables and Hub datasets need. ValueError, which names the text, without it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"text {text!r} is not plain text, and the package that reads it, datasets, is not there ({error}): "
+            "pip install datasets, or give plain text"
+        ) from None
+    return datasets
 
 
 def _read_plain(file: Path) -> Iterator[str]:
@@ -226,11 +245,12 @@ def _kind_of(files: list[Path], name: str) -> str:
 
 def _read_saved(folder: Path, split: str, streaming: bool) -> tuple[Dataset | IterableDataset, str, tuple[str, ...]]:
     """A folder of `save_to_disk`: its rows, their digest, and the options that had a meaning."""
+    datasets = datasets_library(str(folder))
     try:
-        saved, used = load_from_disk(str(folder)), ("column",)
+        saved, used = datasets.load_from_disk(str(folder)), ("column",)
     except Exception as error:
         raise ValueError(f"text {str(folder)!r}: a saved dataset that cannot be loaded: {reason_of(error)}") from None
-    if isinstance(saved, DatasetDict):
+    if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise ValueError(f"text {str(folder)!r} has no split {split!r}; it has {sorted(saved)}")
         saved, used = saved[split], ("column", "split")
@@ -245,6 +265,8 @@ def _is_disk_error(error: Exception) -> bool:
 
 def build_dataset(builder, *arguments, **options) -> Dataset | IterableDataset:
     """Calls a function that makes a dataset; re-raises the original error, not the wrapper of `datasets`."""
+    from datasets.exceptions import DatasetGenerationError
+
     try:
         return builder(*arguments, **options)
     except DatasetGenerationError as error:

@@ -19,6 +19,7 @@ from .forward_process_mdlm import Process
 from .head_mdlm import in_chunks
 from .noise_mdlm import RowNoise
 from .noise_schedule_mdlm import NoiseSchedule
+from .transfer_mdlm import send
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class Canvas:
             raise bad_logits(row, self.reveal_steps[row, column].item())
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.tokens.device, non_blocking=True)
+        return send(tensor, self.tokens.device)
 
 
 class Answer:

@@ -14,6 +14,7 @@ from .forward_process_mdlm import process_of
 from .generation_config_mdlm import MDLMGenerationConfig
 from .generation_inputs_mdlm import Request, prepare
 from .noise_mdlm import RowNoise
+from .transfer_mdlm import send
 
 
 logger = logging.get_logger(__name__)
@@ -110,7 +111,7 @@ class MDLMGenerationMixin:
                 to_fill = (block.members & fillable).gather(1, block.columns)
                 if not to_fill.any():
                     continue
-                columns, seen = block.columns.to(tokens.device), block.seen.to(tokens.device)
+                columns, seen = send(block.columns, tokens.device), send(block.seen, tokens.device)
                 window = tokens.gather(1, columns)
                 canvas = Canvas(
                     # Padding shows the row's first token, so that logits processors never see a padding-only token.
@@ -183,7 +184,7 @@ class MDLMGenerationMixin:
             draw: temperature, top_k, top_p, dtype; see `draw_tokens`.
         """
         guided, padded = guidance_scale is not None, seen is not None and not seen.all()
-        seen, prompt = (None if mask is None else mask.to(self.device) for mask in (seen, prompt))
+        seen, prompt = (None if mask is None else send(mask, self.device) for mask in (seen, prompt))
         process, head = process_of(self.config), self.get_output_embeddings()
         network = self.trunk()
         if compile:
@@ -192,7 +193,7 @@ class MDLMGenerationMixin:
         def trunk(
             tokens: torch.Tensor, rows: torch.Tensor, time: torch.Tensor, wanted: torch.Tensor | None
         ) -> torch.Tensor:
-            sigma = process.sigma(time).to(tokens.device, non_blocking=True)
+            sigma = send(process.sigma(time), tokens.device)
             if guided:
                 without = tokens.masked_fill(prompt[rows], process.mask_token_id)
                 tokens, rows, sigma = torch.cat([tokens, without]), rows.repeat(2), sigma.repeat(2)

@@ -244,6 +244,22 @@ def test_hook_grad_norm_is_asked_before_the_optimizer_steps(trainer_of, tmp_path
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
+@pytest.mark.parametrize("save_steps", [2, 8])
+def test_numbers_that_are_checked_later_still_stop_the_run(trainer_of, tmp_path, save_steps):
+    """As on a GPU, where the host does not wait for a loss: the message names its step, and nothing is saved after it."""
+    trainer, steps = trainer_of(tmp_path, save_steps=save_steps), []
+    trainer.checks_later = True
+    trainer.model.lm_head.bias.register_hook(lambda gradient: gradient * (math.nan if len(steps) == 6 else 1))
+    step = trainer.training_step
+    trainer.training_step = lambda *arguments: steps.append(0) or step(*arguments)
+    with pytest.raises(FloatingPointError, match="the gradient norm is nan at step 5"):
+        trainer.train()
+    assert len(steps) == (6 if save_steps == 2 else 7), "checked before a save, else in the step that follows"
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == (
+        {"checkpoint-2", "checkpoint-4"} if save_steps == 2 else set()
+    )
+
+
 def test_hook_on_train_end_comes_after_the_best_model_is_loaded(trainer_of, tmp_path):
     """The Trainer loads the best checkpoint's network before `on_train_end`: there companions follow."""
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}

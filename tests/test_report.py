@@ -196,7 +196,7 @@ def test_the_card_holds_the_table_the_recipe_and_an_index_of_the_folders_own_mod
         "(eval.png)",
         'AutoModel.from_pretrained("someone/tiny-mcd", trust_remote_code=True)',
         'AutoTokenizer.from_pretrained("someone/tiny-mcd", trust_remote_code=True)',
-        "Needs transformers 5.20 or newer.",
+        "Needs transformers 5.17 or newer.",
         "arxiv.org/abs/2602.00792",
         "teacher wrote this",
     ):

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 import traceback
 from pathlib import Path
 
@@ -110,6 +111,20 @@ def test_streaming_gives_the_same_blocks(folder, tokenizer):
     assert isinstance(blocks, IterableDataset)
     assert [row["input_ids"] for row in blocks] == rows(source, tokenizer, 13)
     assert [row["input_ids"] for row in blocks] == rows(source, tokenizer, 13), "a second pass"
+
+
+def test_without_datasets_plain_text_gives_the_same_blocks(folder, tokenizer, monkeypatch, tmp_path):
+    texts = folder(many(50))
+    table = tmp_path / "table.jsonl"
+    table.write_text('{"text": "hello world, this is it."}')
+    options = {"train_text": str(texts), "validation_text": str(texts), "block_length": 8, "max_validation_blocks": 3}
+    theirs, their_validation = load_blocks(TextArguments(**options), tokenizer)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    ours, validation = load_blocks(TextArguments(**options), tokenizer)
+    assert ours["input_ids"] == [row["input_ids"] for row in theirs] and len(ours) == len(theirs)
+    assert [validation[i] for i in range(3)] == list(their_validation) and len(validation) == 3
+    with pytest.raises(ValueError, match="is not plain text, and the package that reads it, datasets, is not there"):
+        rows(table, tokenizer)
 
 
 def test_validation_text_and_its_limit(tmp_path, tokenizer):

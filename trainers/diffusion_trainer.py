@@ -14,6 +14,7 @@ from modeling_mcd.checks_mdlm import ABOVE_0_TO_1, BELOW_1, check_numbers
 from modeling_mcd.forward_process_mdlm import Process, process_of, sigma_of
 from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.locking_mdlm import LOCKINGS, locked_uniforms
+from modeling_mcd.transfer_mdlm import send
 from trainers.exact_resume import ExactResumeArguments, ExactResumeTrainer
 from trainers.teacher import EMACallback, Follower
 from trainers.trajectories import spread_rows, step_noise
@@ -210,6 +211,7 @@ class DiffusionTrainer(ExactResumeTrainer):
 
     def whole_student(self) -> torch.nn.Module:
         """The network that the run hands on, unsharded on every rank: the EMA if one is kept, else a copy of the student."""
+        self.check_pending()
         if "ema" in self.companions:
             return self.companions["ema"].model
         return Follower(self.accelerator.unwrap_model(self.model)).model
@@ -253,9 +255,10 @@ class DiffusionTrainer(ExactResumeTrainer):
         else:
             global_rows = rows * world_size * self.args.gradient_accumulation_steps
             noise = step_noise(seed, step, range(first, first + rows), global_rows, length, draws)
-        times, u, *more = (values.to(maskable.device) for values in noise)
+        times, u, *more = (send(values, maskable.device) for values in noise)
         if self.locking == "spread":
-            spread = spread_rows(range(first, first + rows), global_rows, self.args.spread_fraction).to(u.device)
+            spread = spread_rows(range(first, first + rows), global_rows, self.args.spread_fraction)
+            spread = send(spread, u.device)
             u = torch.where(spread[:, None], locked_uniforms("spread", u, maskable), u)
         return times, u, *more
 
@@ -273,11 +276,13 @@ class DiffusionTrainer(ExactResumeTrainer):
     def record(self, **values: torch.Tensor | float):
         """Notes scalars of this micro-batch; their mean over micro-batches and ranks joins the next log line."""
         for name, value in values.items():
-            self._recorded.setdefault(name, []).append(torch.as_tensor(value, dtype=torch.float64).detach().cpu())
+            value = torch.as_tensor(value, dtype=torch.float64).detach()
+            self._recorded.setdefault(name, []).append(value)  # still on its device: a look would wait for it
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs and self._recorded:
-            means = torch.stack([torch.stack(values).mean() for values in self._recorded.values()])
+            recorded = (torch.stack([value.cpu() for value in values]) for values in self._recorded.values())
+            means = torch.stack([values.mean() for values in recorded])
             means = self.accelerator.reduce(means.to(self.args.device), "mean").tolist()
             logs = {**logs, **dict(zip(self._recorded, means, strict=True))}
             self._recorded.clear()

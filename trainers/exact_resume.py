@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import distributed
@@ -94,7 +94,10 @@ class ExactResumeArguments(TrainingArguments):
         if self.learning_rate is None:
             raise ValueError("learning_rate is null, but must be a positive number")
         check_numbers(self, **TRAINING_NUMBERS)
+        given = self.accelerator_config
         super().__post_init__()
+        if given is None and self.dataloader_pin_memory:
+            self.accelerator_config.non_blocking = True  # or every batch waits until the device has nothing left to do
         self._check_processes()
         if self.save_only_model:
             raise ValueError(
@@ -136,6 +139,11 @@ class ExactResumeArguments(TrainingArguments):
             raise ValueError(
                 "FSDP is not supported (on a CPU it would silently be DDP): use recipes/accelerate/ddp_gpu.yaml, or "
                 "zero2_cpu.yaml or zero3_cpu.yaml there to shard optimizer or weights"
+            )
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs are visible to one process, which the Trainer would use through DataParallel: start with "
+                "`accelerate launch --multi_gpu`, or choose one by CUDA_VISIBLE_DEVICES=0"
             )
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes > 1 and (self.world_size != processes or self.distributed_state.distributed_type == "NO"):
@@ -187,6 +195,16 @@ class Companion(Protocol):
         """Restores what `save` wrote. Called by every process, when optimizer and networks are ready."""
 
 
+class _Number(NamedTuple):
+    """A loss or a gradient norm that must be finite, and where in the run it was met."""
+
+    name: str
+    value: torch.Tensor | float
+    step: int
+    position: str
+    done: torch.cuda.Event | None  # happens when the value has arrived on the CPU
+
+
 class ExactResumeTrainer(Trainer):
     """A Trainer whose checkpoints are complete or are not trusted, and which stops when a number is not finite.
 
@@ -199,6 +217,8 @@ class ExactResumeTrainer(Trainer):
         self.companions: dict[str, Companion] = {}
         self._resumed_from: Path | None = None
         self._unfinished: Path | None = None  # the checkpoint that is being written
+        self._unchecked: list[_Number] = []
+        self.checks_later = self.args.device.type == "cuda"
         self._save_total_limit = args.save_total_limit
         self.add_callback(_CheckpointCallback(self))
 
@@ -220,13 +240,19 @@ class ExactResumeTrainer(Trainer):
         """
         self._resumed_from = from_first_process(lambda: self._checkpoint_to_resume(resume_from_checkpoint))
         try:
-            return super().train(self._resumed_from and str(self._resumed_from), **kwargs)
+            result = super().train(self._resumed_from and str(self._resumed_from), **kwargs)
+            self.check_pending()
+            return result
         except Exception:
             if self.args.should_save and self._unfinished is not None:  # a full disk, for example
                 shutil.rmtree(self._unfinished, ignore_errors=True)
             raise
         finally:
             self._unfinished, self.args.save_total_limit = None, self._save_total_limit
+
+    def end(self):
+        """Finishes trackers and the process group, at the end of a command. transformers before 5.20 has no such method."""
+        self.accelerator.end_training()
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
         if wanted is None or wanted is False:
@@ -242,6 +268,7 @@ class ExactResumeTrainer(Trainer):
         return Path(wanted)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        self.check_pending()
         if _internal_call and output_dir is not None:
             self._begin_checkpoint(Path(output_dir))
         super().save_model(output_dir, _internal_call)
@@ -299,12 +326,36 @@ class ExactResumeTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self.check_pending()  # those of the step before: this one's work is queued, so that the device has no pause
         self._stop_unless_finite(loss, "loss")
         return loss
 
     def _stop_unless_finite(self, value: torch.Tensor | float, name: str):
-        if math.isfinite(value):
-            return
+        """Checks a number: on a GPU later, since a look at it would wait until the GPU has computed it."""
+        done = None
+        if self.checks_later and isinstance(value, torch.Tensor):
+            value = value.detach().to("cpu", non_blocking=True)
+            if torch.cuda.is_available():
+                done = torch.cuda.Event()
+                done.record()
+        self._unchecked.append(_Number(name, value, self.state.global_step, self.schedule_position(), done))
+        if not self.checks_later:
+            self.check_pending()
+
+    def check_pending(self):
+        """Waits for the numbers that were not checked yet. Called before anything of the network is saved or handed on.
+
+        Raises:
+            FloatingPointError: one of them is not finite.
+        """
+        numbers, self._unchecked = self._unchecked, []
+        for number in numbers:
+            if number.done is not None:
+                number.done.synchronize()
+            if not math.isfinite(number.value):
+                self._stop(number)
+
+    def _stop(self, number: "_Number"):
         saved = next((f for f in checkpoints_in(Path(self.args.output_dir)) if (f / MANIFEST).exists()), None)
         advice = "start again with a smaller learning_rate and another output_dir"
         if saved is not None:
@@ -313,8 +364,8 @@ class ExactResumeTrainer(Trainer):
                 f"--output_dir NEW_FOLDER --learning_rate {self.args.learning_rate / 2:g}` to the same command"
             )
         raise FloatingPointError(
-            f"the {name} is {float(value)} at step {self.state.global_step}{self.schedule_position()}, and nothing was "
-            f"saved since the last checkpoint; {advice}"
+            f"the {number.name} is {float(number.value)} at step {number.step}{number.position}, and nothing was saved since "
+            f"the last checkpoint; {advice}"
         )
 
     def schedule_position(self) -> str:

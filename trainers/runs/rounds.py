@@ -1,13 +1,12 @@
 """What happens at the end of a round: the student is exported as `round-k/`, saved as a checkpoint, and then judged."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -90,7 +89,7 @@ def start_report(
     return RunReport(training.output_dir, protocol, steps, temperatures, team)
 
 
-def held_out_blocks(validation: Dataset) -> torch.LongTensor:
+def held_out_blocks(validation: Sized) -> torch.LongTensor:
     """At most `HELD_OUT_BLOCKS` blocks [n, L], evenly spread over a validation set."""
     count = min(len(validation), HELD_OUT_BLOCKS)
     chosen = torch.linspace(0, len(validation) - 1, count).round().long().tolist()

@@ -1,20 +1,31 @@
-"""The training and validation text of a run, cut into blocks as `evaluation/text.py` says, and kept in the cache of `datasets`."""
+"""The training and validation text of a run, cut into blocks as `evaluation/text.py` says, and kept in the cache of `datasets`.
+
+Without that package plain text can still be used: its blocks are made anew by every command, and kept in memory.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from evaluation.text import check_blocks, pack
-from evaluation.text_sources import TextSource, build_dataset, open_text
+from evaluation.text_sources import TextSource, build_dataset, datasets_library, open_text
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 
 @dataclass
@@ -105,7 +116,7 @@ def open_run_text(text: TextArguments) -> RunText:
 
 def load_blocks(
     text: TextArguments | RunText, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset | IterableDataset, Dataset | None]:
+) -> tuple[Dataset | IterableDataset | MemoryBlocks, Dataset | MemoryBlocks | None]:
     """Training and validation blocks: rows `{"input_ids": uint16 or int32 list of block_length}`.
 
     Raises:
@@ -122,21 +133,41 @@ def load_blocks(
 
 def blocks_of(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, block_length: int, streaming: bool = False
-) -> Dataset | IterableDataset:
+) -> Dataset | IterableDataset | MemoryBlocks:
     """The blocks of one source."""
     check_blocks(tokenizer, block_length)
-    features = Features({"input_ids": List(Value("uint16" if len(tokenizer) <= 2**16 else "int32"), block_length)})
+    if source.rows is None and not streaming and importlib.util.find_spec("datasets") is None:
+        return MemoryBlocks(np.stack(list(pack(source.documents(), tokenizer, block_length, source.name))))
+    datasets = datasets_library(source.name)
+    item = datasets.Value("uint16" if len(tokenizer) <= 2**16 else "int32")
+    features = datasets.Features({"input_ids": datasets.List(item, block_length)})
     arguments = {"source": source, "tokenizer": tokenizer, "block_length": block_length}
     if streaming:
-        blocks = IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
+        blocks = datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
         next(iter(blocks))  # a text shorter than a block is refused here, not in the first step of a run
         return blocks
     # Our own fingerprint: that of a tokenizer object changes with its use, and a path says nothing of the file's content.
     identity = repr((RULE, source.digest, tokenizer_digest(tokenizer), block_length, str(source.column)))
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return build_dataset(
-        Dataset.from_generator, _rows, features=features, gen_kwargs=arguments, fingerprint=fingerprint
+        datasets.Dataset.from_generator, _rows, features=features, gen_kwargs=arguments, fingerprint=fingerprint
     )
+
+
+class MemoryBlocks(torch.utils.data.Dataset):
+    """Blocks [n, block_length] int32 with as much of the interface of a `datasets.Dataset` as a run uses."""
+
+    def __init__(self, blocks: np.ndarray):
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, key: int | str) -> dict[str, list[int]] | list[list[int]]:
+        return self.blocks.tolist() if key == "input_ids" else {"input_ids": self.blocks[key].tolist()}
+
+    def select(self, chosen: Sequence[int]) -> MemoryBlocks:
+        return MemoryBlocks(self.blocks[list(chosen)])
 
 
 RULE = 2  # of reading and packing; part of the cache's key, so that another rule does not find the blocks of this one
