@@ -2,6 +2,7 @@
 
     python -m benchmarks.sampling                                      # the 169M shape on this machine, B = 1
     python -m benchmarks.sampling --batch 1 16 64 --dtype bfloat16     # on a GPU
+    python -m benchmarks.sampling --locking spread interleaved         # locked reveals beside independent ones
     python -m benchmarks.sampling --memory                             # peak memory against length and vocabulary
     python -m benchmarks.sampling --hidden_size 64 --layers 2 --vocab 1000 --length 64 --steps 4 16    # seconds
 
@@ -15,6 +16,7 @@ Prints ratios and writes `benchmarks/results/sampling.json` (`--memory`: `sampli
 """
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -24,6 +26,7 @@ import torch
 
 from benchmarks.measuring import in_its_own_process, synchronize, write_result
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
+from modeling_mcd.locking_mdlm import LOCKINGS
 from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
 
 
@@ -84,6 +87,8 @@ def compare(
     }
     if options.compile:
         sides["compiled"] = (lambda: model.generate(**arguments, compile=True), 1)
+    for locking in options.locking:
+        sides[locking] = functools.partial(model.generate, **arguments, locking=locking), 1
     times, peaks = {name: [] for name in sides}, {}
     warm_up = 0 if options.no_warm_up else 1
     for repeat in range(options.repeats + warm_up):
@@ -108,6 +113,8 @@ def compare(
     }
     if options.compile:
         row["compile_speedup"] = medians["generate"] / medians["compiled"]
+    for locking in options.locking:
+        row[f"independent_over_{locking}"] = medians["generate"] / medians[locking]
     if peaks:
         row["peak_gb"] = peaks
         row["waits_for_the_device"] = waits(model, arguments)
@@ -186,6 +193,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--no_warm_up", action="store_true", help="Time the first run too: long runs on a CPU.")
     result.add_argument("--plain_steps", type=int, default=16, help="Steps of the plain side that are timed.")
     result.add_argument("--compile", action="store_true", help="Time `generate(compile=True)` too.")
+    result.add_argument("--locking", nargs="*", choices=LOCKINGS[1:], default=[], help="Lockings to time too.")
     result.add_argument("--memory", action="store_true", help="Peak memory instead of time; on the CPU.")
     result.add_argument("--output", help="The result file; under benchmarks/results/ by default.")
     result.add_argument("--measure", help=argparse.SUPPRESS)
@@ -214,6 +222,7 @@ def main():
                         f"{row['over_trunk']:.2f}x the time of {steps} trunk forwards, "
                         f"{row['tokens_per_second']:.0f} tokens/s"
                         + (f", compiled {row['compile_speedup']:.2f}x" if options.compile else "")
+                        + "".join(f", {name} {row[f'independent_over_{name}']:.2f}x" for name in options.locking)
                         + (f", waits: {row['waits_for_the_device']}" if "waits_for_the_device" in row else ""),
                         flush=True,
                     )

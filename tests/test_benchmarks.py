@@ -63,6 +63,14 @@ def test_the_full_canvas_leaves_no_mask_at_the_end():
         assert ((canvas == model.config.mask_token_id).any()) == (timed == 1)
 
 
+def test_a_locking_is_timed_beside_independent_reveals():
+    options = argparse.Namespace(hidden_size=32, layers=1, dtype="float32", device="cpu", length=16, plain_steps=2)
+    options.compile, options.no_warm_up, options.repeats, options.locking = False, True, 1, ["spread", "interleaved"]
+    row = sampling.compare(sampling.build(options, 16, 48), options, 2, 4, "float64")
+    assert row["independent_over_spread"] == row["seconds"]["generate"] / row["seconds"]["spread"]
+    assert row["independent_over_interleaved"] > 0
+
+
 def test_sides_are_measured_in_turn():
     calls = []
     runs = measuring.alternate("ab", 3, lambda side: calls.append(side) or {"seconds": float(len(calls))})

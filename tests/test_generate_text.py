@@ -41,6 +41,8 @@ def test_a_prompt_is_continued_without_special_tokens(folder, model, tokenizer, 
     (text,) = expected(model, tokenizer, "hello ", steps=3, seed=1, max_new_tokens=4, temperature=0, sampler="random")
     options = ["--seed", "1", "--max_new_tokens", "4", "--temperature", "0", "--sampler", "random"]
     assert written(capsys, folder, "--prompt", "hello ", *options) == text + "\n", "the model's own number of steps"
+    (text,) = expected(model, tokenizer, "hello ", seed=1, steps=4, locking="spread")
+    assert written(capsys, folder, "--prompt", "hello ", *"--seed 1 --steps 4 --locking spread".split()) == text + "\n"
 
 
 def test_masks_in_a_prompt_are_filled(folder, model, tokenizer, capsys):
