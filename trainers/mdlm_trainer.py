@@ -6,6 +6,7 @@ from modeling_mcd.checks_mdlm import INSIDE_0_1, check_numbers
 from modeling_mcd.forward_process_mdlm import at_positions
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments, maskable_tokens
 from trainers.divergences import nelbo
+from trainers.muon import build_muon
 
 
 @dataclass
@@ -15,6 +16,9 @@ class MDLMTrainingArguments(DiffusionTrainingArguments):
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=2500, metadata={"help": "Steps of linear warm-up."})
     sampling_epsilon: float = field(default=1e-3, metadata={"help": "Times are drawn from [sampling_epsilon, 1)."})
+    muon: bool = field(
+        default=False, metadata={"help": "Muon for the matrices inside the network, AdamW for the rest."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -27,6 +31,11 @@ class MDLMTrainer(DiffusionTrainer):
     Absorbing: E_t [ -gamma'(t) / (1 - gamma(t)) sum_masked -log p(x_0 | z_t) ] / L (MDLM, Eq. 10). Under the log-linear
     schedule the weight is exactly 1/t. Uniform: E_t [ sum_i `uniform_nelbo` ] / L (Duo, Eq. 17, on discrete tokens).
     """
+
+    def create_optimizer(self, model=None):
+        if self.args.muon and self.optimizer is None:
+            self.optimizer = build_muon(self.model, self.args, self.get_decay_parameter_names(self.model))
+        return super().create_optimizer(model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)

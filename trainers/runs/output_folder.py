@@ -52,7 +52,7 @@ def recipe_text(training: TrainingArguments, *arguments) -> str:
     settings["per_device_train_batch_size"] = settings.pop("global_batch_size") // training.gradient_accumulation_steps
     settings["gradient_accumulation_steps"] = training.gradient_accumulation_steps
     portable = {key: portable_path(value) for key, value in settings.items()}
-    local = [key for key, value in portable.items() if value != settings[key] and not value.startswith("./tiny/")]
+    local = [key for key, value in portable.items() if value != settings[key] and not value.startswith("./")]
     portable["output_dir"] = portable_path(training.output_dir)
     head = f"# Local files of the author, put yours: {', '.join(local)}\n" if local else ""
     return head + yaml.safe_dump(portable, sort_keys=False)
