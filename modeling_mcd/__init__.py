@@ -10,8 +10,11 @@ from .requirements_mdlm import MINIMUM  # noqa: F401  (first: an old transformer
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from .backbones import as_masked_diffusion
+from .configuration_backbone_mdlm import MDLMBackboneConfig
 from .configuration_mdlm import MDLMConfig
 from .generation_mdlm import MDLMGenerationConfig, MDLMGenerationOutput
+from .modeling_backbone_mdlm import MDLMBackboneForMaskedDiffusion
 from .modeling_mdlm import MDLMForMaskedDiffusion, MDLMModel
 
 
@@ -32,11 +35,28 @@ class NotCausal:
     _from_config = from_pretrained
 
 
-AutoConfig.register(MDLMConfig.model_type, MDLMConfig, exist_ok=True)
-AutoModel.register(MDLMConfig, MDLMForMaskedDiffusion, exist_ok=True)
-AutoModelForMaskedLM.register(MDLMConfig, MDLMForMaskedDiffusion, exist_ok=True)
-AutoModelForCausalLM.register(MDLMConfig, NotCausal, exist_ok=True)
-MDLMConfig.register_for_auto_class()
-MDLMForMaskedDiffusion.register_for_auto_class("AutoModel")
+class BackboneNotCausal(NotCausal):
+    config_class = MDLMBackboneConfig
 
-__all__ = ["MDLMConfig", "MDLMForMaskedDiffusion", "MDLMGenerationConfig", "MDLMGenerationOutput", "MDLMModel"]
+
+for config, model, refusal in (
+    (MDLMConfig, MDLMForMaskedDiffusion, NotCausal),
+    (MDLMBackboneConfig, MDLMBackboneForMaskedDiffusion, BackboneNotCausal),
+):
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForMaskedLM.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, refusal, exist_ok=True)
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "MDLMBackboneConfig",
+    "MDLMBackboneForMaskedDiffusion",
+    "MDLMConfig",
+    "MDLMForMaskedDiffusion",
+    "MDLMGenerationConfig",
+    "MDLMGenerationOutput",
+    "MDLMModel",
+    "as_masked_diffusion",
+]

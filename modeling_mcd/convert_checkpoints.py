@@ -1,32 +1,41 @@
 """Every published checkpoint of the family (MDLM, SDTT, Duo and their kin) as our model, and our model in their layouts.
 
-mcd-convert SOURCE OUT [--revision R] [--ema] [--to ours|mdlm|sdtt|duo]
+LLaDA, Dream and A2D as the network of transformers that each one is.
+
+mcd-convert SOURCE OUT [--revision R] [--ema] [--to ours|native|mdlm|sdtt|duo]
 """
 
 import os
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
+from .backbone_layouts import save_native
 from .checkpoint_layouts import save_published
 from .command_line import OneLineParser
 from .files import new_folder
-from .loading import load_model
+from .loading import load_model, load_tokenizer
+from .modeling_backbone_mdlm import MDLMBackboneForMaskedDiffusion
 from .modeling_mdlm import MDLMForMaskedDiffusion
 
 
-LAYOUTS = ("ours", "mdlm", "sdtt", "duo")
+LAYOUTS = ("ours", "native", "mdlm", "sdtt", "duo")
+
+
+logger = logging.get_logger(__name__)
 
 
 def convert(
-    source: str, out: str, to: str = "ours", dtype: torch.dtype = torch.float32, **options
-) -> MDLMForMaskedDiffusion:
+    source: str, out: str, to: str | None = None, dtype: torch.dtype = torch.float32, **options
+) -> MDLMForMaskedDiffusion | MDLMBackboneForMaskedDiffusion:
     """Loads `source` (see `load_model`) and writes it as the repository folder `out`.
 
     Args:
         source: Hub id, `id@revision`, folder, or file.
         out: must not be there yet.
-        to: the layout of `out`, one of `LAYOUTS`.
+        to: the layout of `out`, one of `LAYOUTS`. "native", the default of a backbone, is a folder of the network's own
+            class, with its tokenizer, that plain transformers loads; "ours" is the default of all others.
         dtype: of the weights in `out`.
         options: see `load_model`.
 
@@ -34,16 +43,36 @@ def convert(
         ValueError: the source cannot be loaded, the layout cannot hold it, or `out` cannot be written. Nothing is then
             left behind.
     """
-    if to not in LAYOUTS:
+    if to not in (None, *LAYOUTS):
         raise ValueError(f"to must be one of {list(LAYOUTS)}, not {to!r}")
     check_out(Path(out), Path(source))
     model = load_model(source, dtype, **options)
+    is_backbone = isinstance(model, MDLMBackboneForMaskedDiffusion)
+    to = to or ("native" if is_backbone else "ours")
+    if to != "ours" and is_backbone != (to == "native"):
+        fitting = ["ours", "native"] if is_backbone else [layout for layout in LAYOUTS if layout != "native"]
+        raise ValueError(f"to is {to!r}, but a {type(model).__name__} can be written as one of {fitting}")
     with new_folder(Path(out)) as folder:
         if to == "ours":
             model.save_pretrained(folder)
+        elif to == "native":
+            save_native(model, folder)
+            save_tokenizer(source, folder, model.config.mask_token_id)
         else:
             save_published(model, folder, to)
     return model
+
+
+def save_tokenizer(source: str, folder: Path, mask_token_id: int):
+    """Writes the tokenizer beside a network into `folder`, with its mask token named; warns where there is none that loads."""
+    try:
+        tokenizer = load_tokenizer(source)
+    except ValueError as error:
+        logger.warning(f"no tokenizer was written: {error}")
+        return
+    if tokenizer.mask_token_id is None:
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
+    tokenizer.save_pretrained(folder)
 
 
 def check_out(out: Path, source: Path):
@@ -64,7 +93,9 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("out", metavar="OUT", help="Folder to write; must not be there yet.")
     parser.add_argument("--revision", help="Branch, tag or commit on the Hub.")
     parser.add_argument("--ema", action="store_true", help="The moving average of a Lightning file, not its weights.")
-    parser.add_argument("--to", choices=LAYOUTS, default="ours", help="Layout of OUT.")
+    parser.add_argument(
+        "--to", choices=LAYOUTS, help="Layout of OUT; ours by default, native for a network of transformers."
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Of the weights."
     )

@@ -15,10 +15,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .backbone_layouts import is_backbone, read_backbone
+from .backbones import check_backbone
 from .checkpoint_layouts import ROTARY_BUFFER, WRAPPERS, count_blocks, parameter_names, published_config
+from .configuration_backbone_mdlm import MDLMBackboneConfig
 from .configuration_mdlm import MDLMConfig
 from .files import read_object
 from .generation_mdlm import MDLMGenerationConfig
+from .modeling_backbone_mdlm import MDLMBackboneForMaskedDiffusion
 from .modeling_mdlm import MDLMForMaskedDiffusion
 
 
@@ -33,13 +37,15 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Checkpoint:
     """A checked checkpoint: its configuration, and its weights under our names, mapped from the file and not yet read."""
 
-    config: MDLMConfig
+    config: MDLMConfig | MDLMBackboneConfig
     state: dict[str, torch.Tensor]
     generation_config: MDLMGenerationConfig | None = None
 
 
-def load_model(source: str, dtype: torch.dtype = torch.float32, **options) -> MDLMForMaskedDiffusion:
-    """Loads one of our models or a published one: a Hub id (also `id@revision`), a folder, or a file.
+def load_model(
+    source: str, dtype: torch.dtype = torch.float32, **options
+) -> MDLMForMaskedDiffusion | MDLMBackboneForMaskedDiffusion:
+    """Loads one of our models, a published one, or a wrapped backbone: a Hub id (also `id@revision`), a folder, or a file.
 
     Args:
         source: where the checkpoint is.
@@ -54,9 +60,14 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, **options) -> MD
     for name, tensor in checkpoint.state.items():  # of a model that ZeRO-3 partitions, no process has the weights
         if not all(bound.isfinite() for bound in tensor.to(dtype).aminmax()):
             raise cannot_load("model", source, f"{name} holds NaN or infinite numbers in {dtype}")
-    model = MDLMForMaskedDiffusion.from_pretrained(
+    model = model_class(checkpoint.config).from_pretrained(
         None, config=checkpoint.config, state_dict=checkpoint.state, dtype=dtype
     )
+    if isinstance(model, MDLMBackboneForMaskedDiffusion):
+        try:
+            check_backbone(model)
+        except ValueError as error:
+            raise cannot_load("model", source, str(error)) from None
     if checkpoint.generation_config is not None:
         model.generation_config = checkpoint.generation_config
     return model
@@ -127,14 +138,19 @@ def read_checkpoint(
                 raise ValueError(f"its config.json says {config.diffusion_kind!r} diffusion, not {diffusion_kind!r}")
             ours_of = {name: name for name in parameter_shapes(config)}
             check_keys(state, ours_of, "")
-            if (folder / "generation_config.json").is_file():
-                generation_config = MDLMGenerationConfig.from_pretrained(folder)
+        elif is_backbone(settings):
+            if diffusion_kind == "uniform":
+                raise ValueError("it is a network of absorbing diffusion, not of 'uniform'")
+            config, ours_of = read_backbone(settings, state, folder)
         else:
             frequencies = state.pop(ROTARY_BUFFER, None)
             ours_of = parameter_names(count_blocks(state))
             kind = settings.get("model_type")
             check_keys(state, ours_of, f"its model_type is {kind!r}, and " if kind else "")
             config = published_config(settings, state, frequencies, diffusion_kind)
+        own = settings.get("model_type") == config.model_type
+        if own and (folder / "generation_config.json").is_file():
+            generation_config = MDLMGenerationConfig.from_pretrained(folder)
         shapes = parameter_shapes(config)
         for name, ours in ours_of.items():
             if state[name].shape != shapes[ours]:
@@ -148,9 +164,13 @@ def read_checkpoint(
     return Checkpoint(config, {ours: state[name] for name, ours in ours_of.items()}, generation_config)
 
 
-def parameter_shapes(config: MDLMConfig) -> dict[str, torch.Size]:
+def model_class(config: MDLMConfig | MDLMBackboneConfig) -> type:
+    return MDLMForMaskedDiffusion if isinstance(config, MDLMConfig) else MDLMBackboneForMaskedDiffusion
+
+
+def parameter_shapes(config: MDLMConfig | MDLMBackboneConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        model = MDLMForMaskedDiffusion(config)
+        model = model_class(config)(config)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 

@@ -333,7 +333,7 @@ REFUSALS = {
     "ours, config value": "Field 'hidden_size' expected int",
     "ours, another kind": "its config.json says 'absorbing' diffusion, not 'uniform'",
     "no heads": "how many heads",
-    "another model": "its model_type is 'gpt2', and vocab_embed.embedding is missing",
+    "another model": "its model_type is 'gpt2', and its config.json does not say that it is a masked diffusion model",
     "truncated": "model.safetensors is cut off, or not a safetensors file",
     "no safetensors": "model.safetensors is cut off, or not a safetensors file",
     "git-lfs": "model.safetensors is a git-lfs pointer, not the weights: run `git lfs pull`",

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy_backbones import MASK, make_network
 from transformers import AutoModel, AutoModelForCausalLM
 
 import modeling_mcd
-from modeling_mcd import MDLMForMaskedDiffusion, requirements_mdlm
+from modeling_mcd import MDLMForMaskedDiffusion, as_masked_diffusion, requirements_mdlm
 from modeling_mcd.convert_checkpoints import convert
 from modeling_mcd.loading import load_model
 
@@ -35,7 +36,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from safetensors.torch import save_file
 
-saved, again, out = sys.argv[1:]
+saved, again, backbone, out = sys.argv[1:]
 report, tensors = {}, {}
 for auto in (AutoModel, AutoModelForMaskedLM):
     for trust in (None, False):
@@ -67,6 +68,7 @@ except ValueError as error:
 model.generation_config.steps = 3
 model.save_pretrained(again)
 note("again", AutoModel.from_pretrained(again, trust_remote_code=True))
+note("backbone", AutoModel.from_pretrained(backbone, trust_remote_code=True))
 report["package"] = sorted(name for name in sys.modules if name.split(".")[0] == "modeling_mcd" and sys.modules[name])
 save_file(tensors, out + "/tensors.safetensors")
 json.dump(report, open(out + "/report.json", "w"))
@@ -86,11 +88,12 @@ def visit(tmp_path_factory):
         parameter.data.normal_(std=0.3)
     model.generation_config.steps = 2
     model.save_pretrained(home / "saved")
+    as_masked_diffusion(make_network("qwen2", dtype=torch.float32), MASK, 1).save_pretrained(home / "backbone")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     (home / "elsewhere").mkdir()
     (home / "visitor.py").write_text(SCRIPT)
-    folders = [str(home / "saved"), str(home / "again"), str(home)]
+    folders = [str(home / "saved"), str(home / "again"), str(home / "backbone"), str(home)]
     run = subprocess.run(
         [sys.executable, "-I", str(home / "visitor.py"), *folders],
         cwd=home / "elsewhere",
@@ -117,6 +120,22 @@ def test_remote_code_gives_the_same_model(visit, name):
     assert torch.equal(tensors[f"{name} sequences"], ours.sequences) and tensors[f"{name} sequences"].shape == (1, 12)
     assert torch.equal(tensors[f"{name} nfe"], ours.nfe) and 2 < ours.nfe.item() <= 4
     assert tensors[f"{name} default nfe"].item() == 2, "the steps saved with the model"
+
+
+def test_remote_code_gives_the_same_wrapped_backbone(visit):
+    """A shifted Qwen2: its own class of transformers, behind our interface, and no file of another model beside it."""
+    _, report, tensors, saved, _ = visit
+    folder = saved.parent / "backbone"
+    kind, module, options = report["backbone"]
+    assert kind == "MDLMBackboneForMaskedDiffusion" and module.startswith("transformers_modules.")
+    assert options == "MDLMGenerationConfig"
+    model = modeling_mcd.MDLMBackboneForMaskedDiffusion.from_pretrained(folder)
+    with torch.no_grad():
+        expected = model(torch.arange(12).reshape(2, 6)).logits
+    torch.testing.assert_close(tensors["backbone logits"], expected, rtol=0, atol=1e-5)
+    assert torch.equal(tensors["backbone sequences"], model.generate(seed=0, steps=4))
+    files = {file.name for file in folder.glob("*_mdlm.py")}
+    assert "modeling_backbone_mdlm.py" in files and "modeling_mdlm.py" not in files
 
 
 def test_remote_code_refuses_as_the_package_does(visit):
@@ -150,7 +169,8 @@ def test_a_model_saved_from_remote_code_is_whole(visit):
 def test_the_code_beside_the_weights_is_the_package_s_own(visit):
     saved, package = visit[3], PACKAGE
     copied = {file.name for file in saved.glob("*.py")} - {"__init__.py"}
-    assert copied == {file.name for file in package.glob("*_mdlm.py")}
+    backbones = {"configuration_backbone_mdlm.py", "modeling_backbone_mdlm.py"}
+    assert copied == {file.name for file in package.glob("*_mdlm.py")} - backbones
     for name in copied:
         assert (saved / name).read_text() == (package / name).read_text(), name
 

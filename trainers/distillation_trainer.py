@@ -83,13 +83,29 @@ ARCHITECTURE = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "conditioning_size"),
     *("layer_norm_eps", "rope_theta", "time_conditioning", "tie_word_embeddings"),
 )
+# Those of a backbone's configuration that do not; every other one is taken to.
+UNRELATED = (
+    *("_name_or_path", "architectures", "dtype", "transformers_version", "masked_diffusion", "use_cache"),
+    *("initializer_range", "bos_token_id", "eos_token_id"),
+)
+
+
+def decisive_fields(config) -> dict:
+    """The fields of a model's configuration that decide what its weights compute."""
+    if not hasattr(config, "backbone_config"):
+        return {name: getattr(config, name, None) for name in ("model_type", *ARCHITECTURE)}
+    network = config.backbone_config.to_dict()
+    own = {name: getattr(config, name) for name in ("head_transform", "logits_shift", "attention")}
+    return own | {name: x for name, x in network.items() if name not in UNRELATED and "drop" not in name}
 
 
 def check_same_network(teacher, student):
     """Raises ValueError, which names every differing field, unless the student can become the next round's teacher."""
-    pairs = {name: (getattr(teacher, name), getattr(student, name)) for name in ARCHITECTURE}
-    differing = [f"{name} ({theirs} and {ours})" for name, (theirs, ours) in pairs.items() if theirs != ours]
-    if differing:
+    theirs, ours = decisive_fields(teacher), decisive_fields(student)
+    names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
+    names = ["model_type"] if "model_type" in names else names  # nothing else can be compared
+    if names:
+        differing = [f"{name} ({theirs.get(name)} and {ours.get(name)})" for name in names]
         raise ValueError(
             f"teacher and student differ in {', '.join(differing)}: they must be the same network, since each round's "
             "student becomes the next one's teacher"

@@ -1,0 +1,123 @@
+"""Makes a masked diffusion model of a language model of transformers: how its head is found, and what is refused."""
+
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from .configuration_backbone_mdlm import HEAD_TRANSFORMS, WITHOUT_HEAD, MDLMBackboneConfig, make_bidirectional
+from .generation_mdlm import MDLMGenerationMixin
+from .modeling_backbone_mdlm import MDLMBackboneForMaskedDiffusion, language_model_class
+
+
+def as_masked_diffusion(
+    network: PreTrainedModel, mask_token_id: int, logits_shift: int = 0, **options
+) -> MDLMBackboneForMaskedDiffusion:
+    """A language model of transformers as a masked diffusion model, for every trainer, sampler and report.
+
+    The network is used as it is and not copied, but its attention becomes bidirectional and its cache is turned off.
+
+    What the head is given is found in this order: what its kind is known to have; the trunk's hidden states, if the head
+    makes the network's logits of them; the input of the head in a forward of the complete network. Each is checked on four
+    tokens (but under ZeRO-3, which has the weights only inside of a training step, so that only known kinds are taken).
+
+    Args:
+        network: of a class that `AutoModelForMaskedLM` or `AutoModelForCausalLM` loads without remote code.
+        mask_token_id: the id of its mask token.
+        logits_shift: 1 when it predicts a token from the position before it, as Dream does.
+        options: other fields of `MDLMBackboneConfig`, such as `max_position_embeddings`.
+
+    Raises:
+        ValueError: in one line, what of the network does not fit.
+    """
+    if not isinstance(network, PreTrainedModel) or isinstance(network, MDLMGenerationMixin):
+        raise ValueError(f"network must be a language model of transformers, not a {type(network).__name__}")
+    expected = language_model_class(network.config)
+    if type(network) is not expected:
+        raise ValueError(
+            f"network is a {type(network).__name__}, but the language model for model_type "
+            f"{network.config.model_type!r} is {expected.__name__}: load it as that"
+        )
+    head = network.get_output_embeddings()
+    if head is None or not hasattr(head, "weight") or network.base_model is network:
+        raise ValueError(f"{type(network).__name__} has no trunk and linear head apart (get_output_embeddings)")
+    kind = network.config.model_type
+    given = options.pop("head_transform", HEAD_TRANSFORMS.get(kind))
+    if given is None and is_deepspeed_zero3_enabled():
+        raise ValueError(f"the head of model_type {kind!r} cannot be looked for under ZeRO-3: give head_transform")
+    make_bidirectional(network.config)
+    error = None
+    for transform in [[], WITHOUT_HEAD] if given is None else [given]:
+        model = wrap(
+            network, head_transform=transform, mask_token_id=mask_token_id, logits_shift=logits_shift, **options
+        )
+        try:
+            check_backbone(model)
+            return model
+        except ValueError as found:
+            error = found
+    raise error
+
+
+def wrap(network: PreTrainedModel, **fields) -> MDLMBackboneForMaskedDiffusion:
+    network.config.dtype = network.dtype
+    config = MDLMBackboneConfig(
+        backbone_config=network.config,
+        dtype=network.dtype,
+        attn_implementation=network.config._attn_implementation,  # a configuration sets its sub-configuration's too
+        **fields,
+    )
+    with torch.device("meta"):  # nothing is made, and nothing of the network is initialised again
+        model = MDLMBackboneForMaskedDiffusion(config, network)
+    return model.train(network.training)
+
+
+def check_backbone(model: MDLMBackboneForMaskedDiffusion):
+    """Raises ValueError, in one line, when four tokens show that the network does not fit: its head, or who sees whom.
+
+    Nothing is checked under ZeRO-3, which has the weights only inside of a training step.
+    """
+    if is_deepspeed_zero3_enabled():
+        return
+    # Free of special tokens in all vocabularies that we know, but for the padding of small ones.
+    ids = [i for i in range(model.config.vocab_size // 4, model.config.vocab_size) if i != model.config.pad_token_id]
+    ids = torch.tensor([ids[:4]], device=model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            check_makes_the_logits(model, ids)
+            check_sees_the_future(model, ids)
+    finally:
+        model.train(was_training)
+
+
+def check_makes_the_logits(model: MDLMBackboneForMaskedDiffusion, ids: torch.LongTensor):
+    """Raises ValueError unless the head makes the network's own logits of the rows that it is given here."""
+    own = model.network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    try:
+        ours = model.get_output_embeddings()(model.transform(model.states(ids, None, None, None, None)))
+    except RuntimeError:  # rows of another width than the head's
+        ours = None
+    tolerance = 100 * torch.finfo(own.dtype).eps * own.abs().max()
+    if ours is None or ours.shape != own.shape or not (ours - own).abs().max() <= tolerance:
+        path = model.config.head_transform
+        rows = "its own input" if path == WITHOUT_HEAD else f"the trunk's hidden states ({path or 'not transformed'})"
+        raise ValueError(
+            f"the logits of {type(model.network).__name__} are not its head's on {rows}: something is done to them "
+            "afterwards (a cap, a scale), or the head is not a linear layer of its own, or head_transform is another"
+        )
+
+
+def check_sees_the_future(model: MDLMBackboneForMaskedDiffusion, ids: torch.LongTensor):
+    """Raises ValueError when the first token's hidden state does not depend on the last token: the network is causal."""
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    first, second = (model.states(canvas, None, None, None, None)[0, 0] for canvas in (ids, other))
+    if torch.equal(first, second):
+        raise ValueError(
+            f"{type(model.network).__name__} does not see the tokens to the right, even with is_causal = False: its "
+            "configuration cannot make its attention bidirectional"
+        )
+
+
+__all__ = ["as_masked_diffusion"]
