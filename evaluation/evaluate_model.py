@@ -14,17 +14,20 @@ from evaluation.diversity import ENTROPY_UNITS
 from evaluation.figures import Samples, figures_of, over_seeds
 from evaluation.generative_perplexity import CONVENTIONS, perplexity_of, score
 from evaluation.judge import check_same_ids, describe_judge, fingerprint
+from evaluation.likelihood import Bound, check_bound, step_bound
 from evaluation.team import ALONE, Team
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
 from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig
 from modeling_mcd.loading import reason_of
+from modeling_mcd.locking_mdlm import LOCKINGS
 from modeling_mcd.noise_mdlm import row_keys
 from modeling_mcd.sampling_mdlm import SAMPLERS, options_of
 
 
 HELD_OUT_TEXT = "held-out text"
+FIRST_LOCKING = LOCKINGS[0]  # of rows that were written before there was another
 # The point of the grid that a row stands for.
-KEY = ("model", "steps", "temperature", "sampler")
+KEY = ("model", "steps", "temperature", "sampler", "locking")
 # Held-out text gives the entropy to match to the rows that agree with it in these.
 COMPARABLE = ("judge", "convention", "entropy_unit", "length")
 # What is held fixed over a table. With the key it identifies a row: evaluated again, a row is replaced.
@@ -80,11 +83,20 @@ class EvaluationProtocol:
             raise ValueError(f"last_step ({self.last_step!r}) is not used by the sampler {self.sampler!r}")
         self.generation_config(1, 1.0, self.length or 2, 1)  # has the rules of the other settings
 
-    def check(self, tokenizer: PreTrainedTokenizerBase, config, steps: Sequence[int], temperatures: Sequence[float]):
+    def check(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config,
+        steps: Sequence[int],
+        temperatures: Sequence[float],
+        lockings: Sequence[str] = (FIRST_LOCKING,),
+        bound: bool = False,
+    ):
         """Raises ValueError for what this protocol cannot do with a model, before anything is drawn.
 
         Args:
             config: the model's `MDLMConfig`.
+            bound: whether the N-step bound is asked for too.
         """
         if self.length is not None and self.length > config.max_position_embeddings:
             raise ValueError(
@@ -97,17 +109,26 @@ class EvaluationProtocol:
             )
         if self.convention == "raw_ids":
             check_same_ids(tokenizer, self.judge_tokenizer)
-        for temperature in temperatures:
-            for n in steps:
-                self.generation_config(n, temperature, config.max_position_embeddings, 1)
+        takes_one = "locking" in options_of(SAMPLERS[config.diffusion_kind][self.sampler])
+        for locking in lockings:
+            if locking != FIRST_LOCKING and not takes_one:
+                raise ValueError(f"locking ({locking!r}) is not used by the sampler {self.sampler!r} of this model")
+            for temperature in temperatures:
+                for n in steps:
+                    self.generation_config(n, temperature, config.max_position_embeddings, 1, locking)
+        if bound:
+            check_bound(self.generation_config(1, 1.0, config.max_position_embeddings, 1))
 
-    def generation_config(self, steps: int, temperature: float, length: int, count: int) -> MDLMGenerationConfig:
+    def generation_config(
+        self, steps: int, temperature: float, length: int, count: int, locking: str = FIRST_LOCKING
+    ) -> MDLMGenerationConfig:
         """Everything that `generate` is told: `count` samples of `length` tokens."""
         return MDLMGenerationConfig(
             steps=steps,
             temperature=temperature,
             length=length,
             sampler=self.sampler,
+            locking=None if locking == FIRST_LOCKING else locking,  # the default, which other samplers do not take
             last_step=self.last_step,
             precision=self.precision,
             num_return_sequences=count,
@@ -146,8 +167,10 @@ def evaluate_model(
     temperatures: Sequence[float] = (1.0,),
     known_rows: Sequence[dict] = (),
     team: Team = ALONE,
+    lockings: Sequence[str] = (FIRST_LOCKING,),
+    bound_blocks: torch.LongTensor | None = None,
 ) -> Iterator[dict]:
-    """Yields a row for each number of steps and temperature as soon as it is measured, so that the caller can save it.
+    """Yields a row for each locking, temperature and number of steps as soon as it is measured, so that the caller can save it.
 
     A point that `known_rows` already holds for these very weights and this protocol is left out. The same seeds serve
     every point: one seed gives related texts at every number of steps, so that differences are less noisy than figures.
@@ -156,36 +179,88 @@ def evaluate_model(
 
     Args:
         team: the processes that share the work; each yields every row. `known_rows` must be the same in all of them.
+        lockings: some of `LOCKINGS`.
+        bound_blocks: held-out blocks [n, L] in the model's tokens: rows at temperature 1 get the N-step bound on them too
+            (`step_bound`), a known row without any new sample.
 
     Yields:
         dict: the figures of `FIGURES` (means over seeds), `gen_ppl_std` (sample standard deviation over seeds; None for
         one seed), `nfe` (forwards of the network really made, mean over samples), `example` (a text), `note`, `weights`
-        (their fingerprint), and the values of `KEY` and `SETTINGS`.
+        (their fingerprint), and the values of `KEY` and `SETTINGS`; with `bound_blocks` those of `measure_bound`.
 
     Raises:
         ValueError: the protocol does not fit the model, see `EvaluationProtocol.check`.
     """
-    protocol.check(tokenizer, model.config, steps, temperatures)
+    protocol.check(tokenizer, model.config, steps, temperatures, lockings, bound=bound_blocks is not None)
     length = protocol.length or model.config.max_position_embeddings
     fixed = protocol.settings(length, protocol.samples, protocol.seeds)
     fixed |= {"weights": team.gather(fingerprint(model))[0]}
-    points = [
-        {"model": name, "steps": n, "temperature": float(temperature), "sampler": protocol.sampler_name}
-        for temperature in temperatures
-        for n in steps
-    ]
-    points = [point for point in points if not any(_holds(row, point | fixed) for row in known_rows)]
-    total = len(points) * sum(len(team.share(protocol.samples)) for _ in range(protocol.seeds))
-    with tqdm(total=total, desc=name, unit="sample", disable=not points or team.rank > 0) as progress:
-        for point in points:
-            progress.set_postfix(steps=point["steps"], temperature=point["temperature"])
+    text = None if bound_blocks is None else digest_of(bound_blocks)
+    todo = []
+    for locking in lockings:
+        for temperature in map(float, temperatures):
+            for n in steps:
+                point = {"model": name, "steps": n, "temperature": temperature, "sampler": protocol.sampler_name}
+                point |= {"locking": locking}
+                known = next((row for row in known_rows if _holds(row, point | fixed)), None)
+                bounded = text is not None and temperature == 1 and (known or {}).get("bound_text") != text
+                if known is None or bounded:
+                    todo.append((point, known, bounded))
+    sampled = sum(known is None for _, known, _ in todo)
+    total = sampled * sum(len(team.share(protocol.samples)) for _ in range(protocol.seeds))
+    total += sum(bounded for *_, bounded in todo) * (0 if text is None else len(team.share(len(bound_blocks))))
+    with tqdm(total=total, desc=name, unit="text", disable=not todo or team.rank > 0) as progress:
+        for point, row, bounded in todo:
+            at = {key: point[key] for key in ("steps", "temperature", "locking")}
+            progress.set_postfix(at)
 
-            def draw(seed: int, share: range, point: dict = point) -> tuple[torch.Tensor, torch.Tensor]:
-                return draw_samples(
-                    model, protocol, length, point["steps"], point["temperature"], seed, share, progress.update
-                )
+            def draw(seed: int, share: range, at: dict = at) -> tuple[torch.Tensor, torch.Tensor]:
+                return draw_samples(model, protocol, length, **at, seed=seed, share=share, on_batch=progress.update)
 
-            yield point | measure(draw, protocol.seeds, protocol.samples, tokenizer, protocol, team) | fixed
+            if row is None:
+                row = point | measure(draw, protocol.seeds, protocol.samples, tokenizer, protocol, team) | fixed
+            if bounded:
+                how = protocol.generation_config(point["steps"], 1.0, length, 1, point["locking"])
+                bound, trouble = measure_bound(model, bound_blocks, how, protocol.batch_size, team, progress.update)
+                note = "; ".join(filter(None, dict.fromkeys((row["note"], trouble)))) or None
+                row = row | bound | {"bound_text": text, "note": note}
+            yield row
+
+
+def digest_of(blocks: torch.LongTensor) -> str:
+    """16 hexadecimal digits of blocks of text."""
+    return hashlib.sha256(blocks.cpu().contiguous().numpy()).hexdigest()[:16]
+
+
+def measure_bound(
+    model: PreTrainedModel,
+    blocks: torch.LongTensor,
+    options: MDLMGenerationConfig,
+    batch_size: int,
+    team: Team,
+    on_batch: Callable[[int], object],
+) -> tuple[dict, str | None]:
+    """The N-step bound of a row, and what went wrong.
+
+    Returns:
+        `bound` in nats per token, its standard error over blocks `bound_se`, and their number `bound_blocks`.
+    """
+    share, bounds, trouble = team.share(len(blocks)), [], None
+    try:
+        for rows in torch.arange(share.start, share.stop).split(batch_size) if len(share) else ():
+            # A block's plan is that of its number, whoever scores it, so that all rows of a report are pairs.
+            how = {"generation_config": options, "seed": rows.tolist(), "batch_size": batch_size}
+            bounds.append(step_bound(model, blocks[rows], **how))
+            on_batch(len(rows))
+    except TROUBLE as error:
+        trouble = f"bound: {reason_of(error)}"
+    parts = team.gather((bounds, trouble))
+    troubles = [trouble for _, trouble in parts if trouble is not None]
+    if troubles:
+        return {"bound": None, "bound_se": None, "bound_blocks": len(blocks)}, troubles[0]
+    every = [bound for bounds, _ in parts for bound in bounds]
+    bound = Bound(torch.cat([bound.nats for bound in every]), torch.cat([bound.tokens for bound in every]))
+    return {"bound": bound.mean, "bound_se": bound.error, "bound_blocks": len(blocks)}, None
 
 
 def _holds(row: dict, point: dict) -> bool:
@@ -200,10 +275,9 @@ def evaluate_held_out_text(
     known_rows: Sequence[dict] = (),
     team: Team = ALONE,
 ) -> dict:
-    """The row of held-out text: blocks [n, L] in the place of samples, so `steps`, `temperature` and `nfe` are None."""
-    point = {"model": HELD_OUT_TEXT, "steps": None, "temperature": None, "sampler": None}
-    fixed = protocol.settings(blocks.shape[1], samples=len(blocks), seeds=1)
-    fixed |= {"text": hashlib.sha256(blocks.cpu().contiguous().numpy()).hexdigest()[:16]}
+    """The row of held-out text: blocks [n, L] in the place of samples, so its point and `nfe` are None."""
+    point = dict.fromkeys(KEY) | {"model": HELD_OUT_TEXT}
+    fixed = protocol.settings(blocks.shape[1], samples=len(blocks), seeds=1) | {"text": digest_of(blocks)}
     known = next((row for row in known_rows if _holds(row, point | fixed)), None)
     if known is not None:
         return known
@@ -221,6 +295,7 @@ def draw_samples(
     length: int,
     steps: int,
     temperature: float,
+    locking: str,
     seed: int,
     share: range,
     on_batch: Callable[[int], object] = lambda count: None,
@@ -234,7 +309,7 @@ def draw_samples(
     sequences, forwards = [torch.empty(0, length, dtype=torch.long)], [torch.empty(0)]
     for start in range(share.start, share.stop, protocol.batch_size):
         count = min(protocol.batch_size, share.stop - start)
-        options = protocol.generation_config(steps, temperature, length, count)
+        options = protocol.generation_config(steps, temperature, length, count, locking)
         output = model.generate(generation_config=options, generator=generator)
         sequences.append(output.sequences.cpu())
         forwards.append(output.nfe.cpu())

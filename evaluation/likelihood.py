@@ -280,20 +280,25 @@ def _scored(config, blocks: torch.LongTensor, prompt_mask: torch.Tensor | None) 
     return scored
 
 
-def _options_of(generation_config: MDLMGenerationConfig | None, given: dict, length: int) -> MDLMGenerationConfig:
-    """The options of the sampler. Raises ValueError, naming it, for one that has no bound."""
-    named = {} if generation_config is None else {k: v for k, v in vars(generation_config).items() if k in DEFAULTS}
-    options = MDLMGenerationConfig(**named | given)
+def check_bound(options: MDLMGenerationConfig):
+    """Raises ValueError, naming it, for an option of a sampler that has no N-step bound."""
     for name, allowed in PLAIN.items():
         value = getattr(options, name)
         if value is not None and value not in allowed:
-            raise ValueError(f"{name} is {value!r}, but the bound is of the model's own law: leave it out")
+            raise ValueError(f"{name} is {value!r}, but the N-step bound is of the model's own law: leave it out")
     sampler = options.sampler or DEFAULTS["sampler"]
     if sampler not in PLANNED:
         raise ValueError(
             f"sampler {sampler!r} has no N-step bound: its plan depends on the network, or it masks tokens again; "
             f"{', '.join(PLANNED)} have one"
         )
+
+
+def _options_of(generation_config: MDLMGenerationConfig | None, given: dict, length: int) -> MDLMGenerationConfig:
+    """The options of the sampler, checked, with the length of the blocks."""
+    named = {} if generation_config is None else {k: v for k, v in vars(generation_config).items() if k in DEFAULTS}
+    options = MDLMGenerationConfig(**named | given)
+    check_bound(options)
     for name in LENGTHS:
         setattr(options, name, None)
     options.length = length

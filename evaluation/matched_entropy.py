@@ -42,7 +42,7 @@ def add_matched(results: list[dict]):
     """Writes the figures of `MATCHED` into every row; None where the sweep does not allow one."""
     for row in results:
         target = held_out_row(results, row)
-        same = ("model", "steps", "sampler", "weights", *SETTINGS)
+        same = ("model", "steps", "sampler", "locking", "weights", *SETTINGS)
         sweep = [other for other in results if all(other.get(name) == row.get(name) for name in same)]
         for by, names in MATCHED.items():
             matched = None

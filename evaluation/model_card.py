@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from evaluation.evaluate_model import FIRST_LOCKING
 from evaluation.table import markdown_table, plain_rows, tables_of
 from modeling_mcd.files import write_atomically
 
@@ -94,11 +95,25 @@ def _context(folder: Path) -> int:
 
 
 def _eval_results(row: dict) -> list[EvalResult]:
-    """Gen-PPL and its entropy, never the one without the other."""
-    if None in (row.get("gen_ppl"), row.get("entropy")):
-        return []
+    """Gen-PPL and its entropy, never the one without the other; the N-step bound."""
     point = f"{row['steps']} steps, temperature {row['temperature']:g}, {row['sampler']}"
-    return [
+    if row["locking"] != FIRST_LOCKING:
+        point += f", locking {row['locking']}"
+    results = []
+    if row.get("bound") is not None:
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="held-out-text",
+                dataset_name=f"{row['bound_blocks']} held-out blocks of {row['length']} tokens",
+                metric_type="bound",
+                metric_name=f"N-step bound (nats per token), {point}",
+                metric_value=round(row["bound"], 4),
+            )
+        ]
+    if None in (row.get("gen_ppl"), row.get("entropy")):
+        return results
+    return results + [
         EvalResult(
             task_type="text-generation",
             dataset_type="unconditional-samples",

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from evaluation.diversity import ENTROPY_UNITS
-from evaluation.evaluate_model import EvaluationProtocol
+from evaluation.evaluate_model import FIRST_LOCKING, EvaluationProtocol
 from evaluation.generative_perplexity import CONVENTIONS
 from modeling_mcd.checks_mdlm import AT_LEAST_1, NOT_NEGATIVE, check_numbers
 from modeling_mcd.generation_config_mdlm import CHOICES
+from modeling_mcd.locking_mdlm import LOCKINGS
 from modeling_mcd.sampling_mdlm import LAST_STEPS, SAMPLERS, options_of
 
 
@@ -45,6 +46,18 @@ class EvaluationArguments:
     evaluation_sampler: Literal[WITH_STEPS] = field(
         default="ancestral", metadata={"help": "One of the samplers that take a number of steps."}
     )
+    evaluation_lockings: list[str] = field(
+        default_factory=lambda: [FIRST_LOCKING],
+        metadata={"help": f"How reveals hang together, one or more of {', '.join(LOCKINGS)}; see docs/locking.md."},
+    )
+    evaluation_bound: int = field(
+        default=0,
+        metadata={
+            "help": "Held-out blocks for the N-step bound, see docs/likelihood.md; 0: no bound.",
+            "nargs": "?",
+            "const": 64,
+        },
+    )
     evaluation_last_step: Literal[LAST_STEPS] | None = field(
         default=None, metadata={"help": "What follows the steps, see docs/generation.md."}
     )
@@ -63,6 +76,17 @@ class EvaluationArguments:
             values = getattr(self, name)
             if not values or not all(map(allows, values)):
                 raise ValueError(f"{name} must be one or more {least}, not {values}")
+        unknown = [locking for locking in self.evaluation_lockings if locking not in LOCKINGS]
+        if unknown or not self.evaluation_lockings:
+            raise ValueError(
+                f"evaluation_lockings must be one or more of {list(LOCKINGS)}, not {self.evaluation_lockings}"
+            )
+        check_numbers(self, evaluation_bound=NOT_NEGATIVE)
+        if self.evaluation_bound and 1 not in self.evaluation_temperatures:
+            raise ValueError(
+                f"evaluation_bound ({self.evaluation_bound}) is of temperature 1, but evaluation_temperatures are "
+                f"{self.evaluation_temperatures}: add 1.0"
+            )
         names = ("evaluation_samples", "evaluation_seeds", "evaluation_batch_size")
         check_numbers(self, **dict.fromkeys(names, AT_LEAST_1), evaluation_length=("be at least 2", lambda n: n >= 2))
 

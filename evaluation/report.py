@@ -6,7 +6,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.evaluate_model import HELD_OUT_TEXT, EvaluationProtocol, evaluate_held_out_text, evaluate_model
+from evaluation.evaluate_model import (
+    FIRST_LOCKING,
+    HELD_OUT_TEXT,
+    EvaluationProtocol,
+    evaluate_held_out_text,
+    evaluate_model,
+)
 from evaluation.model_card import write_model_card
 from evaluation.plot import write_plot
 from evaluation.results import load_report, report_lock, save_results
@@ -37,7 +43,8 @@ class RunReport:
 
     Args:
         folder: where `eval.json` and what is made of it go.
-        steps, temperatures: the grid at which each model is sampled.
+        steps, temperatures, lockings: the grid at which each model is sampled.
+        bound_blocks: held-out blocks [n, L] for the N-step bound, see `evaluate_model`.
         team: the processes that share the work. All call the same methods in the same order; the first one writes.
     """
 
@@ -48,9 +55,12 @@ class RunReport:
         steps: Sequence[int],
         temperatures: Sequence[float] = (1.0,),
         team: Team = ALONE,
+        lockings: Sequence[str] = (FIRST_LOCKING,),
+        bound_blocks: torch.LongTensor | None = None,
     ):
         self.folder, self.protocol, self.team = Path(folder), protocol, team
-        self.steps, self.temperatures = steps, temperatures
+        self.steps, self.temperatures, self.lockings = steps, temperatures, lockings
+        self.bound_blocks = bound_blocks
 
     def judge_text(self, blocks: torch.LongTensor, tokenizer: PreTrainedTokenizerBase):
         """Adds the row of held-out text, blocks [n, L], unless it is there."""
@@ -74,6 +84,8 @@ class RunReport:
             self.temperatures,
             self.known_rows(),
             self.team,
+            self.lockings,
+            self.bound_blocks,
         ):
             self.save([row], label=label)
 

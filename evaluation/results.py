@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from evaluation.evaluate_model import KEY, SETTINGS
+from evaluation.evaluate_model import FIRST_LOCKING, HELD_OUT_TEXT, KEY, SETTINGS
 from evaluation.matched_entropy import add_matched
 from modeling_mcd.files import write_atomically
 
@@ -33,7 +33,8 @@ def report_lock(folder: str | Path) -> Iterator[None]:
 def load_report(folder: str | Path) -> dict:
     """`eval.json` of a folder, `{"results": []}` when there is none.
 
-    Rows need their key and settings only: an older report lacks the figures that did not exist yet.
+    Rows need their key and settings only: an older report lacks the figures that did not exist yet, and rows without a
+    locking are of the only one that there was.
 
     Raises:
         ValueError: the file is not a report.
@@ -43,9 +44,11 @@ def load_report(folder: str | Path) -> dict:
         return {"results": []}
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
+        for row in report["results"]:
+            row.setdefault("locking", None if row["model"] == HELD_OUT_TEXT else FIRST_LOCKING)
         if not all({*KEY, *SETTINGS} <= set(row) for row in report["results"]):
             raise KeyError("results")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"{path} is not a report of this library: move it away or choose another output folder"
         ) from None

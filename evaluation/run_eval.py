@@ -39,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add_evaluation_arguments(result, required=("judge", "evaluation_steps"), evaluation_seeds=3)
     result.add_argument(
-        "--reference_text", help="Held-out text (file, or folder of .txt): its row, and the entropy to match."
+        "--reference_text",
+        help="Held-out text (file, or folder of .txt): its row, the entropy to match, the text of --bound.",
     )
     result.add_argument("--vocabulary_text", help="Training text: the words that count as known.")
     result.add_argument("--output_dir", help="Where the report goes; the first MODEL by default, if that is a folder.")
@@ -58,6 +59,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, required: tuple[st
             settings |= {"nargs": "+", "type": get_args(hint)[0]}
         else:
             settings["type"] = (*get_args(hint), hint)[0]
+        settings |= {name: option.metadata[name] for name in ("nargs", "const") if name in option.metadata}
         default = option.default if option.default is not dataclasses.MISSING else option.default_factory()
         names = dict.fromkeys((f"--{option.name.removeprefix(PREFIX)}", f"--{option.name}"))
         parser.add_argument(
@@ -84,7 +86,9 @@ def run(options: argparse.Namespace):
     """Raises ValueError or OSError before the first sample is drawn and the first byte written."""
     names = [option.name for option in dataclasses.fields(EvaluationArguments)]
     judging = EvaluationArguments(**{name: getattr(options, name) for name in names})
-    steps, temperatures = judging.evaluation_steps, judging.evaluation_temperatures
+    steps, temperatures, lockings = (getattr(judging, PREFIX + name) for name in ("steps", "temperatures", "lockings"))
+    if judging.evaluation_bound and not options.reference_text:
+        raise ValueError("--bound needs held-out text: give --reference_text")
     paths = labelled_paths(options.models, options.rounds)
     _, first = split_label(options.models[0])
     if options.output_dir is None and not Path(first).is_dir():
@@ -103,20 +107,26 @@ def run(options: argparse.Namespace):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     protocol = judging.protocol(*load_judge(judging.judge, judging.judge_dtype, device), vocabulary)
     for label, config in configs.items():
-        protocol.check(tokenizers[label], config, steps, temperatures)
+        protocol.check(tokenizers[label], config, steps, temperatures, lockings, bound=judging.evaluation_bound > 0)
+
+    def blocks_for(label: str, count: int) -> torch.LongTensor:
+        length = judging.evaluation_length or configs[label].max_position_embeddings
+        return text_blocks(reference, tokenizers[label], length, count)
+
     if reference:
-        label, config = next(iter(configs.items()))
-        length = judging.evaluation_length or config.max_position_embeddings
-        blocks = text_blocks(reference, tokenizers[label], length, judging.evaluation_samples)
+        label = next(iter(configs))
+        blocks = blocks_for(label, judging.evaluation_samples)
     folder.mkdir(parents=True, exist_ok=True)
 
-    report = RunReport(folder, protocol, steps, temperatures)
+    report = RunReport(folder, protocol, steps, temperatures, lockings=lockings)
     # The rows of the folder's own model go into its card; a run's output folder holds the last round's student.
     own = folder.resolve() == Path(first).resolve()
     own_label = list(labelled_paths(options.models[:1], options.rounds))[-1] if own else None
     if reference:
         report.judge_text(blocks, tokenizers[label])
     for label, path in paths.items():
+        if judging.evaluation_bound:
+            report.bound_blocks = blocks_for(label, judging.evaluation_bound)
         report.judge(label, load_model(path).to(device), tokenizers[label], own_label)
     print(report.write(label=own_label))
     print(f"\nSaved in {folder}: eval.json, eval.md, eval.png")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from evaluation.evaluate_model import HELD_OUT_TEXT, SETTINGS
+from evaluation.evaluate_model import FIRST_LOCKING, HELD_OUT_TEXT, SETTINGS
 from evaluation.figures import FIGURES, Figure
 from evaluation.matched_entropy import MATCHED, held_out_row, is_matched
 
@@ -26,13 +26,21 @@ def plain_rows(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["temperature"] == temperature]
 
 
+def names_of(rows: list[dict]) -> list[str]:
+    """What each row of a table is called: its model, and its locking where another than `independent` is in the table."""
+    lockings = {row["locking"] for row in rows}
+    several = lockings != {FIRST_LOCKING}
+    return [f"{row['model']} / {row['locking']}" if several else row["model"] for row in rows]
+
+
 def notes_of(rows: list[dict]) -> list[str]:
     """Why figures of some rows could not be measured."""
-    return [f"{row['model']}, {row['steps']} steps: {row['note']}" for row in rows if row.get("note")]
+    named = zip(names_of(rows), rows, strict=True)
+    return [f"{name}, {row['steps']} steps: {row['note']}" for name, row in named if row.get("note")]
 
 
 def markdown_table(results: list[dict]) -> str:
-    """Gen-PPL (entropy) by model and number of steps, the same at matched entropy, a caption, and the other figures."""
+    """Gen-PPL (entropy) by model and number of steps, the bound, Gen-PPL at matched entropy, a caption, the other figures."""
     return "\n\n".join(_table(rows, results) for rows in tables_of(results)) or "No results yet."
 
 
@@ -40,13 +48,15 @@ def _table(rows: list[dict], results: list[dict]) -> str:
     plain, target = plain_rows(rows), held_out_row(results, rows[0])
     header = ["Gen-PPL (entropy)", *(_column(n, plain) for n in _steps(plain))]
     lines = [_line(header), "| --- |" + " ---: |" * (len(header) - 1), *_lines(plain, "{model}", _plain_cell)]
+    if any(row.get("bound") is not None for row in plain):
+        lines += _lines(plain, "{model}, bound", bound_cell)
     swept = target is not None and any(row.get("matched_gen_ppl") is not None for row in plain)
     if swept:
         lines += _lines(plain, "{model}, matched", lambda row: _matched_cell(row, target, "entropy"))
         if plain[0]["entropy_unit"] == "words":
             label = "{model}, matched in trigrams"
             lines += _lines(plain, label, lambda row: _matched_cell(row, target, "trigram_entropy"))
-    lines += ["", _caption(plain[0], target, swept)]
+    lines += ["", _caption(plain, target, swept)]
     notes = notes_of(plain)
     if notes:
         lines += ["", f"n/a: could not be measured ({'; '.join(notes)})."]
@@ -78,8 +88,9 @@ def _column(steps: int, rows: list[dict]) -> str:
 
 def _lines(rows: list[dict], label: str, cell: Callable[[dict], str]) -> list[str]:
     """A line for each model, a cell for each number of steps."""
-    cells = {(row["model"], row["steps"]): cell(row) for row in rows}
-    models = dict.fromkeys(row["model"] for row in rows)
+    named = list(zip(names_of(rows), rows, strict=True))
+    cells = {(name, row["steps"]): cell(row) for name, row in named}
+    models = dict.fromkeys(name for name, _ in named)
     return [
         _line([label.format(model=model), *(cells.get((model, n), "-") for n in _steps(rows))]) for model in models
     ]
@@ -97,6 +108,13 @@ def _plain_cell(row: dict) -> str:
     return f"{perplexity.show(row)}{spread} ({entropy.show(row)})"
 
 
+def bound_cell(row: dict) -> str:
+    """The N-step bound ± its standard error."""
+    if row.get("bound") is None:
+        return "n/a" if row.get("note") and "bound_text" in row else "-"
+    return f"{row['bound']:.3f}" + ("" if row["bound_se"] is None else f" ± {row['bound_se']:.3f}")
+
+
 def _matched_cell(row: dict, target: dict, by: str) -> str:
     figure, reached = (row.get(name) for name in MATCHED[by])
     if figure is None:
@@ -105,14 +123,21 @@ def _matched_cell(row: dict, target: dict, by: str) -> str:
     return cell if is_matched(row, target, by) else f"({cell})"
 
 
-def _caption(row: dict, target: dict | None, swept: bool) -> str:
+def _caption(rows: list[dict], target: dict | None, swept: bool) -> str:
+    row, lockings = rows[0], dict.fromkeys(row["locking"] for row in rows)
     seeds = "1 seed" if row["seeds"] == 1 else f"each of {row['seeds']} seeds, ± the standard deviation over seeds"
     caption = (
         f"Generative perplexity and, in brackets, unigram entropy (nats, {row['entropy_unit']}) of {row['samples']} "
         f"samples of {row['length']} tokens for {seeds}. Judge: {row['judge']}; {CONVENTIONS[row['convention']]}. Sampler: "
-        f"{row['sampler']}, {row['precision']} draws, temperature {row['temperature']:g}. NFE: network evaluations per "
-        "sample."
+        f"{row['sampler']}, {row['precision']} draws, temperature {row['temperature']:g}, locking {' or '.join(lockings)}. "
+        "NFE: network evaluations per sample."
     )
+    bounds = dict.fromkeys(row["bound_blocks"] for row in rows if row.get("bound") is not None)
+    if bounds:
+        caption += (
+            f" Bound: nats per token of {' or '.join(map(str, bounds))} held-out blocks, an upper bound on -log p of this "
+            "sampler with its steps, ± the standard error over blocks; differences on the same blocks are much surer."
+        )
     if target is not None:
         same = target["samples"] == row["samples"]
         others = [f for f in _others() if target.get(f.name) is not None and (same or not f.grows)]

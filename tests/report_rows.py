@@ -9,6 +9,7 @@ SETTINGS |= {"samples": 64, "seeds": 3, "precision": "float64", "vocabulary_word
 
 def row(model="teacher", steps=8, temperature=1.0, gen_ppl=20.0, entropy=4.0, **changes) -> dict:
     point = {"model": model, "steps": steps, "temperature": temperature, "sampler": "ancestral", "weights": "ab"}
+    point |= {"locking": "independent"}
     figures = {
         "gen_ppl": gen_ppl,
         "gen_ppl_std": 0.5,
@@ -21,7 +22,15 @@ def row(model="teacher", steps=8, temperature=1.0, gen_ppl=20.0, entropy=4.0, **
 
 
 def held_out(entropy=3.6, **changes) -> dict:
-    nowhere = {"steps": None, "temperature": None, "sampler": None, "nfe": None, "gen_ppl_std": None, "seeds": 1}
+    nowhere = {
+        "steps": None,
+        "temperature": None,
+        "sampler": None,
+        "locking": None,
+        "nfe": None,
+        "gen_ppl_std": None,
+        "seeds": 1,
+    }
     return row("held-out text", entropy=entropy, gen_ppl=4.26) | nowhere | changes
 
 

@@ -350,9 +350,10 @@ def test_run_eval_writes_everything_and_goes_on_where_it_was(folders, capsys):
 
 
 def test_run_eval_takes_every_option_of_a_recipe_with_and_without_the_prefix():
-    values = {"evaluation_steps": "3", "evaluation_temperatures": "0.5", "evaluation_samples": "7", "judge": "j"}
+    values = {"evaluation_steps": "3", "evaluation_temperatures": "1.0", "evaluation_samples": "7", "judge": "j"}
     values |= {"evaluation_seeds": "2", "evaluation_length": "9", "evaluation_sampler": "confidence"}
     values |= {"evaluation_last_step": "greedy", "evaluation_precision": "float32", "evaluation_batch_size": "5"}
+    values |= {"evaluation_lockings": "spread", "evaluation_bound": "6"}
     values |= {"convention": "raw_ids", "entropy_unit": "words", "judge_dtype": "bfloat16"}
     assert values.keys() == {option.name for option in dataclasses.fields(EvaluationArguments)}
     long = parser().parse_args(["m", *(f"--{name}={value}" for name, value in values.items())])
@@ -363,6 +364,7 @@ def test_run_eval_takes_every_option_of_a_recipe_with_and_without_the_prefix():
         [f"--{name}={value}" for name, value in values.items()]
     )
     assert vars(long) == vars(short)
+    assert parser().parse_args(["m", "--steps", "3", "--judge", "j", "--bound"]).evaluation_bound == 64
     assert {name: getattr(long, name) for name in values} == dataclasses.asdict(recipe)
 
 
@@ -377,6 +379,13 @@ def test_run_eval_takes_every_option_of_a_recipe_with_and_without_the_prefix():
             "evaluation_temperatures must be one or more finite numbers of at least 0, not [-1.0]",
         ),
         (["--length", "64"], "length is 64, but the context of"),
+        (
+            ["--lockings", "loose"],
+            "evaluation_lockings must be one or more of ['independent', 'spread', 'interleaved']",
+        ),
+        (["--bound", "-1"], "evaluation_bound must be at least 0 and finite, not -1"),
+        (["--bound", "--temperatures", "0.5"], "evaluation_bound (64) is of temperature 1"),
+        (["--bound", "--reference_text", ""], "--bound needs held-out text: give --reference_text"),
         (["--reference_text", "nowhere.txt"], "text 'nowhere.txt': no such file or folder"),
         (["--convention", "macro"], "argument --convention: invalid choice: 'macro'"),
         (["--sampels=3"], "unknown argument '--sampels'; the nearest valid one is '--samples'"),

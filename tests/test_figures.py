@@ -13,7 +13,15 @@ import torch
 from report_rows import row
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from evaluation import EvaluationProtocol, evaluate_model, load_report, markdown_table, save_results, write_report
+from evaluation import (
+    EvaluationProtocol,
+    evaluate_model,
+    load_report,
+    markdown_table,
+    save_results,
+    step_bound,
+    write_report,
+)
 from evaluation import figures as figures_room
 from evaluation.evaluate_model import KEY, SETTINGS, evaluate_held_out_text
 from evaluation.figures import FIGURES, Figure, over_seeds
@@ -39,9 +47,15 @@ def judge() -> GPT2LMHeadModel:
 def rows(judge, tokenizer):
     """`rows(model, **changes)`: the rows of a small evaluation."""
 
-    def rows(model, steps=(2,), temperatures=(1.0,), known_rows=(), **changes) -> list[dict]:
+    def rows(
+        model, steps=(2,), temperatures=(1.0,), known_rows=(), lockings=("independent",), bound_blocks=None, **changes
+    ) -> list[dict]:
         protocol = EvaluationProtocol(judge, tokenizer, **{"samples": 4, "seeds": 2, "length": 12} | changes)
-        return list(evaluate_model("m", model, tokenizer, protocol, steps, temperatures, known_rows))
+        grid = {"steps": steps, "temperatures": temperatures, "lockings": lockings}
+        found = evaluate_model(
+            "m", model, tokenizer, protocol, known_rows=known_rows, bound_blocks=bound_blocks, **grid
+        )
+        return list(found)
 
     return rows
 
@@ -101,6 +115,69 @@ def test_a_row_of_another_protocol_is_another_row(model, rows, tmp_path):
     report = save_results(tmp_path, saved)
     assert len({tuple(row[name] for name in (*KEY, *SETTINGS)) for row in report["results"]}) == len(saved)
     assert len(save_results(tmp_path, saved)["results"]) == len(saved), "the same rows again replace themselves"
+
+
+def test_a_locking_is_part_of_a_rows_point(model, rows, tmp_path):
+    saved = rows(model, temperatures=(1.0, 0.5))
+    saved += rows(model, lockings=("independent", "spread"), known_rows=saved)
+    assert [row["locking"] for row in saved] == ["independent", "independent", "spread"]
+    assert saved[0]["gen_ppl"] != saved[2]["gen_ppl"], "it reached the sampler"
+    assert len(save_results(tmp_path, saved)["results"]) == 3
+
+
+# --- The bound
+
+
+BLOCKS = torch.arange(5 * 12).view(5, 12) % 40
+
+
+def test_the_bound_of_a_row_is_that_of_its_sampler(model, rows):
+    plain, cooler, spread, _ = rows(
+        model, temperatures=(1.0, 0.5), lockings=("independent", "spread"), bound_blocks=BLOCKS, batch_size=2
+    )
+    for found, locking in ((plain, "independent"), (spread, "spread")):
+        bound = step_bound(model, BLOCKS, steps=2, locking=locking, seed=range(5))
+        assert found["bound"] == pytest.approx(bound.mean) and found["bound_se"] == pytest.approx(bound.error)
+    assert plain["bound"] != spread["bound"] and plain["bound_blocks"] == 5
+    assert "bound" not in cooler, "another law has another likelihood"
+
+
+def test_a_bound_is_added_to_a_known_row_without_new_samples(model, rows, monkeypatch):
+    known = rows(model)
+    assert "bound" not in known[0]
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda *a, **k: pytest.fail("a sample was drawn"))
+    added = rows(model, known_rows=known, bound_blocks=BLOCKS)
+    assert added == [known[0] | {name: added[0][name] for name in ("bound", "bound_se", "bound_blocks", "bound_text")}]
+    assert rows(model, known_rows=added) == rows(model, known_rows=added, bound_blocks=BLOCKS) == []
+    other = rows(model, known_rows=added, bound_blocks=BLOCKS[:4])
+    assert other[0]["bound"] != added[0]["bound"], "other text, another bound"
+    monkeypatch.setattr(model, "generate", generate)
+
+
+def test_a_bound_that_cannot_be_measured_says_why(model, rows, tmp_path):
+    (found,) = rows(model, bound_blocks=BLOCKS.where(BLOCKS != 3, 47))
+    assert found["bound"] is None and found["gen_ppl"] is not None
+    assert found["note"] == "bound: block 0 holds a [MASK] (id 47), which has no likelihood: give text alone"
+    assert "n/a: could not be measured (m, 2 steps: bound: block 0 holds" in markdown_table([found])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": "confidence"}, "sampler 'confidence' has no N-step bound"),
+        ({"sampler": "psi"}, "sampler 'psi' has no N-step bound"),
+        ({"precision": "legacy_float32"}, "precision is 'legacy_float32'"),
+        ({"last_step": "greedy"}, "last_step is 'greedy'"),
+        (
+            {"sampler": "confidence", "lockings": ["spread"]},
+            "locking .'spread'. is not used by the sampler 'confidence'",
+        ),
+    ],
+)
+def test_a_bound_or_locking_that_cannot_be_is_refused(model, rows, changes, message):
+    with pytest.raises(ValueError, match=message):
+        rows(model, bound_blocks=BLOCKS, **changes)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +251,10 @@ def test_a_row_needs_its_key_and_settings_only(tmp_path):
     save_results(tmp_path, [bare, row(steps=4)])
     (tmp_path / "config.json").write_text("{}")
     assert "| teacher | 20.00 ± 0.50 (4.00) | - (-) |" in write_report(tmp_path, load_report(tmp_path))
-    for name in (*KEY, *SETTINGS):
+    old = {key: value for key, value in bare.items() if key != "locking"}
+    (tmp_path / "eval.json").write_text(json.dumps({"results": [old]}))
+    assert load_report(tmp_path)["results"] == [bare], "before there was a choice, every locking was independent"
+    for name in {*KEY, *SETTINGS} - {"locking"}:
         (tmp_path / "eval.json").write_text(
             json.dumps({"results": [{key: value for key, value in bare.items() if key != name}]})
         )
@@ -273,7 +353,8 @@ def test_shared_work_gives_the_rows_of_one_process(size, model, judge, tokenizer
 
     def rows_of(team) -> list[dict]:
         held_out = evaluate_held_out_text(blocks, tokenizer, protocol, team=team)
-        return [held_out, *evaluate_model("m", model, tokenizer, protocol, [2, 3], team=team)]
+        options = {"team": team, "bound_blocks": blocks}
+        return [held_out, *evaluate_model("m", model, tokenizer, protocol, [2, 3], **options)]
 
     parts, barrier = [None] * size, threading.Barrier(size)
     with ThreadPoolExecutor(size) as pool:

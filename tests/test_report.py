@@ -158,6 +158,47 @@ def test_an_entropy_that_the_sweep_does_not_reach_stands_in_brackets(tmp_path):
     assert f"| teacher, matched | ({line(3.5):.2f} (3.50)) |" in table
 
 
+def test_lockings_stand_in_one_table_under_their_names():
+    rows = [row(), row(locking="spread", gen_ppl=15.0), row("round-1", locking="spread", gen_ppl=14.0)]
+    table = markdown_table(rows)
+    for name, figure in (("teacher / independent", "20"), ("teacher / spread", "15"), ("round-1 / spread", "14")):
+        assert f"| {name} | {figure}.00 ± 0.50 (4.00) |" in table
+    assert "locking independent or spread." in table and "locking independent." in markdown_table([row()])
+    assert "| teacher | 20.00" in markdown_table([row()])
+
+
+def test_a_sweep_is_matched_under_its_own_locking(tmp_path):
+    rows = [held_out(3.6), *(row(temperature=t, gen_ppl=line(h), entropy=h) for t, h in ((1.0, 4.0), (0.8, 3.2)))]
+    results = save_results(tmp_path, [*rows, row(locking="spread", gen_ppl=1.0, entropy=3.6, temperature=0.9)])[
+        "results"
+    ]
+    assert [r["matched_gen_ppl"] for r in results[1:]] == [pytest.approx(line(3.6))] * 2 + [1.0]
+
+
+def test_the_bound_stands_in_table_plot_and_card(tmp_path):
+    bound = {"bound": 2.0661, "bound_se": 0.0123, "bound_blocks": 96, "bound_text": "ab"}
+    rows = [row(**bound), row(steps=4, locking="spread", **bound | {"bound_se": None}), row("round-1", steps=4)]
+    (tmp_path / "config.json").write_text("{}")
+    report = save_results(tmp_path, rows, label="teacher")
+    table = write_report(tmp_path, report)
+    assert "| teacher / independent, bound | - | 2.066 ± 0.012 |" in table
+    assert (
+        "| teacher / spread, bound | 2.066 | - |" in table and "Bound: nats per token of 96 held-out blocks" in table
+    )
+    assert "bound" not in markdown_table([row()]).lower()
+    plain = save_results(tmp_path / "plain", [row()])
+    write_report(tmp_path / "plain", plain)
+    width, narrow = (
+        int.from_bytes((folder / "eval.png").read_bytes()[16:20]) for folder in (tmp_path, tmp_path / "plain")
+    )
+    assert width == 1.5 * narrow, "a panel of its own"
+    card = ModelCard.load(tmp_path / "README.md")
+    figures = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert figures["N-step bound (nats per token), 8 steps, temperature 1, ancestral"] == 2.0661
+    assert figures["N-step bound (nats per token), 4 steps, temperature 1, ancestral, locking spread"] == 2.0661
+    assert "cannot reward text that is sharper" in card.text
+
+
 def test_rows_of_different_protocols_stand_in_different_tables():
     table = markdown_table([row(), row(steps=4, samples=512)])
     assert "of 64 samples" in table and "of 512 samples" in table

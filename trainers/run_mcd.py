@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None):
     )
     report = None
     if judge is not None:
-        report = start_report(judging, judge, tokenizer, teacher.config, text, training)
+        report = start_report(judging, judge, tokenizer, teacher.config, text, training, validation)
 
     with run.start():
         first = trainer.teacher if trainer.has_teacher else trainer.whole_student()  # complete, even under ZeRO-3

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from evaluation import RunReport, read_texts, vocabulary_of
+from evaluation.evaluate_model import FIRST_LOCKING
 from evaluation.figures import FIGURES
 from evaluation.judge import load_judge
 from evaluation.options import EvaluationArguments
@@ -69,6 +70,7 @@ def start_report(
     config,
     text: TextArguments,
     training: TrainingArguments,
+    validation: Sized | None = None,
 ) -> RunReport:
     """The report of a run's output folder, in all processes. Nothing is written yet, and nothing drawn.
 
@@ -76,6 +78,7 @@ def start_report(
         judge: as `load_run_judge` returns it.
         config: the configuration of the networks to judge.
         text: the training text; its words count as known if it is a local file or folder.
+        validation: the held-out blocks of the N-step bound, if `evaluation_bound` asks for it.
 
     Raises:
         ValueError: the judge or an option does not fit the networks.
@@ -84,14 +87,18 @@ def start_report(
     vocabulary = vocabulary_of(read_texts(text.train_text, text.text_column, text.train_split)) if local else None
     protocol = arguments.protocol(*judge, vocabulary)
     steps, temperatures = arguments.evaluation_steps, arguments.evaluation_temperatures
-    protocol.check(tokenizer, config, steps, temperatures)
+    lockings, count = arguments.evaluation_lockings, arguments.evaluation_bound
+    protocol.check(tokenizer, config, steps, temperatures, lockings, bound=count > 0)
+    if count and validation is None:
+        raise ValueError(f"evaluation_bound ({count}) needs held-out text: give validation_text, or 0 for no bound")
     team = Ranks() if training.world_size > 1 else ALONE
-    return RunReport(training.output_dir, protocol, steps, temperatures, team)
+    blocks = held_out_blocks(validation, count) if count else None
+    return RunReport(training.output_dir, protocol, steps, temperatures, team, lockings, blocks)
 
 
-def held_out_blocks(validation: Sized) -> torch.LongTensor:
-    """At most `HELD_OUT_BLOCKS` blocks [n, L], evenly spread over a validation set."""
-    count = min(len(validation), HELD_OUT_BLOCKS)
+def held_out_blocks(validation: Sized, count: int = HELD_OUT_BLOCKS) -> torch.LongTensor:
+    """At most `count` blocks [n, L], evenly spread over a validation set."""
+    count = min(len(validation), count)
     chosen = torch.linspace(0, len(validation) - 1, count).round().long().tolist()
     return torch.tensor(validation.select(chosen)["input_ids"])
 
@@ -154,10 +161,10 @@ class RoundCallback(TrainerCallback):
             return
         logs = {}
         for row in rows:
-            point = f"{row['steps']}_steps" + (
-                f"_temperature_{row['temperature']:g}" if row["temperature"] != 1 else ""
-            )
-            measured = {figure.name: row.get(figure.name) for figure in FIGURES}
+            point = f"{row['steps']}_steps"
+            point += f"_temperature_{row['temperature']:g}" if row["temperature"] != 1 else ""
+            point += f"_{row['locking']}" if row["locking"] != FIRST_LOCKING else ""
+            measured = {name: row.get(name) for name in (*(figure.name for figure in FIGURES), "bound")}
             logs |= {f"eval_{key}_{point}": value for key, value in measured.items() if value is not None}
         logs["eval_sample"] = min(rows, key=lambda row: abs(row["steps"] - 8))["example"]
         self.trainer.log(logs)
