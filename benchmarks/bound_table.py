@@ -44,7 +44,7 @@ def table(cells: dict[str, dict], steps: list[int], lockings: list[str]) -> str:
 
     def add(title: str, cell):
         lines.extend(["", title, "", _line(["N", *lockings]), "| ---: |" + " ---: |" * len(lockings)])
-        lines.extend(_line([n, *(cell(n, locking) for locking in lockings)]) for n in steps)
+        lines.extend(_line([n, *(cell(n, locking) for locking in lockings)]) for n in sorted(steps))
 
     def plain(n: int, locking: str) -> str:
         bound = bounds.get(f"{locking}, {n}")
@@ -72,7 +72,7 @@ def main():
     parser.add_argument("--model", default=str(ROOT / "recipes" / "tiny" / "teacher"))
     parser.add_argument("--text", default=str(ROOT / "recipes" / "tiny" / "text" / "validation"))
     parser.add_argument("--name", default="tiny", help="Of the result.")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 4, 16, 2, 1, 32], help="In the order of work.")
     parser.add_argument("--lockings", nargs="+", choices=LOCKINGS, default=list(LOCKINGS))
     parser.add_argument("--blocks", type=int, default=96)
     parser.add_argument("--length", type=int, help="Tokens of a block; the model's context by default.")
