@@ -460,7 +460,8 @@ def test_dropout_acts_in_training_only(build):
     assert not torch.equal(model(ids).logits, model(ids).logits)
 
 
-def test_compiles_to_one_graph(model):
+def test_compiles_to_one_graph(build):
+    model = build(num_hidden_layers=1)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
     mask[0, 5:] = 0

@@ -59,7 +59,7 @@ def counts_of(canvas: Canvas) -> torch.Tensor:
 
 
 def sample(
-    sampler, table, start=(3, 3, 3), draws=200_000, seed=1, schedule=None, temperature=1.0, **options
+    sampler, table, start=(3, 3, 3), draws=100_000, seed=1, schedule=None, temperature=1.0, **options
 ) -> Canvas:
     """A canvas after `sampler(canvas, **options)`."""
     canvas = toy_canvas(table, list(start), draws, seed, schedule, temperature)
