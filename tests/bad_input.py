@@ -37,7 +37,7 @@ from datasets import Dataset  # noqa: E402
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from small_model import MASK  # noqa: E402
-from tiny_run import BLOCK, save_judge, write_inputs  # noqa: E402
+from tiny_run import BLOCK, reverse_letters, save_judge, write_inputs  # noqa: E402
 from transformers import (  # noqa: E402
     BertConfig,
     BertForMaskedLM,
@@ -675,7 +675,7 @@ def recipes(world: World) -> list[Case]:
 @room("run_eval")
 def evaluation_commands(world: World) -> list[Case]:
     model, judge = str(world.teacher), str(world.judge_folder)
-    reversed_judge(world.folder / "judge_of_others")
+    reverse_letters(save_judge(world.folder / "judge_of_others"))
     good = {"--judge": judge, "--steps": "2", "--samples": "2", "--seeds": "1"}
 
     def refuse(label, *words, models=(model,), extra=(), build=None, **changes):
@@ -766,15 +766,6 @@ def evaluation_commands(world: World) -> list[Case]:
         refuse("another vocabulary", "raw_ids", convention="raw_ids", judge=str(world.folder / "judge_of_others")),
     ]  # fmt: skip
     return cases
-
-
-def reversed_judge(folder: Path):
-    """A judge whose tokenizer has the same tokens in another order."""
-    save_judge(folder)
-    content = json.loads((folder / "tokenizer.json").read_text())
-    words = content["model"]["vocab"]
-    content["model"]["vocab"] = dict(zip(words, reversed(words.values()), strict=True))
-    (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
 # --- Text, tokenizers, judges

@@ -15,11 +15,13 @@ from tiny_run import (
     judge_arguments,
     mcd_arguments,
     mdlm_arguments,
+    reverse_letters,
     run_python,
     save_judge,
     save_teacher,
     write_inputs,
 )
+from transformers import AutoModelForCausalLM
 
 from modeling_mcd import MDLMForMaskedDiffusion
 from trainers import run_judge, run_mcd, run_mdlm
@@ -185,17 +187,6 @@ def test_the_training_of_a_judge_refuses_as_the_others_do(inputs, output):
 # --- Tokenizer and networks
 
 
-def reordered(tokenizer: Path, folder: Path) -> Path:
-    """A tokenizer with the same letters in the opposite order."""
-    content = json.loads((tokenizer / "tokenizer.json").read_text())
-    words = content["model"]["vocab"]
-    content["model"]["vocab"] = dict(zip(words, reversed(words.values()), strict=True))
-    if folder != tokenizer:
-        shutil.copytree(tokenizer, folder)
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    return folder
-
-
 @both
 def test_a_tokenizer_without_a_mask_token(refusal, tmp_path, entry):
     tokenizer = character_tokenizer(BLOCK)
@@ -220,7 +211,7 @@ def test_a_tokenizer_that_does_not_fit_the_model(refusal, inputs, tmp_path, entr
 
 @pytest.mark.parametrize("entry, network", [("run_mcd", {}), ("run_mdlm", {"model": "teacher"})])
 def test_a_tokenizer_of_the_same_size_with_other_letters(refusal, inputs, tmp_path, entry, network):
-    reordered(inputs / "tokenizer", tmp_path / "tokenizer")
+    reverse_letters(shutil.copytree(inputs / "tokenizer", tmp_path / "tokenizer"))
     network = {key: inputs / name for key, name in network.items()}
     line = refusal(entry, tokenizer=tmp_path / "tokenizer", **network)
     assert "reads the id 0 as '-', and the one saved with" in line and "as ' ': a model needs the tokenizer" in line
@@ -277,6 +268,29 @@ def test_a_teacher_or_student_that_is_not_there(refusal, tmp_path, field, place)
 @pytest.mark.parametrize("place", ["no such folder", "a folder without it", "not a name of the Hub either"])
 def test_a_judge_that_is_not_there(refusal, tmp_path, place):
     assert_named_when_absent(refusal, tmp_path, "run_mcd", "judge", place)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ("no tokenizer", "the tokenizer's files are missing"),
+        ("a smaller vocabulary", "its tokenizer has 48 tokens, more than its vocabulary of 40"),
+        ("NaN", "holds a number that is not finite"),
+    ],
+)
+def test_a_judge_that_cannot_judge_is_refused_before_anything(refusal, inputs, tmp_path, change, says):
+    judge = save_judge(tmp_path / "judge")
+    network = AutoModelForCausalLM.from_pretrained(judge)
+    if change == "no tokenizer":
+        for file in judge.glob("token*"):
+            file.unlink()
+    elif change == "a smaller vocabulary":
+        network.resize_token_embeddings(40)
+        network.save_pretrained(judge)
+    else:
+        network.transformer.ln_f.bias.data[3] = float("nan")
+        network.save_pretrained(judge)
+    assert says in refusal("run_mcd", judge=judge, validation_text=inputs / "text.txt")
 
 
 def assert_named_when_absent(refusal, tmp_path, entry, field, place):
@@ -390,8 +404,8 @@ def test_recipes(inputs, output, tmp_path, capsys, entry, recipe, says):
 
 
 def judge_of_other_ids(folder: Path) -> Path:
-    save_judge(folder)
-    return reordered(folder, folder)
+    reverse_letters(save_judge(folder))
+    return folder
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """One network is judged, saved and pushed; settings that would do nothing are refused; weights are trained in float32."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -149,6 +150,36 @@ def test_the_precision_of_a_run_is_what_really_happens(launched, given, real, tm
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     settings = run_settings(MDLMTrainingArguments(output_dir=str(tmp_path), **given))
     assert {name: settings[name] for name in ("bf16", "fp16")} == {"bf16": real == "bf16", "fp16": False}
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path, monkeypatch):
+    """accelerate would train in float32, and the card would say fp16."""
+    with pytest.raises(ValueError, match="fp16 does nothing on a CPU"):
+        MDLMTrainingArguments(output_dir=str(tmp_path), fp16=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="fp16 does nothing on a CPU"):
+        MDLMTrainingArguments(output_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_an_overflow_ends_a_run_unless_a_loss_scaler_skips_it(scaled, trainer_of, monkeypatch):
+    """fp16 begins with a scale so high that gradients overflow. On a CPU its scaler runs too, but accelerate makes none."""
+    trainer = trainer_of(max_steps=3, learning_rate=1e-3, logging_steps=1)
+    if scaled:
+        monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", property(lambda self: "fp16"))
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    weight, overflows = trainer.model.lm_head.weight, iter([True])
+    weight.register_hook(lambda gradient: gradient * torch.inf if next(overflows, False) else gradient)
+    before = weight.detach().clone()
+    if not scaled:
+        with pytest.raises(FloatingPointError, match="the gradient norm is (inf|nan) at step 0"):
+            trainer.train()
+        assert torch.equal(weight, before)
+    else:
+        trainer.train()
+        assert weight.isfinite().all() and not torch.equal(weight, before)
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        assert not math.isfinite(norms[0]) and all(map(math.isfinite, norms[1:]))
 
 
 # --- LoRA

@@ -219,6 +219,13 @@ def test_given_masks_are_never_noised_nor_scored(networks, tmp_path, method):
     assert any(positions.any() for positions in seen) and not any(positions[:, ::5].any() for positions in seen)
 
 
+def test_given_masks_cost_the_nelbo_nothing(networks, tmp_path):
+    arguments = MDLMTrainingArguments(output_dir=str(tmp_path), ema_decay=None, save_strategy="no")
+    trainer, x_0 = MDLMTrainer(networks["absorbing"][1], arguments), blocks()
+    x_0[:, ::5] = MASK
+    assert 1 < trainer.compute_loss(trainer.model, {"input_ids": x_0}) < 50
+
+
 # --- SDTT
 
 

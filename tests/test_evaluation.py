@@ -349,6 +349,15 @@ def test_run_eval_writes_everything_and_goes_on_where_it_was(folders, capsys):
     assert all(before[key] == row for key, row in again.items())
 
 
+def test_run_eval_keeps_a_readme_of_the_users(folders):
+    """In the model's own folder, where the report goes when nothing else is said."""
+    teacher = folders / "run" / "teacher"
+    (teacher / "README.md").write_text("my own words\n")
+    main([str(teacher), "--judge", str(folders / "judge"), "--steps", "2", "--samples", "2", "--seeds", "1"])
+    assert (teacher / "README.md").read_text() == "my own words\n"
+    assert "Gen-PPL" in (teacher / "eval_card.md").read_text() and (teacher / "eval.json").is_file()
+
+
 def test_run_eval_takes_every_option_of_a_recipe_with_and_without_the_prefix():
     values = {"evaluation_steps": "3", "evaluation_temperatures": "1.0", "evaluation_samples": "7", "judge": "j"}
     values |= {"evaluation_seeds": "2", "evaluation_length": "9", "evaluation_sampler": "confidence"}

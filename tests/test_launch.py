@@ -10,12 +10,14 @@ import time
 
 import pytest
 from safetensors.torch import load_file
-from tiny_run import ROOT, mcd_arguments, run_python, write_inputs
+from tiny_run import ROOT, mcd_arguments, run_python, save_judge, write_inputs
 
+from evaluation import load_report
 from modeling_mcd.files import LOCK, lock_folder
 
 
 pytestmark = pytest.mark.slow
+RUN = "import sys; from trainers.run_mcd import main; main(sys.argv[1:])"
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or shutil.which("ninja") is None,
@@ -83,6 +85,45 @@ def test_a_student_that_is_its_own_teacher(config, inputs, tmp_path):
         assert result.returncode == 0, result.stderr
     names = ("loss", "divergence", "nelbo")
     assert losses(tmp_path / "two", names) == pytest.approx(losses(tmp_path / "one", names), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def judged_alone(inputs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("judged") / "run"
+    judge = save_judge(output.parent / "judge")
+    result = run_python(RUN, *mcd_arguments(inputs, output, judge=judge, **judged(inputs)))
+    assert result.returncode == 0, result.stderr
+    return output, judge
+
+
+def judged(inputs) -> dict:
+    settings = {"num_rounds": 2, "steps_per_round": 2, "save_steps": 2, "validation_text": inputs / "text.txt"}
+    return settings | {"evaluation_steps": 2, "evaluation_samples": 5, "evaluation_batch_size": 2}
+
+
+@pytest.mark.parametrize("config", ["ddp_cpu.yaml", pytest.param("zero3_cpu.yaml", marks=needs_compiler)])
+def test_a_judged_launch_has_the_figures_of_one_process(config, inputs, judged_alone, tmp_path):
+    """The processes share the samples and the held-out text, and one of them writes the report."""
+    alone, judge = judged_alone
+    result = launch(inputs, tmp_path / "run", config, judge=judge, **judged(inputs))
+    assert result.returncode == 0, result.stderr
+    expected, rows = ({row["model"]: row for row in load_report(run)["results"]} for run in (alone, tmp_path / "run"))
+    assert list(rows) == list(expected) == ["held-out text", "teacher", "round-1", "round-2"]
+    for name, row in rows.items():
+        for figure in ("gen_ppl", "entropy", "nfe", "samples"):
+            assert row[figure] == pytest.approx(expected[name][figure], rel=1e-4), (name, figure)
+    assert (tmp_path / "run" / "eval.md").read_text().strip() in result.stdout
+
+
+def test_what_is_read_after_a_mistake_under_a_launcher(inputs, tmp_path):
+    """Our line first. The launcher's own traceback follows, unless one process is launched with `--quiet`."""
+    script, wrong = str(ROOT / "trainers" / "run_mcd.py"), mcd_arguments(inputs, tmp_path / "run", teacher="/nowhere")
+    quiet = run_python("accelerate.commands.launch", "--quiet", script, *wrong, launcher=("-m",))
+    *_, line = quiet.stderr.strip().splitlines()
+    assert quiet.returncode == 1 and line.startswith("error: model '/nowhere' ") and "Traceback" not in quiet.stderr
+    result = launch(inputs, tmp_path / "run", "ddp_cpu.yaml", teacher="/nowhere")
+    assert result.returncode == 1 and result.stderr.count(line) == 1
+    assert "Traceback" not in result.stderr.split(line)[0]
 
 
 @pytest.mark.parametrize("config", ["ddp_cpu.yaml", pytest.param("zero3_cpu.yaml", marks=needs_compiler)])

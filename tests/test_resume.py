@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import mcd_arguments, run_python, start_python, write_inputs
+from tiny_run import mcd_arguments, reverse_letters, run_python, start_python, write_inputs
 
 from trainers.run_mcd import main
 
@@ -189,7 +189,7 @@ def test_a_folder_in_use_is_refused_by_name(inputs, whole_run, capsys):
 
 
 def test_another_text_or_tokenizer_is_refused(inputs, tmp_path):
-    """The same command, but what its paths hold has changed."""
+    """The same command, but the files that it names hold something else."""
     for name in ("text.txt", "tokenizer", "teacher"):
         (shutil.copytree if (inputs / name).is_dir() else shutil.copy)(inputs / name, tmp_path / name)
     arguments = mcd_arguments(tmp_path, tmp_path / "run", num_rounds=1)
@@ -201,6 +201,11 @@ def test_another_text_or_tokenizer_is_refused(inputs, tmp_path):
     assert "holds another run: its train text was another one; choose another output_dir" in stop.value.code
     (tmp_path / "text.txt").write_text(text)
     main(arguments)
+    for folder in ("tokenizer", "teacher"):
+        reverse_letters(tmp_path / folder)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert "holds another run: its tokenizer was another one; choose another output_dir" in stop.value.code
 
 
 def test_the_precision_of_the_launch_is_part_of_the_run(inputs, whole_run, monkeypatch):

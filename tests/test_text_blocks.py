@@ -532,9 +532,10 @@ def test_a_text_that_gives_the_mask_in_any_case_is_refused():
         encode(["a m a"], tokenizer)
 
 
-def test_the_mask_in_a_file_never_becomes_its_id(tmp_path, tokenizer):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_mask_in_a_file_never_becomes_its_id(tmp_path, tokenizer, streaming):
     (tmp_path / "a.txt").write_text("one [MASK] here and there <|endoftext|> and so on " * 3)
-    blocks = torch.tensor(rows(tmp_path / "a.txt", tokenizer))
+    blocks = torch.tensor(rows(tmp_path / "a.txt", tokenizer, streaming=streaming))
     held_out = text_blocks(read_texts(tmp_path / "a.txt"), tokenizer, 8, 99)
     assert held_out.equal(blocks) and not (blocks == tokenizer.mask_token_id).any()
     assert (blocks[:, 1:-1] == END).sum() <= 1, "the end of the document"

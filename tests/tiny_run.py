@@ -1,5 +1,6 @@
 """A very small run of the real entry points, for tests: a text, a tokenizer, a random teacher, and the arguments."""
 
+import json
 import os
 import subprocess
 import sys
@@ -56,6 +57,14 @@ def save_judge(folder: Path) -> Path:
     GPT2LMHeadModel(config).save_pretrained(folder)
     character_tokenizer(model_max_length=BLOCK).save_pretrained(folder)
     return folder
+
+
+def reverse_letters(tokenizer: Path):
+    """The same letters in the opposite order: a tokenizer of the same size that reads every text otherwise."""
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    content["model"]["vocab"] = dict(zip(words, reversed(words.values()), strict=True))
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
 
 
 def mcd_arguments(inputs: Path, output_dir: Path, **changes) -> list[str]:

@@ -140,6 +140,10 @@ class ExactResumeArguments(TrainingArguments):
                 "FSDP is not supported (on a CPU it would silently be DDP): use recipes/accelerate/ddp_gpu.yaml, or "
                 "zero2_cpu.yaml or zero3_cpu.yaml there to shard optimizer or weights"
             )
+        if self.mixed_precision == "fp16" and self.device.type == "cpu":
+            raise ValueError(
+                "fp16 does nothing on a CPU, where a run would silently be in float32: leave it out, or take bf16"
+            )
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs are visible to one process, which the Trainer would use through DataParallel: start with "

@@ -1,0 +1,42 @@
+"""DeepSpeed's first use compiles: a run says so, and finds the lock of a compile that was killed."""
+
+import pytest
+
+from trainers.deepspeed_build import check_build_cache
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder of extensions, under an accelerate launch with DeepSpeed."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.delenv("RANK", raising=False)
+    return tmp_path / "deepspeed_shm_comm"
+
+
+def test_the_first_compile_says_that_it_takes_time(cache, capsys, monkeypatch):
+    """Once, by the first process, and only where something is compiled."""
+    check_build_cache(None)
+    assert "DeepSpeed compiles an extension now: about two minutes" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    check_build_cache(None)
+    monkeypatch.setenv("RANK", "0")
+    cache.mkdir()
+    (cache / "deepspeed_shm_comm.so").touch()
+    check_build_cache(None)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(cache / "another"))
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    check_build_cache(None)
+    assert capsys.readouterr().err == ""
+    check_build_cache({"zero_optimization": {"stage": 2}})
+    assert "compiles" in capsys.readouterr().err
+
+
+def test_a_killed_compiles_lock_is_named_and_a_living_ones_is_not(cache):
+    cache.mkdir()
+    with open(cache / "lock", "w"):
+        check_build_cache(None)  # a compile keeps it open: the run waits for it
+    with pytest.raises(ValueError) as error:
+        check_build_cache(None)
+    assert f"{cache / 'lock'} was left by a compile that was killed" in str(error.value)
+    assert str(error.value).endswith(f"rm -r {cache}")
