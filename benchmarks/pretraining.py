@@ -1,0 +1,57 @@
+"""Ways to pre-train a small model, compared at equal steps and by processor time: AdamW, Muon, Muon with spread masks.
+
+    python -m benchmarks.pretraining [--steps 200]
+
+Trains 1.2M parameters on the text of recipes/bible once for each way and learning rate, and writes the validation NELBO of the
+EMA and the processor time of a step to `benchmarks/results/pretraining.json`.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.measuring import write_result
+from trainers.run_mdlm import main as pretrain
+
+
+RECIPE = str(Path(__file__).parent.parent / "recipes" / "bible_teacher.yaml")
+SHAPE = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3, "conditioning_size": 16}
+SHAPE |= {"block_length": 64, "per_device_train_batch_size": 16}
+WAYS = {
+    "AdamW": {"muon": "false"},
+    "Muon": {"muon": "true"},
+    "Muon, spread masks": {"muon": "true", "locking": "spread"},
+}
+
+
+def measure(steps: int, rate: float, way: dict[str, str]) -> dict[str, float]:
+    settings = {**SHAPE, **way, "learning_rate": rate, "max_steps": steps, "warmup_steps": max(1, steps // 10)}
+    settings |= {"eval_strategy": "no", "save_strategy": "no", "use_cpu": "true", "disable_tqdm": "true"}
+    settings |= {"ema_decay": 0.95, "logging_steps": steps}
+    with tempfile.TemporaryDirectory() as folder:
+        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        start = time.process_time()
+        pretrain([RECIPE, *words, "--output_dir", f"{folder}/run"])
+        seconds = time.process_time() - start
+        nelbo = json.loads(Path(folder, "run", "eval_results.json").read_text())["nelbo"]
+    return {"nelbo": nelbo, "processor_seconds": seconds}
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2])
+    parser.add_argument("--output", help="File for the figures, instead of the committed one.")
+    options = parser.parse_args(arguments)
+    figures = []
+    for rate in options.rates:
+        for name, way in WAYS.items():
+            figures.append({"way": name, "learning_rate": rate, **measure(options.steps, rate, way)})
+            print(figures[-1], flush=True)
+    write_result("pretraining", {"steps": options.steps, "shape": SHAPE, "figures": figures}, options.output)
+
+
+if __name__ == "__main__":
+    main()
