@@ -18,15 +18,17 @@ $(VENV)/installed: setup.py constraints.txt
 distill: setup
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(PYTHON) -c 'import os; print(os.cpu_count())')} $(BIN)/accelerate launch trainers/run_mcd.py recipes/tiny.yaml
 
-# The full table of the last `make distill`: 512 samples, 3 seeds; at 8 steps a sweep of temperatures for the matched
-# columns. Hours on two cores; killed and started again, it goes on where it was.
-EVALUATE := $(BIN)/python evaluation/run_eval.py runs/tiny --rounds \
-	--judge recipes/tiny/judge --entropy_unit words --samples 512 --seeds 3 --batch_size 8 \
+# The full table of the last `make distill`: its teacher under both lockings, and the last round's student, with 512 samples for
+# each of 3 seeds, temperatures for the matched columns, and the bound. Hours on two cores; killed and started again, it goes on
+# where it was.
+EVALUATE := $(BIN)/python evaluation/run_eval.py teacher=runs/tiny/teacher round-3=runs/tiny/round-3 --output_dir runs/tiny \
+	--judge recipes/tiny/judge --entropy_unit words --samples 512 --seeds 3 --batch_size 8 --lockings independent spread --bound 512 \
 	--reference_text recipes/tiny/text/validation --vocabulary_text recipes/tiny/text/train
 
 evaluate: setup
 	$(EVALUATE) --steps 8 --temperatures 1.0 0.8 0.7 0.4 0.3
-	$(EVALUATE) --steps 2 4 16 32 64
+	$(EVALUATE) --steps 4 16 --temperatures 1.0 0.8 0.7
+	$(EVALUATE) --steps 2 32
 
 test: setup
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile -q -m "not slow"

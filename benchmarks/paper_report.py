@@ -52,7 +52,8 @@ def write_tables(
         f"{target['gen_ppl']:.2f} ({target['entropy']:.2f}; trigrams {target['trigram_entropy']:.2f}). Matched: log Gen-PPL "
         f"interpolated over temperatures {[1.0, *options.temperatures]} to the entropy of held-out text. Teacher like X: the "
         "control, the teacher at the temperature where its trigram entropy is that of X at temperature 1. A cell entirely in "
-        "brackets is the nearest point of a sweep that does not reach the entropy."
+        "brackets is the nearest point of a sweep that does not reach the entropy. Bound: nats per token that N steps need for "
+        f"{options.bound_blocks} blocks of held-out text."
     )
     text = ["## Table 1", "", *table(first, cells, options.steps), "", caption, "", "## Table 2", ""]
     text += [*table(ablation, cells, options.steps), "", "MCD R1 is the hybrid.", ""]
@@ -106,6 +107,8 @@ def cell_of(rows: list[dict], target: dict) -> dict:
     if len(rows) == 1:
         cell["gen_ppl_std"] = rows[0].get("gen_ppl_std")
     cell |= {"seeds": len(rows), "example": rows[0]["example"]}
+    bounds = [row.get("bound") for row in rows]
+    cell["bound"] = None if None in bounds else statistics.fmean(bounds)
     for by, (figure, reached) in MATCHED.items():
         known = [row for row in rows if row[figure] is not None]
         complete = len(known) == len(rows)
@@ -121,7 +124,7 @@ def spread_of(values: list[float]) -> float | None:
 
 
 def table(methods: list[str], cells: dict, steps: list[int]) -> list[str]:
-    """Every method at temperature 1; then the controls; then at the entropies of held-out text."""
+    """Every method at temperature 1; then the controls; then at the entropies of held-out text; then the bounds."""
 
     def lines_of(label: str, methods: list[str], cell: Callable[[dict], str]) -> list[str]:
         """A line for each method that has a cell; "-" where it has none."""
@@ -152,7 +155,10 @@ def table(methods: list[str], cells: dict, steps: list[int]) -> list[str]:
         lines += lines_of(f"{teacher} like {{}} (trigrams)", students, like)
     lines += lines_of("{}, matched", methods, partial(matched, figure="matched_gen_ppl", reached="matched_entropy"))
     trigrams = {"figure": "trigram_matched_gen_ppl", "reached": "trigram_matched_entropy"}
-    return lines + lines_of("{}, matched (trigrams)", methods, partial(matched, **trigrams))
+    lines += lines_of("{}, matched (trigrams)", methods, partial(matched, **trigrams))
+    return lines + lines_of(
+        "{}, bound", methods, lambda cell: "-" if cell["bound"] is None else f"{cell['bound']:.3f}"
+    )
 
 
 def number(value: float, spread: float | None, entropy: float, reached: bool = True) -> str:

@@ -41,8 +41,9 @@ from trainers.run_mdlm import ModelArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 MCD_COST = 4
-# Suffix of a row's label -> what `EvaluationProtocol` is told besides. The original code's draws are for masks alone.
-PRECISIONS = {"": {}, ", legacy float32": {"precision": "legacy_float32"}}
+# Suffix of a row's label -> what `EvaluationProtocol` is told besides, and the locking. All but the first are for masks alone.
+LEGACY, SPREAD = ", legacy float32", ", spread"
+VARIANTS = {"": ({}, "independent"), LEGACY: ({"precision": "legacy_float32"}, "independent"), SPREAD: ({}, "spread")}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Network:
 
     Args:
         complete: judged at every N; otherwise only at those of the sweeps.
-        sweep: judged at every temperature, and with the original code's draws.
+        sweep: judged at every temperature, with the original code's draws, and under spread locking.
     """
 
     folder: Path
@@ -103,8 +104,8 @@ class Network:
         return f"{self.run.label} R{self.round}" if self.run.has_rounds else self.run.label
 
     @property
-    def precisions(self) -> dict:
-        return PRECISIONS if self.teacher == "teacher" and self.sweep else {"": {}}
+    def variants(self) -> list[str]:
+        return list(VARIANTS) if self.teacher == "teacher" and self.sweep else [""]
 
     @property
     def label(self) -> str:
@@ -240,14 +241,16 @@ class Tables:
         """Temperature -> the numbers of steps to judge a network at."""
         options = self.options
         steps = options.steps if network.complete and not suffix else options.swept_steps
-        return {1.0: steps} | {t: options.swept_steps for t in options.temperatures if network.sweep and not suffix}
+        swept = network.sweep and suffix != LEGACY
+        return {1.0: steps} | {t: options.swept_steps for t in options.temperatures if swept}
 
     def is_judged(self, network: Network) -> bool:
         rows = [row for row in self.report["results"] if row["samples"] == self.options.samples]
+        rows = [row for row in rows if row["temperature"] != 1 or row["precision"] != "float64" or "bound" in row]
         known = {(row["model"], row["steps"], row["temperature"]) for row in rows}
         return all(
             (network.label + suffix, n, temperature) in known
-            for suffix in network.precisions
+            for suffix in network.variants
             for temperature, steps in self.grid(network, suffix).items()
             for n in steps
         )
@@ -281,17 +284,22 @@ class Tables:
             *load_judge(str(self.path(recipe["judge"])), recipe.get("judge_dtype", "float32"), device),
             vocabulary_of(read_texts(train)) if train.exists() else None,
         )
+        text = read_texts(validation)
         if not self.report["results"]:
-            blocks = text_blocks(read_texts(validation), tokenizer, recipe["block_length"], 512)
+            blocks = text_blocks(text, tokenizer, recipe["block_length"], 512)
             RunReport(self.folder, protocol, []).judge_text(blocks, tokenizer)
+        blocks = text_blocks(text, tokenizer, recipe["block_length"], options.bound_blocks)
         for network in networks:
             model = load_model(str(network.folder)).to(device)
-            for suffix, settings in network.precisions.items():
+            for suffix in network.variants:
+                settings, locking = VARIANTS[suffix]
+                bound = {} if suffix == LEGACY else {"bound_blocks": blocks}  # whose draws have another law
                 # A teacher is one network: its spread is over seeds of sampling, that of students over seeds of training.
                 how = replace(protocol, seeds=3 if network.run is None else 1, **settings)
                 for temperature, steps in self.grid(network, suffix).items():
                     for n in steps:
-                        RunReport(self.folder, how, [n], [temperature]).judge(network.label + suffix, model, tokenizer)
+                        report = RunReport(self.folder, how, [n], [temperature], lockings=[locking], **bound)
+                        report.judge(network.label + suffix, model, tokenizer)
                         self.stop_in_time()
         self.report = load_report(self.folder)
 
@@ -314,7 +322,7 @@ class Tables:
         options = argparse.Namespace(**vars(self.options) | {"seeds": seeds})
         write_tables(
             options,
-            [(n.method + s, n.label + s, n.teacher + s) for n in networks for s in n.precisions],
+            [(n.method + s, n.label + s, n.teacher + s) for n in networks for s in n.variants],
             self.report["results"],
             compute=options.rounds * options.steps_per_round * MCD_COST,
             second={f"{run.label} R1" for run in RUNS if run.first_round_only},
@@ -338,9 +346,10 @@ def main():
         type=int,
         nargs="+",
         default=[2, 4, 8, 16, 32],
-        help="N of the sweeps, the original code's draws, Table 2 and the rounds before the last.",
+        help="N of the sweeps, the original code's draws, spread locking, Table 2 and the rounds before the last.",
     )
     parser.add_argument("--samples", type=int, default=16, help="For each network, N and temperature.")
+    parser.add_argument("--bound_blocks", type=int, default=16, help="Held-out blocks of the bound.")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=18.0, help="Stop after so many; start again to go on.")
     parser.add_argument("--output_dir", help="Where the runs go; runs/paper_tables_NAME by default.")

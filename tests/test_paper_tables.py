@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 from report_rows import held_out, line, row
 
-from benchmarks.paper_tables import RUNS, Network, Tables
+from benchmarks.paper_tables import LEGACY, RUNS, Network, Tables
 
 
 RUN = {run.label: run for run in RUNS}
@@ -26,6 +26,7 @@ def tables(tmp_path):
             temperatures=[0.5],
             samples=64,
             batch_size=8,
+            bound_blocks=16,
             minutes=1.0,
             output_dir=str(tmp_path / "run"),
             results=str(tmp_path / "results"),
@@ -39,12 +40,12 @@ def tables(tmp_path):
 def rows_of(network: Network, tables: Tables, gen_ppl: float, entropy: float) -> list[dict]:
     """Everything that a network is judged at. Its temperature moves the entropy along `line`."""
     rows = []
-    for suffix in network.precisions:
+    for suffix in network.variants:
         for temperature, steps in tables.grid(network, suffix).items():
             for n in steps:
                 at = entropy - (1 - temperature)
                 figures = {"gen_ppl": gen_ppl * line(at) / line(entropy), "entropy": at, "trigram_entropy": at}
-                changes = {"precision": "legacy_float32"} if suffix else {}
+                changes = {"precision": "legacy_float32"} if suffix == LEGACY else {"bound": 2 + network.seed / 10}
                 rows.append(row(network.label + suffix, n, temperature, **figures, **changes))
     return rows
 
@@ -57,6 +58,8 @@ def test_what_is_judged_is_neither_trained_nor_judged_again(tables):
         rows = [row for network in networks for row in rows_of(network, mine, 20.0, 4.0)]
         mine.save(rows[1:])
         assert not mine.is_done(RUN[label], 1), "one cell is missing"
+        mine.save([{name: value for name, value in rows[0].items() if name != "bound"}])
+        assert not mine.is_done(RUN[label], 1), "its bound is missing"
         mine.save(rows[:1])
         assert mine.is_done(RUN[label], 1) and not mine.is_done(RUN[label], 2)
     first, last = mine.students(RUN["MCD"], seed=1)
@@ -88,6 +91,8 @@ def test_the_table_holds_means_spreads_and_the_teacher_at_the_same_entropy(table
     lines = {label.strip(): [cell.strip() for cell in row[:2]] for _, label, *row in cells}
     assert lines["MCD R2"] == ["12.00 ± 2.83 (3.80)"] * 2
     assert lines["MCD R1"] == ["-", "12.00 ± 2.83 (3.80)"], "no sweep, no cell"
+    assert lines["MCD R2, bound"] == ["2.150"] * 2 and lines["teacher, spread, bound"] == ["-", "2.000"]
+    assert "MCD R2, legacy float32, bound" not in lines
     assert lines["teacher like MCD R2 (trigrams)"] == ["-", f"{line(3.8):.2f} (3.80)"]
     assert lines["teacher, matched (trigrams)"] == ["-", f"{line(3.6):.2f} (3.60)"]
     content = json.loads((tmp_path / "results" / "paper_tables_tiny.json").read_text())
