@@ -48,7 +48,10 @@ class EvaluationArguments:
     )
     evaluation_lockings: list[str] = field(
         default_factory=lambda: [FIRST_LOCKING],
-        metadata={"help": f"How reveals hang together, one or more of {', '.join(LOCKINGS)}; see docs/locking.md."},
+        metadata={
+            "help": f"How reveals hang together, one or more of {', '.join(LOCKINGS)}; see docs/locking.md. A run's teacher "
+            "is judged under independent too: what its students are compared with."
+        },
     )
     evaluation_bound: int = field(
         default=0,

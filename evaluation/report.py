@@ -66,11 +66,19 @@ class RunReport:
         """Adds the row of held-out text, blocks [n, L], unless it is there."""
         self.save([evaluate_held_out_text(blocks, tokenizer, self.protocol, self.known_rows(), self.team)])
 
-    def judge(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str | None = None):
+    def judge(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        label: str | None = None,
+        plain: bool = False,
+    ):
         """Adds the rows of a model, called `name` in the table, that are not there yet.
 
         Args:
             label: the row label of the folder's own model from now on, see `save_results`.
+            plain: under the published sampler too, whatever `lockings` are: what others are compared with.
 
         Raises:
             ValueError: the protocol does not fit the model.
@@ -84,7 +92,7 @@ class RunReport:
             self.temperatures,
             self.known_rows(),
             self.team,
-            self.lockings,
+            list(dict.fromkeys([*[FIRST_LOCKING] * plain, *self.lockings])),
             self.bound_blocks,
         ):
             self.save([row], label=label)

@@ -119,6 +119,16 @@ def test_trouble_of_the_judging_does_not_end_a_training(inputs, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_the_teacher_is_judged_by_the_published_sampler_too(inputs, tmp_path):
+    """So that what a table credits to a round is not the sampler's. All rows have the bound that was asked for."""
+    changes = {"num_rounds": 1, "steps_per_round": 2, "evaluation_lockings": "spread", "evaluation_bound": 3}
+    printed = run(inputs, tmp_path / "run", **changes)
+    rows = [row for row in load_report(tmp_path / "run")["results"] if row["steps"] is not None]
+    lockings = {(row["model"], row["locking"]) for row in rows}
+    assert lockings == {("teacher", "independent"), ("teacher", "spread"), ("round-1", "spread")} and len(rows) == 6
+    assert all(row["bound"] > 0 and row["bound_blocks"] == 3 for row in rows) and "spread" in printed
+
+
 KILL_WHILE_JUDGING = """
 import os, signal
 from evaluation import report

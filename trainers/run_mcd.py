@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None):
         if report is not None:  # all processes share the work
             if validation is not None:
                 report.judge_text(held_out_blocks(validation), tokenizer)
-            report.judge("teacher", first, tokenizer, label="teacher")
+            report.judge("teacher", first, tokenizer, label="teacher", plain=True)
             table = report.write()
             if run.is_first:
                 print(f"\n{table}\n", flush=True)
