@@ -3,10 +3,14 @@
 import torch
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 
 from .configuration_backbone_mdlm import HEAD_TRANSFORMS, WITHOUT_HEAD, MDLMBackboneConfig, make_bidirectional
 from .generation_mdlm import MDLMGenerationMixin
 from .modeling_backbone_mdlm import MDLMBackboneForMaskedDiffusion, language_model_class
+
+
+logger = logging.get_logger(__name__)
 
 
 def as_masked_diffusion(
@@ -120,4 +124,55 @@ def check_sees_the_future(model: MDLMBackboneForMaskedDiffusion, ids: torch.Long
         )
 
 
-__all__ = ["as_masked_diffusion"]
+@torch.no_grad()
+def shift_losses(model: MDLMBackboneForMaskedDiffusion, input_ids: torch.LongTensor) -> tuple[float, float]:
+    """Mean cross-entropy of a text's masked tokens without a shift and with one, in nats per token.
+
+    Every seventh token is masked. Both figures are of one forward: a network that was trained with the one is near
+    log(vocabulary) with the other, or above.
+
+    Args:
+        input_ids: [B, L], L at least 7: text that a network of this kind should know.
+
+    Raises:
+        ValueError: when they are too short, or not ids of the vocabulary.
+    """
+    x_0 = torch.as_tensor(input_ids, device=model.device)
+    masked = torch.zeros_like(x_0, dtype=torch.bool)
+    masked[:, 6::7] = True
+    masked &= x_0 != model.config.mask_token_id
+    if not masked.any():
+        raise ValueError(
+            f"input_ids of the shape {tuple(x_0.shape)} hold no token to mask: give rows of 7 tokens or more"
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        states = model.states(x_0.masked_fill(masked, model.config.mask_token_id), None, None, None, None)
+        losses = []
+        for shift in (0, 1):
+            rows = model.head_rows(states, model.sources(states, None, shift)[masked])
+            nats = rows.map(lambda log_p, tokens: -log_p.gather(-1, tokens[:, None])[:, 0], x_0[masked])
+            losses.append(nats.double().mean().item())
+    finally:
+        model.train(was_training)
+    return losses[0], losses[1]
+
+
+def warn_of_wrong_shift(model: MDLMBackboneForMaskedDiffusion, input_ids: torch.LongTensor):
+    """Warns, in one line, when a text costs a network clearly less with the other `logits_shift`.
+
+    At most 4 rows of 256 tokens are looked at; nothing is done under ZeRO-3, or with fewer than 7 tokens in a row.
+    """
+    input_ids, ours = torch.as_tensor(input_ids)[:4, :256], model.config.logits_shift
+    if is_deepspeed_zero3_enabled() or input_ids.shape[1] < 7:
+        return
+    losses = shift_losses(model, input_ids)
+    if losses[1 - ours] < 0.9 * losses[ours]:
+        logger.warning(
+            f"logits_shift is {ours}, but with {1 - ours} the masked tokens of this text cost {losses[1 - ours]:.2f} nats "
+            f"instead of {losses[ours]:.2f}: the network was probably trained with logits_shift={1 - ours}"
+        )
+
+
+__all__ = ["as_masked_diffusion", "shift_losses"]

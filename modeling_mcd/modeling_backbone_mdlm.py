@@ -136,15 +136,7 @@ class MDLMBackboneForMaskedDiffusion(MDLMGenerationMixin, PreTrainedModel):
         sources = self.sources(states, attention_mask)
         if hidden_rows is not None:
             check_positions("hidden_rows", hidden_rows, sources.shape)
-            chosen = sources.flatten()[hidden_rows.flatten()]
-            head = self.get_output_embeddings()
-            weight, bias = head.weight, getattr(head, "bias", None)
-            return HeadRows(
-                hidden=self.transform(states.flatten(0, 1)[chosen]),
-                weight=weight.view_as(weight),
-                bias=weight.new_zeros(1).expand(len(weight)) if bias is None else bias.view_as(bias),
-                mask_token_id=self.config.mask_token_id,
-            )
+            return self.head_rows(states, sources.flatten()[hidden_rows.flatten()])
         if labels is not None:
             check_shape("labels", labels, sources.shape)
             check_integers("labels", labels, self.config.vocab_size, ignored=-100)
@@ -183,21 +175,34 @@ class MDLMBackboneForMaskedDiffusion(MDLMGenerationMixin, PreTrainedModel):
         seen = torch.ones(canvas.shape[:2], device=canvas.device) if attention_mask is None else attention_mask
         return self.config.first_position + (seen.long().cumsum(dim=1) - 1).clamp(min=0)
 
-    def sources(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
-        """Which hidden state predicts each token, as indices into the flattened states: [B, L].
+    def sources(
+        self, states: torch.Tensor, attention_mask: torch.Tensor | None, shift: int | None = None
+    ) -> torch.LongTensor:
+        """Which hidden state predicts each token, as indices into the flattened states: [B, L]. `shift`: another than ours.
 
         The token's own; or, under a shift, that of the token before it, if there is one. These are indices and not a mask
         that is moved, since the first two tokens of a row have one source.
         """
         batch, length = states.shape[:2]
         own = torch.arange(batch * length, device=states.device).view(batch, length)
-        if not self.config.logits_shift:
+        if not (self.config.logits_shift if shift is None else shift):
             return own
         follows = torch.ones_like(own, dtype=torch.bool)
         follows[:, 0] = False
         if attention_mask is not None:
             follows[:, 1:] = attention_mask[:, :-1].bool()  # padding predicts nothing
         return own - follows.long()
+
+    def head_rows(self, states: torch.Tensor, sources: torch.LongTensor) -> HeadRows:
+        """The rows that the head makes of the hidden states [B, L, d] at flat indices [R]."""
+        head = self.get_output_embeddings()
+        weight, bias = head.weight, getattr(head, "bias", None)
+        return HeadRows(
+            hidden=self.transform(states.flatten(0, 1)[sources]),
+            weight=weight.view_as(weight),
+            bias=weight.new_zeros(1).expand(len(weight)) if bias is None else bias.view_as(bias),
+            mask_token_id=self.config.mask_token_id,
+        )
 
     def transform(self, hidden: torch.Tensor) -> torch.Tensor:
         """From the trunk's hidden states [..., d] to what the head is given."""

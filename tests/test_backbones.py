@@ -10,15 +10,18 @@ import transformers as hf
 from laws import p_value
 from safetensors.torch import load_file, save_file
 from small_model import assert_same_weights
+from tiny_run import mcd_arguments, write_inputs
 from toy_backbones import LENGTH, MASK, SHIFT, K, make_network, shifted, tokens
 from toy_distillers import METHODS, blocks, make_trainer, prompted
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from modeling_mcd import MDLMBackboneForMaskedDiffusion, as_masked_diffusion
+from modeling_mcd.backbones import shift_losses, warn_of_wrong_shift
 from modeling_mcd.convert_checkpoints import convert, main
 from modeling_mcd.forward_process_mdlm import process_of
 from modeling_mcd.head_mdlm import HeadRows
-from modeling_mcd.loading import load_model
+from modeling_mcd.loading import load_model, load_tokenizer
+from trainers import run_mcd
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.trajectories import step_noise
 
@@ -433,6 +436,60 @@ def test_teacher_and_student_of_different_networks_are_refused(pairs, tmp_path):
         trainer_of("mcd", (pairs["llama"][0], student), tmp_path)
     with pytest.raises(ValueError, match="diffusion_kind is 'absorbing', but this trainer is for uniform"):
         make_trainer("dcd", {"uniform": pairs["llama"]}, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run_inputs(tmp_path_factory):
+    """A run's text and tokenizer, and a native folder whose network is shifted."""
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"))
+    wrapped("qwen2", dtype=torch.float32).save_pretrained(folder / "wrapped")
+    load_tokenizer(folder / "tokenizer").save_pretrained(folder / "wrapped")
+    convert(folder / "wrapped", folder / "native")
+    return folder
+
+
+def test_a_run_distils_a_native_folder(run_inputs, tmp_path):
+    """The converter has brought its tokenizer along; the run's output is the wrapped student, shift and all."""
+    settings = {
+        "teacher": run_inputs / "native",
+        "num_rounds": 1,
+        "steps_per_round": 1,
+        "report_to": "none",
+        "warmup_steps": 0,
+    }
+    run_mcd.main(mcd_arguments(run_inputs, tmp_path / "run", **settings, ema_decay="null"))
+    student = load_model(tmp_path / "run")
+    assert student.config.logits_shift == 1 and not torch.equal(
+        student.get_output_embeddings().weight, load_model(run_inputs / "native").get_output_embeddings().weight
+    )
+    assert load_tokenizer(run_inputs / "native").mask_token_id == MASK
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_wrong_shift_is_told_by_a_text(shift, tmp_path, caplog):
+    """A network without layers, whose states are the embeddings: it knows a masked token when the one before is the same."""
+    model = as_masked_diffusion(make_network("qwen3"), MASK, shift)
+    network = model.network
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        network.model.norm.weight.fill_(10)
+        network.lm_head.weight.copy_(
+            torch.nn.functional.normalize(torch.randn(K, 32, generator=torch.Generator().manual_seed(0)))
+        )
+        network.lm_head.weight[MASK] = network.lm_head.weight[5]  # a token predicts itself, and a mask a 5
+    text = torch.full((2, 28), 5)
+    text[:, 5::7] = text[:, 6::7] = 9  # every masked token is a 9 behind a 9
+    without, with_shift = shift_losses(model, text)
+    assert with_shift < 0.5 < 3 < without
+    expected = shifted(model.network(input_ids=text.index_fill(1, torch.arange(6, 28, 7), MASK)).logits, 1)
+    expected[..., MASK] = -torch.inf
+    nats = torch.nn.functional.cross_entropy(expected[:, 6::7].flatten(0, 1), text[:, 6::7].flatten())
+    assert with_shift == pytest.approx(nats.item(), rel=1e-9)
+    warn_of_wrong_shift(model, text)
+    lines = [record.message for record in caplog.records if "logits_shift" in record.message]
+    assert len(lines) == (shift == 0) and all("probably trained with logits_shift=1" in line for line in lines)
 
 
 # --- Generation

@@ -9,10 +9,13 @@ import sys
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_run import ROOT, mcd_arguments, run_python, save_judge, write_inputs
+from toy_backbones import MASK, make_network
 
 from evaluation import load_report
+from modeling_mcd import as_masked_diffusion
 from modeling_mcd.files import LOCK, lock_folder
 
 
@@ -124,6 +127,17 @@ def test_what_is_read_after_a_mistake_under_a_launcher(inputs, tmp_path):
     result = launch(inputs, tmp_path / "run", "ddp_cpu.yaml", teacher="/nowhere")
     assert result.returncode == 1 and result.stderr.count(line) == 1
     assert "Traceback" not in result.stderr.split(line)[0]
+
+
+@pytest.mark.parametrize("config", ["ddp_cpu.yaml", pytest.param("zero3_cpu.yaml", marks=needs_compiler)])
+def test_a_wrapped_network_with_a_tied_head(config, inputs, tmp_path):
+    """Its head is its embedding, which ZeRO-3 has to keep complete from the first layer's forward to the loss."""
+    as_masked_diffusion(make_network("qwen3", dtype=torch.float32), MASK).save_pretrained(tmp_path / "teacher")
+    for folder, launcher in (("one", None), ("two", config)):
+        changes = {"teacher": tmp_path / "teacher", "num_rounds": 1, "steps_per_round": 12, "learning_rate": 1e-3}
+        result = launch(inputs, tmp_path / folder, launcher, **changes)
+        assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
 @pytest.mark.parametrize("config", ["ddp_cpu.yaml", pytest.param("zero3_cpu.yaml", marks=needs_compiler)])

@@ -23,6 +23,7 @@ from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
 from trainers.runs.inputs import (
     TokenizerArguments,
     check_block_length,
+    check_shift,
     check_tokenizer,
     load_data,
     load_tokenizer,
@@ -84,6 +85,7 @@ def main(arguments: list[str] | None = None):
     check_block_length(text.block_length, "student", student.config)
     judge = load_run_judge(judging, training)
     train, validation = load_data(source, tokenizer, training)
+    check_shift(teacher, train, training)
     trainer = trainer_class(
         student,
         training,

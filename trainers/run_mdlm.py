@@ -20,6 +20,7 @@ from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.runs.inputs import (
     TokenizerArguments,
     check_block_length,
+    check_shift,
     check_tokenizer,
     load_data,
     load_tokenizer,
@@ -110,6 +111,8 @@ def main(arguments: list[str] | None = None):
     check_tokenizer(tokenizer, model.config, model_arguments.model)
     check_block_length(text.block_length, "model", model.config)
     train, validation = load_data(source, tokenizer, training)
+    if model_arguments.model is not None:
+        check_shift(model, train, training)
     trainer = MDLMTrainer(model, training, train_dataset=train, eval_dataset=validation)
 
     with run.start():

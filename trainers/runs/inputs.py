@@ -1,13 +1,17 @@
 """What a run reads beside its networks: their tokenizer and the text."""
 
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
 from modeling_mcd import loading
+from modeling_mcd.backbones import warn_of_wrong_shift
 from modeling_mcd.loading import check_tokens, split_revision
+from modeling_mcd.modeling_backbone_mdlm import MDLMBackboneForMaskedDiffusion
 from trainers.runs.text_blocks import RunText, TextArguments, load_blocks, open_run_text
 from trainers.runs.waiting import main_process_first
 
@@ -81,6 +85,12 @@ def check_block_length(block_length: int, name: str, config):
         raise ValueError(
             f"block_length is {block_length}, but the {name}'s context is {config.max_position_embeddings} tokens"
         )
+
+
+def check_shift(model, train, training: TrainingArguments):
+    """Warns when the training text says that a wrapped network has the wrong `logits_shift`: it would learn garbage."""
+    if training.should_log and isinstance(model, MDLMBackboneForMaskedDiffusion):
+        warn_of_wrong_shift(model, torch.tensor([list(row["input_ids"]) for row in islice(train, 4)]))
 
 
 def open_data(text: TextArguments, training: TrainingArguments) -> RunText:
