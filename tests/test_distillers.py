@@ -46,10 +46,11 @@ def mcd_by_hand(trainer, inputs, step):
     z_t, z_s = mask(x_0, u, gamma_t, maskable), mask(x_0, u, gamma_s, maskable)
     p = log_probabilities(trainer.model, z_t, gamma_t, inputs)
     q = log_probabilities(trainer.teacher, z_s, gamma_s, inputs, tau)
-    total = 0.0
-    for b, i in sites(z_t, maskable):
-        total += kl(p[b, i], q[b, i]) if z_s[b, i] == MASK else -p[b, i, x_0[b, i]].item()
-    return total / maskable.sum().item()
+    total, counted = 0.0, sites(z_t, maskable)
+    for b, i in counted:
+        first, second = (p, q) if trainer.args.divergence == "student_first" else (q, p)
+        total += kl(first[b, i], second[b, i]) if z_s[b, i] == MASK else -p[b, i, x_0[b, i]].item()
+    return total / (len(counted) if trainer.args.reduction == "masked_tokens" else maskable.sum().item())
 
 
 def sdtt_by_hand(trainer, inputs, step):
@@ -173,6 +174,15 @@ def test_loss_equals_the_formula_by_hand_on_spread_paths(method, networks, tmp_p
     monkeypatch.setitem(globals(), "noise", spread_noise)
     assert loss == pytest.approx(BY_HAND[method](trainer, inputs, 0), rel=1e-9)
     assert loss != pytest.approx(unspread, rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["all_tokens", "masked_tokens"])
+@pytest.mark.parametrize("direction", ["student_first", "teacher_first"])
+def test_mcd_of_every_direction_and_reduction(direction, reduction, networks, tmp_path):
+    trainer = make_trainer("mcd", networks, tmp_path, divergence=direction, reduction=reduction)
+    trainer.state.global_step = 6
+    loss = trainer.compute_loss(trainer.model, prompted())
+    assert loss.item() == pytest.approx(mcd_by_hand(trainer, prompted(), 6), rel=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)

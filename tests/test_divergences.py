@@ -9,7 +9,6 @@ from tiny_run import run_python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import modeling_mcd.head_mdlm as head_mdlm
-import trainers.divergences as divergences
 from modeling_mcd.forward_process_mdlm import uniform_nelbo
 from modeling_mcd.head_mdlm import HeadRows
 from trainers.divergences import DIVERGENCES, cross_entropy, differentiated, divergence
@@ -58,7 +57,6 @@ def plain(kind, student, teacher, tau, beta):
 @pytest.fixture(params=[1, 3, 100], ids=lambda rows: f"{rows}_rows_a_chunk")
 def chunk(request, monkeypatch):
     monkeypatch.setitem(head_mdlm.CHUNK, "cpu", request.param * V)
-    monkeypatch.setattr(head_mdlm, "CPU_COLUMNS", 5)
 
 
 @pytest.mark.parametrize("mask", [MASK, None])
@@ -74,6 +72,16 @@ def test_values_and_gradients_are_the_plain_formulas(chunk, kind, tau, beta, mas
         for a, b in zip(found, expected, strict=True):
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
     assert all(tensor.grad is None for tensor in leaves(teacher))
+
+
+def test_a_vocabulary_wider_than_one_product_gives_the_same():
+    """On a CPU logits are made in several products of some columns each."""
+    assert 2 * head_mdlm.CPU_COLUMNS < 2500
+    student, teacher = (make_rows(3, seed, vocab_size=2500, mask=2000) for seed in (0, 1))
+    ours, theirs = (of("student_first", student, teacher, 0.7, 0.5) for of in (divergence, plain))
+    assert torch.allclose(ours, theirs, rtol=1e-10)
+    found, expected = (torch.autograd.grad(values.sum(), leaves(student)) for values in (ours, theirs))
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found, expected, strict=True))
 
 
 def test_the_uniform_bound_in_chunks_is_the_one_on_all_logits(chunk):
@@ -177,23 +185,29 @@ def test_nothing_is_larger_than_a_chunk_or_the_head(monkeypatch, kind, alike):
     assert largest.numbers == 8 * vocab_size
 
 
-def test_no_gradient_is_made_that_nobody_wants(monkeypatch):
-    """A frozen head (an adapter is trained) costs no product for its gradient, nor does evaluation cost any."""
-    student, teacher = make_rows(4, 0), make_rows(4, 1)
-    asked = []
-    sweep = divergences.sweep
+class Products(TorchDispatchMode):
+    """Counts the products of two matrices that are made under it."""
 
-    def watched(loss, student, needed, *upstream):
-        asked.append(needed)
-        return sweep(loss, student, needed, *upstream)
+    count = 0
 
-    monkeypatch.setattr(divergences, "sweep", watched)
-    frozen = HeadRows(student.hidden, student.weight.detach(), student.bias.detach(), MASK)
-    divergence("student_first", frozen, teacher).sum().backward()
-    with torch.no_grad():
-        divergence("student_first", student, teacher)
-    assert asked == [(True, False, False), (False, False, False)]
-    assert student.hidden.grad is not None and student.weight.grad is None
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__.removesuffix("_") in ("mm", "addmm")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training, products", [("everything", 4), ("all but the head", 3), ("nothing", 2)])
+def test_no_gradient_is_made_that_nobody_wants(training, products):
+    """Products of matrices: one for the logits of each network, one for each gradient that is needed."""
+    student, teacher = make_rows(4, 0), make_rows(4, 1, learned=False)
+    if training == "all but the head":  # an adapter is trained
+        student = HeadRows(student.hidden, student.weight.detach(), student.bias.detach(), MASK)
+    with Products() as made, torch.set_grad_enabled(training != "nothing"):
+        total = divergence("student_first", student, teacher).sum()
+        if training != "nothing":
+            total.backward()
+    assert made.count == products
+    assert (student.hidden.grad is None) == (training == "nothing")
+    assert (student.weight.grad is None) == (training != "everything")
 
 
 def test_a_second_backward_through_the_same_graph():

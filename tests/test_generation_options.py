@@ -49,13 +49,13 @@ ROWS += [("ancestral", {"precision": "legacy_float32"} | options) for options in
 
 
 def assert_rows_do_not_feel_each_other(model, masks: int, arguments: dict):
-    """Prompts of four lengths, each followed by so many masks, in one batch and one by one."""
+    """Prompts of three lengths, each followed by so many masks, in one batch and one by one."""
     make_context_matter(model)
-    prompts = [torch.randint(0, 46, (n,), generator=torch.Generator().manual_seed(n)) for n in (12, 5, 9, 1)]
-    ids, mask = torch.full((4, 12), 9), torch.zeros(4, 12, dtype=torch.long)
+    prompts = [torch.randint(0, 46, (n,), generator=torch.Generator().manual_seed(n)) for n in (12, 5, 1)]
+    ids, mask = torch.full((3, 12), 9), torch.zeros(3, 12, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, 12 - len(prompt) :], mask[row, 12 - len(prompt) :] = prompt, 1
-    seeds = [11, 12, 13, 14]
+    seeds = [11, 12, 13]
     together = rows_of(model.generate(ids, attention_mask=mask, length=12 + masks, seed=seeds, **arguments))
     for row, prompt in enumerate(prompts):
         alone = rows_of(model.generate(prompt[None], length=masks + len(prompt), seed=seeds[row], **arguments))[0]

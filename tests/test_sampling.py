@@ -14,7 +14,7 @@ from laws import FALSE_ALARM, p_value, uniforms
 from safetensors.torch import load_file
 from sampler_cases import CASES, sampler_of
 from scipy import stats
-from toy import CANVASES, MASK, counts_of, finish, index_of, sample, table_of_logits, toy_canvas
+from toy import CANVASES, MASK, EarlyEnd, counts_of, finish, index_of, sample, table_of_logits, toy_canvas
 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from modeling_mcd import canvas_mdlm, head_mdlm
@@ -179,10 +179,9 @@ def test_random_order_is_another_law_than_ancestral():
 
 @pytest.mark.parametrize("schedule", [LogLinearSchedule(), CosineSchedule()])
 @pytest.mark.parametrize("last_step", ["ancestral", "greedy", "none"])
-def test_ancestral_with_a_last_step_has_the_exact_law(schedule, last_step, monkeypatch):
-    """With the tail where it is felt: at t = 0.3 instead of 1e-5."""
-    monkeypatch.setattr("modeling_mcd.sampling_mdlm.TAIL", 0.3)
-    canvas = sample(ancestral, TABLE, schedule=schedule, steps=2, last_step=last_step)
+def test_ancestral_with_a_last_step_has_the_exact_law(schedule, last_step):
+    """Under a schedule that leaves the last step something to do."""
+    canvas = sample(ancestral, TABLE, schedule=EarlyEnd(schedule), steps=2, last_step=last_step)
     gammas = gammas_of(2, schedule, end=0.3)
     law = law_of_chain([3, 3, 3], gammas, constant([0, 0]))
     greedy = torch.nn.functional.one_hot(TOKENS.argmax(-1), 3).double()
