@@ -17,7 +17,7 @@ from modeling_mcd.forward_process_mdlm import at_positions, posterior_weights, p
 from modeling_mcd.generation_config_mdlm import DEFAULTS, LENGTHS, MDLMGenerationConfig
 from modeling_mcd.generation_inputs_mdlm import Request, prepare
 from modeling_mcd.generation_mdlm import blocks_of
-from modeling_mcd.sampling_mdlm import step_times, steps_of
+from modeling_mcd.reveal_grid_mdlm import step_times, steps_of
 
 
 # The samplers whose reveals do not depend on the network: a plan that is drawn before the text is looked at.

@@ -9,7 +9,8 @@ from evaluation.generative_perplexity import CONVENTIONS
 from modeling_mcd.checks_mdlm import AT_LEAST_1, NOT_NEGATIVE, check_numbers
 from modeling_mcd.generation_config_mdlm import CHOICES
 from modeling_mcd.locking_mdlm import LOCKINGS
-from modeling_mcd.sampling_mdlm import LAST_STEPS, SAMPLERS, options_of
+from modeling_mcd.reveal_grid_mdlm import LAST_STEPS
+from modeling_mcd.sampling_mdlm import SAMPLERS, options_of
 
 
 WITH_STEPS = tuple(name for name, sampler in SAMPLERS["absorbing"].items() if "steps" in options_of(sampler))

@@ -8,7 +8,8 @@ from transformers import GenerationConfig
 from .checks_mdlm import ABOVE_0_TO_1, COUNT, INSIDE_0_1, NOT_NEGATIVE, WITHIN_0_1, check_numbers
 from .draws_mdlm import PRECISIONS
 from .locking_mdlm import LOCKINGS
-from .sampling_mdlm import LAST_STEPS, LOOP_FROM, LOOP_TO, REMASKING, SAMPLERS
+from .reveal_grid_mdlm import LAST_STEPS
+from .sampling_mdlm import LOOP_FROM, LOOP_TO, REMASKING, SAMPLERS
 
 
 CHOICES = {

@@ -12,7 +12,8 @@ from .configuration_mdlm import MDLMConfig
 from .forward_process_mdlm import process_of
 from .generation_config_mdlm import DEFAULTS, LENGTHS, TOKENS, MDLMGenerationConfig
 from .noise_mdlm import RowNoise, row_keys
-from .sampling_mdlm import SAMPLERS, legacy_ancestral, options_of, shares_of
+from .reveal_grid_mdlm import shares_of
+from .sampling_mdlm import SAMPLERS, legacy_ancestral, options_of
 
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -12,7 +12,8 @@ from toy import finish, index_of, table_of_logits, toy_canvas
 from evaluation import Bound, step_bound, validation_nelbo
 from evaluation.likelihood import TeacherForcedCanvas, posterior_divergence
 from modeling_mcd.forward_process_mdlm import process_of, uniform_nelbo
-from modeling_mcd.sampling_mdlm import SAMPLERS, TAIL
+from modeling_mcd.reveal_grid_mdlm import TAIL
+from modeling_mcd.sampling_mdlm import SAMPLERS
 
 
 TABLE = table_of_logits()
@@ -46,7 +47,7 @@ def nats_of_plan(plan, start=(3, 3, 3)) -> float:
 @pytest.mark.parametrize("start", [(3, 3, 3), (3, 0, 3)])
 @pytest.mark.parametrize(("sampler", "options"), CASES)
 def test_each_row_scores_the_samplers_own_plan(sampler, options, start, monkeypatch):
-    monkeypatch.setattr("modeling_mcd.sampling_mdlm.TAIL", 0.3)
+    monkeypatch.setattr("modeling_mcd.reveal_grid_mdlm.TAIL", 0.3)
     canvas = forced(sampler, start, draws=64, **options)
     plain = toy_canvas(TABLE, list(start), draws=64)
     sampled = finish(plain, SAMPLERS["absorbing"][sampler](plain, **options))

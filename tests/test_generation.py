@@ -19,7 +19,8 @@ from modeling_mcd.canvas_mdlm import Canvas
 from modeling_mcd.draws_mdlm import draw_tokens
 from modeling_mcd.forward_process_mdlm import AbsorbingProcess
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule, noise_schedule_of
-from modeling_mcd.sampling_mdlm import ancestral, ancestral_reveal_steps
+from modeling_mcd.reveal_grid_mdlm import ancestral_reveal_steps
+from modeling_mcd.sampling_mdlm import ancestral
 
 
 SCHEDULES = [LogLinearSchedule(), CosineSchedule(), LogLinearSchedule(0.2), CosineSchedule(0.2)]

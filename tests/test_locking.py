@@ -19,18 +19,15 @@ from modeling_mcd.forward_process_mdlm import UniformProcess, posterior_weights
 from modeling_mcd.locking_mdlm import LOCKINGS, PHI, locked_uniforms
 from modeling_mcd.noise_mdlm import RowNoise, row_keys
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
+from modeling_mcd.reveal_grid_mdlm import TAIL, ancestral_reveal_steps, reveal_grid, shares_of
 from modeling_mcd.sampling_mdlm import (
     SAMPLERS,
-    TAIL,
     ancestral,
-    ancestral_reveal_steps,
     first_hitting,
     options_of,
     psi,
     random,
     remdm,
-    reveal_grid,
-    shares_of,
     uniform_ancestral,
 )
 
@@ -222,7 +219,7 @@ def test_generate_has_the_law_of_the_locked_sampler(build):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("last_step", [None, "greedy"])
 def test_an_interleaved_group_is_a_step_under_every_schedule(schedule, last_step, monkeypatch):
-    monkeypatch.setattr("modeling_mcd.sampling_mdlm.TAIL", 0.3)
+    monkeypatch.setattr("modeling_mcd.reveal_grid_mdlm.TAIL", 0.3)
     told = []
 
     def trunk(tokens, rows, time):

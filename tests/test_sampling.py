@@ -30,12 +30,11 @@ from modeling_mcd.forward_process_mdlm import pick_uniformly
 from modeling_mcd.noise_mdlm import RowNoise, philox, row_keys
 from modeling_mcd.noise_mdlm import uniforms as keyed_uniforms
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
+from modeling_mcd.reveal_grid_mdlm import TAIL, ancestral_reveal_steps
 from modeling_mcd.sampling_mdlm import (
     SAMPLERS,
-    TAIL,
     adaptive,
     ancestral,
-    ancestral_reveal_steps,
     confidence,
     entropy_bound,
     first_hitting,

@@ -22,7 +22,8 @@ from modeling_mcd.forward_process_mdlm import UniformProcess, pick_uniformly, po
 from modeling_mcd.noise_mdlm import RowNoise, row_keys
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
 from modeling_mcd.replay import Replay
-from modeling_mcd.sampling_mdlm import TAIL, uniform_ancestral
+from modeling_mcd.reveal_grid_mdlm import TAIL
+from modeling_mcd.sampling_mdlm import uniform_ancestral
 from trainers import run_mcd, run_mdlm
 from trainers.character_tokenizer import character_tokenizer
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
