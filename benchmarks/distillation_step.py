@@ -23,9 +23,10 @@ import time
 import torch
 
 from benchmarks.measuring import PeakMemory, alternate, in_its_own_process, memory_available, synchronize, write_result
-from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
+from benchmarks.workloads import build_network, build_trainer
+from modeling_mcd import MDLMForMaskedDiffusion
 from modeling_mcd.forward_process_mdlm import sigma_of
-from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
+from trainers.mcd_trainer import MCDTrainer
 
 
 SIDES = ("plain", "ours", "ours, nothing recomputed", "floor")
@@ -71,35 +72,10 @@ def our_loss(trainer: MCDTrainer, model: MDLMForMaskedDiffusion, x_0: torch.Tens
     return trainer.compute_loss(model, {"input_ids": x_0})
 
 
-def make_trainer(options: argparse.Namespace, folder: str) -> MCDTrainer:
-    config = MDLMConfig(
-        vocab_size=options.vocab_size,
-        hidden_size=options.hidden_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(1, options.hidden_size // 64),
-        max_position_embeddings=options.length,
-        hidden_dropout=0.0,
-    )
-
-    def build(seed: int) -> MDLMForMaskedDiffusion:
-        torch.manual_seed(seed)
-        model = MDLMForMaskedDiffusion(config)
-        for parameter in model.parameters():
-            parameter.data.add_(0.02 * torch.randn_like(parameter))
-        model.lm_head.weight.data.normal_(std=options.hidden_size**-0.5)
-        return model
-
-    arguments = MCDTrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=options.batch_size,
-        ema_decay=None,
-        save_strategy="no",
-        report_to="none",
-        bf16=torch.cuda.is_available(),
-    )
-    trainer = MCDTrainer(build(0), arguments, teacher=build(1))
-    trainer.model.to(arguments.device).train()
-    return trainer
+def build_with_head(options: argparse.Namespace, seed: int) -> MDLMForMaskedDiffusion:
+    model = build_network(options, seed)
+    model.lm_head.weight.data.normal_(std=options.hidden_size**-0.5)
+    return model
 
 
 def measure_floor(options: argparse.Namespace, trainer: MCDTrainer, x_0: torch.Tensor) -> dict:
@@ -173,10 +149,7 @@ def measure_step(options: argparse.Namespace, trainer: MCDTrainer, x_0: torch.Te
 
 def measure(side: str, options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(options, folder)
-        generator = torch.Generator().manual_seed(1)
-        x_0 = torch.randint(0, options.vocab_size - 1, (options.batch_size, options.length), generator=generator)
-        x_0 = x_0.to(trainer.args.device)
+        trainer, x_0 = build_trainer(options, folder, *(build_with_head(options, seed) for seed in (0, 1)))
         if side == "floor":
             with trainer.compute_loss_context_manager():
                 return measure_floor(options, trainer, x_0)

@@ -20,7 +20,7 @@ import modeling_mcd
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 
 
-def build(options: argparse.Namespace, seed: int) -> MDLMForMaskedDiffusion:
+def build_network(options: argparse.Namespace, seed: int) -> MDLMForMaskedDiffusion:
     torch.manual_seed(seed)
     config = MDLMConfig(
         vocab_size=options.vocab_size,
@@ -36,9 +36,30 @@ def build(options: argparse.Namespace, seed: int) -> MDLMForMaskedDiffusion:
     return model
 
 
+def build_trainer(
+    options: argparse.Namespace, folder: str, student: MDLMForMaskedDiffusion, teacher: MDLMForMaskedDiffusion
+):
+    """An MCD trainer on its device (bf16 autocast on a GPU), and a batch of random tokens."""
+    from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
+
+    arguments = MCDTrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=options.batch_size,
+        ema_decay=None,
+        save_strategy="no",
+        report_to="none",
+        bf16=torch.cuda.is_available(),
+    )
+    trainer = MCDTrainer(student, arguments, teacher=teacher)
+    trainer.model.to(arguments.device).train()
+    generator = torch.Generator().manual_seed(1)
+    x_0 = torch.randint(0, options.vocab_size - 1, (options.batch_size, options.length), generator=generator)
+    return trainer, x_0.to(arguments.device)
+
+
 def sampling(options: argparse.Namespace, folder: str) -> Callable[[], str]:
     """`generate` with the ancestral sampler; the value is a digest of the tokens."""
-    model = build(options, 0).eval().to(options.device)
+    model = build_network(options, 0).eval().to(options.device)
 
     def call() -> str:
         tokens = model.generate(steps=options.steps, seed=0, num_return_sequences=options.batch_size)
@@ -49,22 +70,9 @@ def sampling(options: argparse.Namespace, folder: str) -> Callable[[], str]:
 
 def step(options: argparse.Namespace, folder: str) -> Callable[[], float]:
     """A step of MCD: loss, backward and AdamW; the value is the loss."""
-    from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
-
-    arguments = MCDTrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=options.batch_size,
-        ema_decay=None,
-        save_strategy="no",
-        report_to="none",
-        bf16=options.device == "cuda",
-    )
-    trainer = MCDTrainer(build(options, 0), arguments, teacher=build(options, 1))
-    model = trainer.model.to(arguments.device).train()
+    trainer, x_0 = build_trainer(options, folder, build_network(options, 0), build_network(options, 1))
+    model, steps_done = trainer.model, 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, fused=True)
-    generator = torch.Generator().manual_seed(1)
-    x_0 = torch.randint(0, options.vocab_size - 1, (options.batch_size, options.length), generator=generator)
-    x_0, steps_done = x_0.to(arguments.device), 0
 
     def call() -> float:
         nonlocal steps_done

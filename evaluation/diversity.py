@@ -1,4 +1,4 @@
-"""Diversity and wording of samples. Gen-PPL falls whenever diversity falls, so the two are always read together."""
+"""How diverse samples are, and how many of their words exist. Gen-PPL falls with diversity, so the two are read together."""
 
 import math
 import re
@@ -13,16 +13,16 @@ WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")  # letters, with apostrophes insi
 
 
 def unigram_entropy(samples: Iterable[Sequence[int]] | Iterable[str], unit: str = "tokens") -> float:
-    """Mean over samples of the entropy, in nats, of the unigram counts within a sample (Duo, arXiv 2506.10892).
+    """Entropy of the unigram counts within a sample, in nats; the mean over samples (Duo, arXiv 2506.10892).
 
     Args:
-        samples: token ids (`tokens`: every id counts, BOS and EOS too) or texts (`words`: split at white space;
-            `trigrams`: of characters).
-        unit: "tokens", "words" or "trigrams". For a character model tokens say nothing, and words little while most of
-            them are broken, hence all different: trigrams then tell the temperatures apart.
+        samples: token ids for the unit "tokens", in which BOS and EOS count too; texts for the other units.
+        unit: "tokens", "words" (split at white space) or "trigrams" (of characters). For a character model, tokens say
+            nothing. Words say little while most of them are misspelt, since they then all differ; trigrams still tell
+            temperatures apart.
 
     Raises:
-        ValueError: an unknown unit, or no sample.
+        ValueError: an unknown unit, or no samples.
     """
     if unit not in ENTROPY_UNITS:
         raise ValueError(f"unit must be one of {ENTROPY_UNITS}, not {unit!r}")
@@ -47,9 +47,15 @@ def _entropy(items: Iterable) -> float:
 
 
 def distinct_n(texts: Iterable[str], n: int = 3) -> float:
-    """Different word n-grams over all word n-grams, in all texts together (arXiv 1510.03055); 0 when there is none.
+    """Number of distinct word n-grams divided by that of all word n-grams, over all texts together (arXiv 1510.03055).
 
-    Falls with the amount of text: compare equal numbers of samples of equal length only.
+    It falls with the amount of text: compare only equal numbers of samples of equal length.
+
+    Raises:
+        ValueError: `n` is below 1, or `texts` is a single string.
+
+    Returns:
+        A number in [0, 1]; 0 if there are no n-grams.
     """
     check_number("n", n, COUNT)
     ngrams = Counter()
@@ -60,17 +66,17 @@ def distinct_n(texts: Iterable[str], n: int = 3) -> float:
 
 
 def known_words(texts: Iterable[str], vocabulary: set[str]) -> float:
-    """Share of the words that are in the vocabulary (see `vocabulary_of`), all texts together; 0 when there is none."""
+    """Fraction of the words of all texts that are in the vocabulary (see `vocabulary_of`); 0 if there are no words."""
     words = Counter(word for text in _several(texts) for word in WORD.findall(text.lower()))
     return sum(count for word, count in words.items() if word in vocabulary) / max(words.total(), 1)
 
 
 def _several(texts: Iterable[str]) -> Iterable[str]:
-    if isinstance(texts, str):  # would be read as texts of one letter each
+    if isinstance(texts, str):  # it would be taken for texts of one letter each
         raise ValueError("texts must be several texts, such as a list, not one str")
     return texts
 
 
 def vocabulary_of(texts: Iterable[str]) -> set[str]:
-    """The words of texts: lower-cased runs of letters, with apostrophes inside, without digits and punctuation."""
+    """The different words of some texts: lower-cased runs of letters, which may hold apostrophes."""
     return {word for text in _several(texts) for word in WORD.findall(text.lower())}

@@ -1,4 +1,4 @@
-"""From a model to rows of figures: sample at a grid of steps and temperatures, and let the judge read."""
+"""From a model to rows of figures: samples at a grid of steps and temperatures, scored by the judge."""
 
 import hashlib
 import statistics
@@ -38,7 +38,7 @@ TROUBLE = (ValueError, ArithmeticError, RuntimeError)
 
 @dataclass
 class EvaluationProtocol:
-    """What is held fixed over a table. It alone decides how samples are drawn: a model's generation config is not used.
+    """What is held fixed over a table. It alone determines how samples are drawn: a model's generation config is not used.
 
     Args:
         judge: any causal language model.
@@ -52,7 +52,7 @@ class EvaluationProtocol:
         convention: how Gen-PPL is computed, see `generative_perplexity.py`.
         entropy_unit: "tokens", "words" or "trigrams", see `unigram_entropy`.
         vocabulary: words that count as known, see `known_words`.
-        batch_size: canvases, and texts for the judge, at a time. Changes neither samples nor figures.
+        batch_size: samples that are drawn and judged at a time. It changes neither samples nor figures.
 
     Raises:
         ValueError: names the setting at fault.
@@ -92,7 +92,7 @@ class EvaluationProtocol:
         lockings: Sequence[str] = (FIRST_LOCKING,),
         bound: bool = False,
     ):
-        """Raises ValueError for what this protocol cannot do with a model, before anything is drawn.
+        """Raises ValueError if this protocol cannot be used with a model, before anything is drawn.
 
         Args:
             config: the model's `MDLMConfig`.
@@ -122,7 +122,7 @@ class EvaluationProtocol:
     def generation_config(
         self, steps: int, temperature: float, length: int, count: int, locking: str = FIRST_LOCKING
     ) -> MDLMGenerationConfig:
-        """Everything that `generate` is told: `count` samples of `length` tokens."""
+        """All options of `generate`, for `count` samples of `length` tokens."""
         return MDLMGenerationConfig(
             steps=steps,
             temperature=temperature,
@@ -141,7 +141,7 @@ class EvaluationProtocol:
 
     @cached_property
     def judge_description(self) -> str:
-        """Hashes the judge's weights, when it is first asked for."""
+        """The judge in one line. The first access hashes the judge's weights."""
         return describe_judge(self.judge)
 
     def settings(self, length: int, samples: int, seeds: int) -> dict:
@@ -172,10 +172,10 @@ def evaluate_model(
 ) -> Iterator[dict]:
     """Yields a row for each locking, temperature and number of steps as soon as it is measured, so that the caller can save it.
 
-    A point that `known_rows` already holds for these very weights and this protocol is left out. The same seeds serve
-    every point: one seed gives related texts at every number of steps, so that differences are less noisy than figures.
-    What cannot be measured (a network with NaN logits, nothing to score, an infinite perplexity) is None, and the row's
-    `note` says why.
+    A point that `known_rows` already holds for the same weights and protocol is left out. All points share their seeds: one
+    seed gives related texts at every number of steps, so differences between points are less noisy than the figures.
+    A figure that cannot be measured (NaN logits, nothing to score, an infinite perplexity) is None, and the row's `note` says
+    why.
 
     Args:
         team: the processes that share the work; each yields every row. `known_rows` must be the same in all of them.
@@ -185,8 +185,9 @@ def evaluate_model(
 
     Yields:
         dict: the figures of `FIGURES` (means over seeds), `gen_ppl_std` (sample standard deviation over seeds; None for
-        one seed), `nfe` (forwards of the network really made, mean over samples), `example` (a text), `note`, `weights`
-        (their fingerprint), and the values of `KEY` and `SETTINGS`; with `bound_blocks` those of `measure_bound`.
+        one seed), `nfe` (forwards of the network really made, mean over samples), `example` (a text without BOS and EOS),
+        `note`, `weights` (their fingerprint), and the values of `KEY` and `SETTINGS`; with `bound_blocks` those of
+        `measure_bound`.
 
     Raises:
         ValueError: the protocol does not fit the model, see `EvaluationProtocol.check`.
@@ -264,7 +265,7 @@ def measure_bound(
 
 
 def _holds(row: dict, point: dict) -> bool:
-    """Whether a row has been measured at this point. One without its perplexity is measured once more."""
+    """Whether a row is the measurement of this point. A row without a perplexity is measured again."""
     return row.get("gen_ppl") is not None and point.items() <= row.items()
 
 
@@ -275,7 +276,7 @@ def evaluate_held_out_text(
     known_rows: Sequence[dict] = (),
     team: Team = ALONE,
 ) -> dict:
-    """The row of held-out text: blocks [n, L] in the place of samples, so its point and `nfe` are None."""
+    """The row of held-out text: blocks [n, L] take the place of samples, so its point and `nfe` are None."""
     point = dict.fromkeys(KEY) | {"model": HELD_OUT_TEXT}
     fixed = protocol.settings(blocks.shape[1], samples=len(blocks), seeds=1) | {"text": digest_of(blocks)}
     known = next((row for row in known_rows if _holds(row, point | fixed)), None)
@@ -300,9 +301,9 @@ def draw_samples(
     share: range,
     on_batch: Callable[[int], object] = lambda count: None,
 ) -> tuple[torch.LongTensor, torch.Tensor]:
-    """The samples of a seed whose numbers are in `share`, on the CPU: ids [n, L], and forwards [n] of the network.
+    """The samples of a seed whose numbers are in `share`, on the CPU: ids [n, L] and forwards [n] of the network.
 
-    A sample depends on its seed and its number alone, whoever draws it and with whatever others.
+    A sample depends only on its seed and number, not on the process that draws it or on the samples drawn with it.
     """
     generator = torch.Generator().manual_seed(seed)
     row_keys(share.start, generator)  # those of the samples before
@@ -342,7 +343,7 @@ def measure(
         notes += why
         nfe.append(forwards)
         if seed == 0:
-            example = tokenizer.decode(samples.ids[0])
+            example = samples.text[0].strip()
     mean_nfe = statistics.fmean(nfe) if len(nfe) == seeds else None
     note = "; ".join(dict.fromkeys(notes)) or None
     return {"nfe": mean_nfe} | over_seeds(by_seed) | {"example": example, "note": note}
@@ -351,7 +352,7 @@ def measure(
 def _samples(draw, seed, count, tokenizer, protocol, team) -> tuple[Samples | None, float | None, str | None]:
     """The samples of one seed with their scores, and the mean number of forwards; or None, None and what went wrong.
 
-    Trouble of one process is that of all: every process takes part in every exchange whatever happens to it.
+    An error in one process counts for all: whatever happens, every process takes part in every exchange.
     """
     ids = forwards = scores = trouble = None
     try:
@@ -388,9 +389,9 @@ def _samples(draw, seed, count, tokenizer, protocol, team) -> tuple[Samples | No
 def judged_form(
     ids: torch.LongTensor, tokenizer: PreTrainedTokenizerBase, protocol: EvaluationProtocol
 ) -> list[str] | torch.LongTensor:
-    """Samples [n, L] as the judge reads them: their ids, or their texts with the judge's EOS for the model's BOS and EOS.
+    """Samples [n, L] as the judge reads them: ids, or texts with the judge's EOS in place of the model's BOS and EOS.
 
-    Where the judge's tokenizer puts a BOS in front by itself, the one at the start is left out.
+    If the judge's tokenizer adds a BOS by itself, the mark at the start of a text is left out.
     """
     if protocol.convention == "raw_ids":
         return ids

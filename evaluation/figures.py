@@ -1,7 +1,7 @@
-"""The figures of a set of samples, as one table: a new metric is one line of `FIGURES`.
+"""The figures of a set of samples, in one table: a new metric is one line of `FIGURES`.
 
-The evaluation, the report's tables, the plot and the paper's tables all loop over it. A row of a report written before a
-figure existed stays readable: it only lacks that figure.
+The evaluation, the report's tables, the plot and the paper's tables all loop over it. A row that was written before a figure
+existed stays readable: it merely lacks that figure.
 """
 
 import math
@@ -15,13 +15,13 @@ from evaluation.generative_perplexity import GenerativePerplexity
 
 @dataclass(frozen=True)
 class Samples:
-    """What a figure can read, for samples of one seed.
+    """What a figure can be computed from: the samples of one seed.
 
     Args:
         ids: token ids of each sample.
         text: each sample decoded, BOS and EOS replaced by a space.
-        units: whichever of the two the protocol's `entropy_unit` counts in.
-        judge: the judge's scores; None when it has none, for the reason `trouble`.
+        units: ids or text, whichever the protocol's `entropy_unit` counts.
+        judge: the judge's scores; None if there are none, and `trouble` says why.
     """
 
     ids: Sequence[Sequence[int]]
@@ -88,7 +88,7 @@ FIGURES = (
 
 
 def figures_of(samples: Samples, protocol) -> tuple[dict[str, float | None], list[str]]:
-    """Every figure of one seed by name, and notes that say why one of them could not be measured."""
+    """Every figure of one seed by name, and notes that say why some could not be measured."""
     figures, notes = {}, []
     for figure in FIGURES:
         figures[figure.name] = None

@@ -2,17 +2,18 @@
 
 Two conventions are published, and their figures must not be compared with each other:
 
-- `retokenized` (MDLM, arXiv 2406.07524; Duo, arXiv 2506.10892): samples are text, special tokens written out, and the
-  judge's own tokenizer reads them. Within a window an EOS counts only if it is the first; every other token counts.
-  exp(total NLL / total tokens), over all samples together. Padding is never scored: the published code scores the
-  first padding token of a text without any EOS, so that its figure depends on the batch.
-- `raw_ids` (SDTT, arXiv 2410.21035): the judge reads the samples' own ids, every token counts; the mean over the L - 1
-  predictions of a sample, then over samples, then exp. Needs a judge with the model's vocabulary.
+- `retokenized` (MDLM, arXiv 2406.07524; Duo, arXiv 2506.10892): samples are texts in which BOS and EOS are written out, and
+  the judge's own tokenizer reads them (the name of any other special token as letters). Within a window only the first EOS is
+  scored; every other token is. The figure is exp(total NLL / total tokens) over all samples together. Padding is never
+  scored; the published code scores the first padding token of a text without EOS, so its figure depends on the batch.
+- `raw_ids` (SDTT, arXiv 2410.21035): the judge reads the samples' own ids, and every token is scored. The figure is exp of the
+  mean over samples of the mean over the L - 1 predictions. It needs a judge with the model's vocabulary.
 
-Text longer than the judge's context is cut into windows of that size. Each window is scored on its own, as in the
-published code: its first token is context only, and it sees nothing of the window before it.
+Text longer than the judge's context is cut into windows of that size. As in the published code, each window is scored on its
+own: its first token is only context, and it sees nothing of the window before it.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.judge import context_of, vocabulary_size
+from evaluation.text import encode
 from modeling_mcd.checks_mdlm import COUNT, check_number
 
 
@@ -66,21 +68,38 @@ def score(
     convention: str,
     batch_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Total NLL in nats [samples] float64 and number of scored tokens [samples], by the convention's rules."""
+    """Total NLL in nats [samples] float64 and number of scored tokens [samples] int64, by the convention's rules."""
     if convention == "retokenized":
         if judge_tokenizer is None:
             raise ValueError(
                 "judge_tokenizer is None, but the convention retokenized needs it: give it, or take raw_ids"
             )
-        sequences = [judge_tokenizer(text, verbose=False)["input_ids"] for text in samples]
+        sequences = [read_as_judge(text, judge_tokenizer) for text in samples]
         return sequence_nll(sequences, judge, batch_size, judge_tokenizer.eos_token_id)
     if convention == "raw_ids":
         return sequence_nll([[int(token) for token in ids] for ids in samples], judge, batch_size)
     raise ValueError(f"convention must be one of {CONVENTIONS}, not {convention!r}")
 
 
+def read_as_judge(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a text, with the special tokens that the tokenizer adds around it.
+
+    The names of BOS and EOS in the text stand for these tokens; the name of any other special token is read as letters.
+    """
+    marks = {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
+    others = {token for token in tokenizer.all_special_tokens if len(token) > 1} - marks - {tokenizer.unk_token}
+    if not any(name in text for name in others):
+        return tokenizer(text, verbose=False)["input_ids"]
+    ids = []
+    for part in re.split("(" + "|".join(map(re.escape, sorted(marks))) + ")", text) if marks else [text]:
+        ids += [tokenizer.convert_tokens_to_ids(part)] if part in marks else encode([part], tokenizer)[0]
+    letter, around = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    start = next(i for i in range(len(around)) if around[i : i + len(letter)] == letter)
+    return [*around[:start], *ids, *around[start + len(letter) :]]
+
+
 def perplexity_of(nll: torch.Tensor, tokens: torch.Tensor, convention: str) -> GenerativePerplexity:
-    """The average of scores as the convention says. Raises ValueError where no token was scored."""
+    """Averages scores as the convention says. Raises ValueError if no token was scored."""
     scored = tokens > 0
     if not scored.any():
         raise ValueError(

@@ -1,23 +1,28 @@
-"""The judge of generative perplexity: how it is loaded, checked, described and identified."""
+"""The judge of generative perplexity: loading, checking, describing and identifying it."""
 
 import hashlib
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_mcd.loading import load_pretrained, reason_of
+from modeling_mcd.loading import load_pretrained, load_tokenizer, reason_of
 
 
 def load_judge(
     name: str, dtype: str = "float32", device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in eval mode, and its tokenizer, from a folder or the Hub (`name@revision`).
+    """Loads a causal language model, in eval mode, and its tokenizer from a folder or the Hub (`name@revision`).
+
+    Args:
+        name: folder or Hub name.
+        dtype: of the weights, such as "float32".
+        device: where the model runs.
 
     Raises:
         ValueError: it cannot be loaded, or it is not a complete causal language model (see `check_judge`).
     """
-    tokenizer = load_pretrained(AutoTokenizer, "judge", name)
+    tokenizer = load_tokenizer(name, "judge")
     judge, loading = load_pretrained(
         AutoModelForCausalLM, "judge", name, dtype=getattr(torch, dtype), output_loading_info=True
     )
@@ -36,11 +41,13 @@ def load_judge(
 
 
 def check_judge(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-    """Raises ValueError unless all weights are finite, the tokenizer's ids exist and no logit depends on a later token."""
+    """Raises ValueError unless all weights are finite, all of the tokenizer's ids exist, and no logit sees a later token."""
     for name, parameter in judge.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"its weight {name} holds a number that is not finite")
-    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # what transformers makes of no files
+    if set(tokenizer.get_vocab().values()) <= set(
+        tokenizer.all_special_ids
+    ):  # transformers makes such a tokenizer when there are no files
         raise ValueError("its tokenizer has no tokens but special ones: the tokenizer's files are missing")
     vocabulary = vocabulary_size(judge)
     if len(tokenizer) > vocabulary:
@@ -61,7 +68,7 @@ def check_judge(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
 
 
 def check_same_ids(tokenizer: PreTrainedTokenizerBase, judge_tokenizer: PreTrainedTokenizerBase):
-    """Raises ValueError unless the judge reads every id, other than [MASK], as the token that the model wrote."""
+    """Raises ValueError unless both tokenizers give every id, except [MASK], the same meaning."""
     ids = [i for i in range(len(tokenizer)) if i != tokenizer.mask_token_id]
     known = len(judge_tokenizer)
     theirs = judge_tokenizer.convert_ids_to_tokens([i for i in ids if i < known]) + [None] * sum(
@@ -76,17 +83,17 @@ def check_same_ids(tokenizer: PreTrainedTokenizerBase, judge_tokenizer: PreTrain
 
 
 def vocabulary_size(judge: PreTrainedModel) -> int:
-    """Also of a multimodal model, whose text configuration is nested."""
+    """The size of the judge's vocabulary, also for a multimodal model, whose text configuration is nested."""
     return judge.config.get_text_config().vocab_size
 
 
 def context_of(judge: PreTrainedModel) -> int | None:
-    """Tokens that the judge can see; None when its positions have no end."""
+    """The number of tokens that the judge can see at once; None if it has no limit."""
     return getattr(judge.config.get_text_config(), "max_position_embeddings", None)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """16 hexadecimal digits that change with any weight: a label or a path does not say which weights it stood for."""
+    """16 hexadecimal digits that change with any weight. A label or a path does not identify the weights."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -95,7 +102,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def describe_judge(judge: PreTrainedModel) -> str:
-    """Name, class, size and weights of a judge in one line; of a local folder, only the last part. Hashes all weights."""
+    """The judge's name (for a local folder its last part), class, size and fingerprint in one line. Hashes all weights."""
     name = judge.name_or_path
     if Path(name).is_dir():
         name = Path(name).resolve().name

@@ -1,7 +1,7 @@
-"""Gen-PPL at matched entropy: what a model's Gen-PPL would be if it were as diverse as held-out text.
+"""Gen-PPL at matched entropy: what a model's Gen-PPL would be if its samples were as diverse as held-out text.
 
-A lower temperature lowers Gen-PPL and entropy together, so Gen-PPL alone cannot rank models. Over a sweep of temperatures
-log Gen-PPL is interpolated linearly in entropy to a common entropy. The choice of that entropy can reverse the ranking,
+A lower temperature lowers Gen-PPL and entropy together, so Gen-PPL alone cannot rank models. Over a sweep of temperatures,
+log Gen-PPL is interpolated linearly in entropy, to the entropy of held-out text. The kind of entropy can reverse the ranking,
 so a report whose unit is words also gives the figure at matched entropy of character trigrams.
 """
 
@@ -26,8 +26,8 @@ MATCHED = {
 def matched_gen_ppl(rows: Sequence[dict], entropy: float, by: str = "entropy") -> tuple[float, float] | None:
     """(Gen-PPL, entropy actually reached) of one model and number of steps, whose rows differ in temperature alone.
 
-    If the sweep does not bracket the entropy, the figures of its nearest row. A single row counts only within
-    `TOLERANCE`: None otherwise. Rows that lack either figure are left out.
+    If the sweep does not bracket the entropy, these are the figures of its nearest row. A single row counts only within
+    `TOLERANCE`, otherwise the result is None. Rows that lack either figure are ignored.
     """
     measured = [row for row in rows if None not in (row.get(by), row.get("gen_ppl"))]
     points = sorted((row[by], math.log(row["gen_ppl"])) for row in measured)

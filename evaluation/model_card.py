@@ -10,10 +10,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from evaluation.evaluate_model import FIRST_LOCKING
 from evaluation.table import markdown_table, plain_rows, tables_of
 from modeling_mcd.files import write_atomically
+from modeling_mcd.requirements_mdlm import MINIMUM
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-TRANSFORMERS = "5.17"  # as in setup.py: the oldest that loads the models
 # The last line of a card that this library wrote: a digest of all that stands above it.
 MARK = re.compile(r"<!-- Made from eval\.json; not written again once changed by hand: (\w{16}) -->\n\Z")
 BESIDE = "eval_card.md"  # the card where README.md is the user's
@@ -54,7 +54,7 @@ def write_model_card(folder: str | Path, report: dict, name: str | None = None) 
         name=name,
         by_hand=by_hand,
         causal=causal,
-        transformers=TRANSFORMERS,
+        transformers=MINIMUM,
         repository=report.get("repository"),
         place=json.dumps(report.get("repository") or "."),
         context=_context(folder) if causal else None,

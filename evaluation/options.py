@@ -1,4 +1,4 @@
-"""The options of an evaluation: the same in a recipe and on the command line of `run_eval.py`."""
+"""The options of an evaluation, the same in a recipe and on the command line of `run_eval.py`."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,13 +25,13 @@ class EvaluationArguments:
         default=None, metadata={"help": "Causal language model, folder or Hub name; null: no evaluation."}
     )
     judge_dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "Of the judge's weights."}
+        default="float32", metadata={"help": "Precision of the judge's weights."}
     )
     convention: Literal[CONVENTIONS] = field(
         default="retokenized", metadata={"help": "What the judge reads: the samples' text, or their token ids."}
     )
     entropy_unit: Literal[ENTROPY_UNITS] = field(
-        default="tokens", metadata={"help": "What the entropy counts; take words for a character model."}
+        default="tokens", metadata={"help": "What the entropy counts; use words for a character model."}
     )
     evaluation_steps: list[int] = field(
         default_factory=lambda: [4, 8, 16, 32, 64], metadata={"help": "Numbers of sampling steps."}
@@ -66,10 +66,10 @@ class EvaluationArguments:
         default=None, metadata={"help": "What follows the steps, see docs/generation.md."}
     )
     evaluation_precision: Literal[CHOICES["precision"]] = field(
-        default="float64", metadata={"help": "Of the draws; legacy_float32 is that of the original code."}
+        default="float64", metadata={"help": "Precision of the draws; legacy_float32 is that of the original code."}
     )
     evaluation_batch_size: int = field(
-        default=32, metadata={"help": "Canvases, and texts for the judge, at a time; changes no figure."}
+        default=32, metadata={"help": "Samples that are drawn and judged at a time; changes no figure."}
     )
 
     def __post_init__(self):
@@ -95,7 +95,7 @@ class EvaluationArguments:
         check_numbers(self, **dict.fromkeys(names, AT_LEAST_1), evaluation_length=("be at least 2", lambda n: n >= 2))
 
     def protocol(self, judge, judge_tokenizer, vocabulary: set[str] | None = None) -> EvaluationProtocol:
-        """The protocol of these options with a loaded judge."""
+        """The evaluation protocol that these options describe, with a loaded judge."""
         names = ("samples", "seeds", "length", "sampler", "last_step", "precision", "batch_size")
         return EvaluationProtocol(
             judge,

@@ -16,9 +16,9 @@ from modeling_mcd.files import write_atomically
 
 @contextlib.contextmanager
 def report_lock(folder: str | Path) -> Iterator[None]:
-    """Waits until no other process is changing the report of a folder, and keeps them out. Not reentrant.
+    """Waits until no other process is changing the report of a folder, then keeps others out. Not reentrant.
 
-    It is held for a merge, not for an evaluation: several evaluations and a training may share a folder.
+    It is held while rows are merged, not during an evaluation: several evaluations and a training may share a folder.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -31,10 +31,10 @@ def report_lock(folder: str | Path) -> Iterator[None]:
 
 
 def load_report(folder: str | Path) -> dict:
-    """`eval.json` of a folder, `{"results": []}` when there is none.
+    """The content of a folder's `eval.json`, or `{"results": []}` if there is none.
 
-    Rows need their key and settings only: an older report lacks the figures that did not exist yet, and rows without a
-    locking are of the only one that there was.
+    Rows need only their key and settings: an older report lacks the figures that did not exist yet, and its rows without a
+    locking have the only one that there was.
 
     Raises:
         ValueError: the file is not a report.
@@ -56,13 +56,13 @@ def load_report(folder: str | Path) -> dict:
 
 
 def save_results(folder: str | Path, rows: Sequence[dict] = (), **about) -> dict:
-    """Merges rows into the folder's `eval.json` and returns the complete report. The file is replaced at once or not at all.
+    """Merges rows into the folder's `eval.json` and returns the complete report. The file is replaced completely or not at all.
 
-    A row replaces the one of the same point and protocol (`KEY` and `SETTINGS`). Rows that another process saved
-    meanwhile are kept. `about` is kept beside the results; None leaves an entry unchanged, and a dictionary adds to one.
-    It is anything that JSON can hold; the card reads `label` (the row label of the folder's own model), `recipe` (YAML),
+    A row replaces the one with the same point and protocol (`KEY` and `SETTINGS`). Rows that another process has saved
+    meanwhile are kept. `about` is stored beside the results, as any JSON values: None leaves an entry unchanged, and a
+    dictionary is merged into the old one. The card reads `label` (the row label of the folder's own model), `recipe` (YAML),
     `data` and `method` (a sentence each), `figures` (a list of lines with other figures of the folder's model), `kind`
-    ("causal" for an autoregressive model) and `repository` (where the folder is on the Hub).
+    ("causal" for an autoregressive model) and `repository` (the folder's name on the Hub).
 
     Raises:
         ValueError: `eval.json` is not a report, or a value is infinite or NaN; the file is left as it was.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
-from transformers import AutoTokenizer
 
 from evaluation.diversity import vocabulary_of
 from evaluation.judge import load_judge
@@ -23,7 +22,7 @@ from evaluation.results import load_report
 from evaluation.text import read_texts, text_blocks
 from modeling_mcd import MDLMConfig
 from modeling_mcd.command_line import OneLineParser
-from modeling_mcd.loading import check_tokens, load_model, load_pretrained, read_checkpoint
+from modeling_mcd.loading import check_tokens, load_model, load_tokenizer, read_checkpoint
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,12 +73,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, required: tuple[st
 
 def main(arguments: list[str] | None = None):
     """The command line. A mistake of the user ends in one line on standard error, see `command_line.py`."""
-    commands = parser()
-    options = commands.parse_args(arguments)
-    try:
-        run(options)
-    except Exception as error:
-        commands.fail(error)
+    parser().run(run, arguments)
 
 
 def run(options: argparse.Namespace):
@@ -100,7 +94,7 @@ def run(options: argparse.Namespace):
         configs[label] = read_checkpoint(path).config
         check_length(path, configs[label], judging.evaluation_length)
         name = options.tokenizer or path
-        tokenizers[label] = load_pretrained(AutoTokenizer, "tokenizer" if options.tokenizer else "model", name)
+        tokenizers[label] = load_tokenizer(name, "tokenizer" if options.tokenizer else "model")
         check_tokens(tokenizers[label], configs[label])
     vocabulary = options.vocabulary_text and vocabulary_of(read_texts(options.vocabulary_text))
     reference = options.reference_text and read_texts(options.reference_text)

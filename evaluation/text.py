@@ -1,8 +1,8 @@
-"""Text into blocks of fixed length, for training and for held-out text: BOS + text + EOS, with EOS between documents.
+"""Cuts text into blocks of fixed length, for training and for held-out text: BOS + text + EOS, with EOS between documents.
 
-All documents are one long stream of tokens, cut every `length - 2` tokens; only the last, incomplete block of the whole
-stream is dropped. A block therefore depends on the text, the tokenizer and the length alone: not on a batch size, nor on how
-a long document is divided so that tokenising it takes little memory.
+All documents form one long stream of tokens, which is cut every `length - 2` tokens. Only the incomplete block at the end of
+the stream is dropped. So a block depends only on the text, the tokenizer and the length; not on a batch size, nor on how a long
+document arrives in pieces.
 
 Text is text: the letters "[MASK]" in it are tokenised as letters, and so is the name of every other special token.
 """
@@ -14,17 +14,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from evaluation.text_sources import open_text
 
 
-BATCH = 2**18  # characters tokenised at a time; a token takes some 200 bytes until it is an integer
-PART = 2**15  # characters of a long document that are tokenised apart from the rest
+logger = logging.get_logger(__name__)
+
+BATCH = 2**18  # characters that are tokenised at a time; a token takes some 200 bytes until it is an integer
+PART = 2**15  # a long document is divided into parts of about this many characters
+LONGEST = 2**18  # a part is cut after this many characters even if there is no good place for it
 CONTEXT = 128  # characters on either side of a cut that are tokenised to check it
 
-# How vocabularies write a space and a line end: as they are, byte-level (GPT-2), or as SentencePiece does.
+# How vocabularies write a space and a line end: unchanged, byte-level (GPT-2), or as SentencePiece does.
 SPACE, NEWLINE, BLANK = " Ġ▁", "\nĊ", r" Ġ▁\nĊ\rč\tĉ\s"
-# Where a document may be cut, and the tokens that forbid it because they could lie across the cut.
+# Places where a document may be cut, each with the tokens that forbid it because they could span the cut.
 CUTS = (
     (re.compile(r"\S(?= )"), re.compile(f"[^{BLANK}][{SPACE}]")),
     (re.compile(r"\S(?=\n)"), re.compile(f"[^{BLANK}][{NEWLINE}]")),
@@ -34,12 +38,15 @@ CUTS = (
 
 
 def read_texts(source: str | Path, column: str = "text", split: str = "train") -> list[str]:
-    """All documents of a text, see `open_text`, which says what the arguments are and what it raises."""
+    """All documents of a text. Arguments and errors are those of `open_text`."""
     return ["".join(document) for document in open_text(source, column=column, split=split).documents()]
 
 
 def text_blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> torch.LongTensor:
-    """At most `count` blocks [count, length], spread evenly over the documents `texts`.
+    """At most `count` blocks, evenly spread over the documents `texts`.
+
+    Returns:
+        [count or fewer, length] int64.
 
     Raises:
         ValueError: less text than one block, a count below 1, or a tokenizer without BOS or EOS.
@@ -52,7 +59,7 @@ def text_blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length
 
 
 def check_blocks(tokenizer: PreTrainedTokenizerBase, length: int):
-    """Raises ValueError unless blocks of this length can be made with this tokenizer."""
+    """Raises ValueError if blocks of this length cannot be made with this tokenizer."""
     if length < 3:
         raise ValueError(f"block_length is {length}, but a block is BOS + text + EOS: at least 3")
     for name in ("bos_token_id", "eos_token_id"):
@@ -65,10 +72,13 @@ def check_blocks(tokenizer: PreTrainedTokenizerBase, length: int):
 def pack(
     documents: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase, length: int, name: str = "the text"
 ) -> Iterator[np.ndarray]:
-    """Yields the blocks [length] int32 of documents, each given as an iterable of its pieces.
+    """Yields the blocks [length] int32 of documents, each of which is an iterable of its pieces.
+
+    Args:
+        name: what an error calls the text.
 
     Raises:
-        ValueError: less text than one block (`name` says whose), or what `check_blocks` refuses.
+        ValueError: less text than one block, or what `check_blocks` refuses.
     """
     check_blocks(tokenizer, length)
     body, rest, tokens, blocks = length - 2, np.empty(0, dtype=np.int32), 0, 0
@@ -110,12 +120,12 @@ def token_stream(documents: Iterable[Iterable[str]], tokenizer: PreTrainedTokeni
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Ids of texts without added tokens. The name of a special token in a text is read as the letters it is made of.
+    """The ids of texts, with no special tokens added. The name of a special token in a text is read as letters.
 
-    Some vocabularies hold such a name as an ordinary entry too. It is then cut after its first character.
+    Some vocabularies also hold such a name as an ordinary entry. It is then cut after its first character.
 
     Raises:
-        ValueError: when a text gives the mask's id even so.
+        ValueError: a text gives the mask's id all the same.
     """
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     encoded = tokenizer(texts, **options, return_attention_mask=False)["input_ids"]
@@ -136,17 +146,19 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[in
 
 
 class Divider:
-    """Divides long documents where the tokens of the parts, one after the other, are the tokens of the document.
+    """Divides long documents so that the tokens of the parts, concatenated, are the tokens of the document.
 
-    A cut is made only where both hold:
+    A cut is made only where both conditions hold:
 
-    1. No token of the vocabulary lies across it: none holds a character that is no blank before a space, say. So no merge of
-       a BPE and no piece of a Unigram model can cross, and the two sides are tokenised independently of one another.
-    2. `CONTEXT` characters on either side give the same ids together as apart. That covers what is not the vocabulary's:
-       normalisers that look at neighbours, prefixes at the start of a text, unknown tokens that are fused, and
+    1. No token of the vocabulary can span it. Before a space, for example, no token may hold a non-blank character followed by
+       a space. So no merge of a BPE and no piece of a Unigram model crosses the cut, and the two sides are independent.
+    2. `CONTEXT` characters on either side give the same ids together as apart. This covers everything that is not in the
+       vocabulary: normalisers that look at neighbours, prefixes at the start of a text, unknown tokens that are fused, and
        pre-tokenisers that look ahead.
 
-    Where there is no such place, the document grows until there is one: the result is then right, at the price of memory.
+    If no place qualifies for `LONGEST` characters (merges that cross spaces, or a text that has none), bounded memory comes
+    first: the document is cut where the second condition holds, or anywhere if it never does. The tokens next to such a cut
+    may differ from those of the undivided document, but they do not depend on how the document was read.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -154,7 +166,7 @@ class Divider:
 
     @property
     def cuts(self) -> list[re.Pattern]:
-        """The kinds of places that the vocabulary allows; found when a document is long enough to need them."""
+        """The kinds of places that the vocabulary allows. Computed only when a document is long enough to need them."""
         if self._cuts is None:
             special = set(self.tokenizer.all_special_tokens)
             tokens = [token for token in self.tokenizer.get_vocab() if token not in special]
@@ -163,13 +175,15 @@ class Divider:
 
     def parts(self, document: Iterable[str]) -> Iterator[tuple[str, bool]]:
         """Yields (part, whether it is the last of the document)."""
-        text, start = "", 0  # what is left of the document; where in it to look for the next cut
+        text, start = "", 0  # the rest of the document; where in it to look for the next cut
         for piece in document:
             text += piece
             begin = 0
             while start + PART + CONTEXT <= len(text):
                 place = self.place(text, start, start + PART)
                 start += PART
+                if place is None and start - begin >= LONGEST:
+                    place = self.forced_place(text, start)
                 if place is not None:
                     yield text[begin:place], False
                     begin = start = place
@@ -177,14 +191,26 @@ class Divider:
         yield text, True
 
     def place(self, text: str, start: int, end: int) -> int | None:
-        """The last good place for a cut in the later half of text[start:end]; None if the best few are not good."""
+        """The last good place for a cut in the second half of text[start:end]; None if the last few candidates are not good."""
         start = (start + end) // 2
         for cut in self.cuts:
             candidates = [match.end() for match in cut.finditer(text, max(start, end - 1024), end)]
             candidates = candidates or [match.end() for match in cut.finditer(text, start, end)]
             for place in candidates[:-9:-1]:
-                left, right = text[max(place - CONTEXT, 0) : place], text[place : place + CONTEXT]
-                together, *apart = encode([left + right, left, right], self.tokenizer)
-                if together == [*apart[0], *apart[1]]:
+                if self.same_apart(text, place):
                     return place
         return None
+
+    def forced_place(self, text: str, end: int) -> int:
+        """Where to cut, at `end` or shortly before, although the vocabulary allows no cut."""
+        logger.warning_once(
+            f"for {LONGEST} characters, the text has no place that no token of this tokenizer can span: it is cut there "
+            "all the same, and the tokens next to the cut may differ from those of the undivided text"
+        )
+        return next((place for place in range(end, end - CONTEXT, -1) if self.same_apart(text, place)), end)
+
+    def same_apart(self, text: str, place: int) -> bool:
+        """Whether `CONTEXT` characters on either side of a place give the same ids together as apart."""
+        left, right = text[max(place - CONTEXT, 0) : place], text[place : place + CONTEXT]
+        together, *apart = encode([left + right, left, right], self.tokenizer)
+        return together == [*apart[0], *apart[1]]

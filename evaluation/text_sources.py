@@ -39,13 +39,13 @@ class TextSource:
 
     Args:
         name: what the user gave, for messages.
-        digest: 16 hexadecimal digits that change with the content. For plain text the digest of the characters read; for
-            other files that of their bytes; for a saved or a Hub dataset what identifies it in `datasets`; for a streamed Hub
-            dataset, whose content nobody has seen yet, its name, configuration, revision and split.
+        digest: 16 hexadecimal digits that change with the content. They are computed from the characters of plain text, from
+            the bytes of other files, and from the fingerprint that `datasets` gives a saved or a Hub dataset. A streamed Hub
+            dataset has not been read yet: its digest covers only its name, configuration, revision and split.
         files: the files, if it is plain text.
         rows: the rows, if it is a table.
         column: the column of `rows` that holds the text.
-        uses: the options of `open_text` that had a meaning for this source.
+        uses: the options of `open_text` that mattered for this source.
     """
 
     name: str
@@ -56,10 +56,10 @@ class TextSource:
     uses: tuple[str, ...] = ()
 
     def documents(self) -> Iterator[Iterator[str]]:
-        """The documents, each as an iterator of its pieces, so that no document needs to fit into memory.
+        """The documents, each as an iterator over its pieces, so that no document has to fit into memory.
 
         Raises:
-            ValueError: names the row and the column that do not hold text.
+            ValueError: a row does not hold text; names the row and the column.
         """
         for file in self.files:
             yield _read_plain(file)
@@ -87,7 +87,7 @@ def open_text(
     revision: str | None = None,
     streaming: bool = False,
 ) -> TextSource:
-    """Finds a text and checks what can be checked without tokenising it. All plain text is read once.
+    """Finds a text and checks everything that can be checked without tokenising it. Plain text is read once, completely.
 
     Args:
         source: a file, a folder of files of one kind, a folder written by `Dataset.save_to_disk`, or the name of a Hub dataset.
@@ -97,8 +97,8 @@ def open_text(
         streaming: read a table row by row instead of preparing it in the cache of `datasets`.
 
     Raises:
-        FileNotFoundError: no such file, folder or dataset, or a folder without text.
-        ValueError: a file that is not UTF-8 (with the offset), a kind of file that is not read, or no such column or split.
+        FileNotFoundError: there is no such file, folder or dataset, or the folder holds no text.
+        ValueError: a file is not UTF-8 (names the offset) or of a kind that is not read, or there is no such column or split.
     """
     path, name = Path(source), str(source)
     suffix = path.suffix.lower()
@@ -161,7 +161,7 @@ def datasets_library(text: str) -> ModuleType:
 
 
 def _read_plain(file: Path) -> Iterator[str]:
-    """The characters of a UTF-8 file, piece by piece, without a byte-order mark, with `\\n` at the end of a line."""
+    """Yields the characters of a UTF-8 file in pieces, without a byte-order mark, with `\\n` at the end of a line."""
     try:
         with file.open(encoding="utf-8-sig", newline=None) as opened:
             while piece := opened.read(PIECE):
@@ -181,7 +181,7 @@ def _remedy(content: bytes) -> str:
 
 
 def _digest_of_plain(files: list[Path]) -> str:
-    """Reads every file to its end. Raises ValueError for one that is no plain text."""
+    """The digest of files, each of which is read to its end. Raises ValueError for a file that is not plain text."""
 
     def digests():
         for file in files:
@@ -215,7 +215,7 @@ def _is_json(start: str) -> bool:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The files under a folder in the order of their paths, without hidden files, README and LICENSE."""
+    """The files in a folder and its subfolders, ordered by path, without hidden files, README and LICENSE."""
 
     def is_text(file: Path) -> bool:
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
@@ -228,7 +228,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _kind_of(files: list[Path], name: str) -> str:
-    """The one kind of some files. Raises ValueError for a kind that is not read, or for several."""
+    """The kind that all files have. Raises ValueError for a kind that is not read, or for several kinds."""
     first = {}  # kind -> its first file
     for file in files:
         suffix = file.suffix.lower()
@@ -244,7 +244,7 @@ def _kind_of(files: list[Path], name: str) -> str:
 
 
 def _read_saved(folder: Path, split: str, streaming: bool) -> tuple[Dataset | IterableDataset, str, tuple[str, ...]]:
-    """A folder of `save_to_disk`: its rows, their digest, and the options that had a meaning."""
+    """Reads a folder written by `save_to_disk`: its rows, their digest, and the options that mattered."""
     datasets = datasets_library(str(folder))
     try:
         saved, used = datasets.load_from_disk(str(folder)), ("column",)
@@ -259,12 +259,12 @@ def _read_saved(folder: Path, split: str, streaming: bool) -> tuple[Dataset | It
 
 
 def _is_disk_error(error: Exception) -> bool:
-    """Whether a file could not be read or written, as opposed to not understood or not found on the Hub."""
+    """Whether an error comes from reading or writing a file, not from its content or from the Hub."""
     return getattr(error, "errno", None) is not None or "disk space" in str(error)
 
 
 def build_dataset(builder, *arguments, **options) -> Dataset | IterableDataset:
-    """Calls a function that makes a dataset; re-raises the original error, not the wrapper of `datasets`."""
+    """Calls a function that makes a dataset; re-raises the original error instead of the wrapper of `datasets`."""
     from datasets.exceptions import DatasetGenerationError
 
     try:

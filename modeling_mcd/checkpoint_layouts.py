@@ -1,7 +1,7 @@
 """The layouts in which MDLM, SDTT and Duo publish the network of the family, and how their names and settings map to ours.
 
-All hold the diffusion transformer of MDLM (arXiv 2406.07524). They differ in the prefix of the parameters' names and in what
-their config.json says; so shapes are taken from the weights, and the rest from the configuration.
+All hold the diffusion transformer of MDLM (arXiv 2406.07524). They differ in the prefix of the parameters' names and in the
+content of config.json. So shapes are taken from the weights, and everything else from the configuration.
 """
 
 import json
@@ -46,13 +46,14 @@ AFTER_BLOCKS = {
     "output_layer.adaLN_modulation.weight": "model.norm_modulation.weight",
     "output_layer.adaLN_modulation.bias": "model.norm_modulation.bias",
 }
-ROTARY_BUFFER = "rotary_emb.inv_freq"  # in every published file; ours computes it
+ROTARY_BUFFER = "rotary_emb.inv_freq"  # in every published file; our network computes it
 WRAPPERS = ("backbone.", "module.", "_orig_mod.")  # Lightning and MDLM's class, DistributedDataParallel, torch.compile
 
 UNIFORM_ALGORITHMS = ("duo", "duo_base", "distillation")  # names of Duo's runs on uniform noise
-# [MASK] is the last token but in two vocabularies: bert-base-uncased and text8.
+# [MASK] is the last token except in two vocabularies: bert-base-uncased and text8.
 MASK_TOKEN_IDS = {30522: 103, 35: 4}
-# Ours alone: written into a published config too, where the authors' code ignores it, so that the way back is exact.
+# Fields that only our configuration has. They are written into a published config.json too, where the authors' code ignores
+# them, so that converting back is exact.
 OWN_SETTINGS = (
     *("diffusion_kind", "noise_schedule", "noise_epsilon"),
     *("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id"),
@@ -60,7 +61,7 @@ OWN_SETTINGS = (
 
 
 def parameter_names(blocks: int) -> dict[str, str]:
-    """Published name -> ours, in the order of the published `parameters()`, which is the order of an EMA."""
+    """Published name -> our name, in the order of the published `parameters()`, which is also the order of an EMA."""
     inside = {
         f"blocks.{i}.{theirs}": f"model.layers.{i}.{ours}" for i in range(blocks) for theirs, ours in BLOCK.items()
     }

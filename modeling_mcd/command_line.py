@@ -1,7 +1,7 @@
-"""What every command of the library has in common: a user's mistake ends in one line on standard error.
+"""What all commands of the library share: a user's mistake ends in one line on standard error.
 
-Exit status 2: the command line, or the recipe, is wrong as it is written. Status 1: what it asks for cannot be done, or failed
-on the way. Any other error is a fault of ours: it keeps its traceback, and status 1.
+Exit status 2 means that the command line or the recipe is wrong as written. Status 1 means that what it asks for cannot be
+done, or has failed. Any other error is a bug of ours: it keeps its traceback, with status 1.
 """
 
 import argparse
@@ -9,13 +9,13 @@ import difflib
 import errno
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from safetensors import SafetensorError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that names the nearest valid argument, and says in one line what is wrong."""
+    """A parser whose errors are one line, which names the nearest valid argument where there is a typo."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
@@ -30,24 +30,28 @@ class OneLineParser(argparse.ArgumentParser):
         return options
 
     def error(self, message: str):
-        """Ends the command for a mistake in its words."""
+        """Exits with status 2 for a mistake in the command line."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
-    def fail(self, error: Exception):
-        """Ends the command for an error on the way. Raises it again if it is no mistake of the user's."""
-        line = line_of(error)
-        if line is None:
-            raise error
-        self.exit(1, f"{self.prog}: error: {line}\n")
+    def run(self, command: Callable[[argparse.Namespace], object], arguments: list[str] | None):
+        """Parses the arguments and calls `command` with the options. A user's mistake exits with one line and status 1."""
+        options = self.parse_args(arguments)
+        try:
+            command(options)
+        except Exception as error:
+            line = line_of(error)
+            if line is None:
+                raise
+            self.exit(1, f"{self.prog}: error: {line}\n")
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """The one of some words that is most like `word`."""
+    """The word that is most similar to `word`."""
     return difflib.get_close_matches(word, list(words), n=1, cutoff=0.0)[0]
 
 
 def one_line_errors(main):
-    """Makes an entry point end in one line on standard error and status 1, without a traceback, for a user's mistake."""
+    """A decorator for entry points: a user's mistake exits with one line on standard error and status 1, no traceback."""
 
     @functools.wraps(main)
     def wrapped(arguments: list[str] | None = None):
@@ -63,9 +67,9 @@ def one_line_errors(main):
 
 
 def line_of(error: Exception) -> str | None:
-    """What to tell the user of an error, in one line; None for an error that is no mistake of the user's."""
+    """What to tell the user about an error, in one line; None for an error that is not the user's mistake."""
     if disk_is_full(error):
-        # Of a copy, `filename` is what was read, and `filename2` what could not be written.
+        # When a file is copied, `filename` is what was read and `filename2` what could not be written.
         file = getattr(error, "filename2", None) or getattr(error, "filename", None) or f"a file ({error})"
         line = f"no space left on the disk while writing {file}: free some and start again"
     elif isinstance(error, OSError) and error.filename is not None:  # no permission, a file for a folder, ...
@@ -78,7 +82,7 @@ def line_of(error: Exception) -> str | None:
 
 
 def disk_is_full(error: Exception) -> bool:
-    """safetensors, torch and datasets have errors of their own for a failed write, without its number."""
+    """Whether a write failed because the disk is full. safetensors, torch and datasets raise errors without an errno."""
     words = (
         "No space left on device",
         "Not enough disk space",

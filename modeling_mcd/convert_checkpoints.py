@@ -5,6 +5,7 @@ LLaDA, Dream and A2D as the network of transformers that each one is.
 mcd-convert SOURCE OUT [--revision R] [--ema] [--to ours|native|mdlm|sdtt|duo]
 """
 
+import argparse
 import os
 from pathlib import Path
 
@@ -86,31 +87,34 @@ def check_out(out: Path, source: Path):
         raise ValueError(f"{str(out)!r} cannot be written: {str(parent)!r} is not a folder that you may write to")
 
 
-def main(arguments: list[str] | None = None):
-    """The command line. A mistake of the user ends in one line on standard error, see `command_line.py`."""
-    parser = OneLineParser(prog="mcd-convert", description=__doc__.split("\n")[0])
-    parser.add_argument("source", metavar="SOURCE", help="Hub id, id@revision, folder, or file.")
-    parser.add_argument("out", metavar="OUT", help="Folder to write; must not be there yet.")
-    parser.add_argument("--revision", help="Branch, tag or commit on the Hub.")
-    parser.add_argument("--ema", action="store_true", help="The moving average of a Lightning file, not its weights.")
-    parser.add_argument(
+def parser() -> OneLineParser:
+    result = OneLineParser(prog="mcd-convert", description=__doc__.split("\n")[0])
+    result.add_argument("source", metavar="SOURCE", help="Hub id, id@revision, folder, or file.")
+    result.add_argument("out", metavar="OUT", help="Folder to write; must not be there yet.")
+    result.add_argument("--revision", help="Branch, tag or commit on the Hub.")
+    result.add_argument("--ema", action="store_true", help="The moving average of a Lightning file, not its weights.")
+    result.add_argument(
         "--to", choices=LAYOUTS, help="Layout of OUT; ours by default, native for a network of transformers."
     )
-    parser.add_argument(
+    result.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Of the weights."
     )
-    parser.add_argument(
+    result.add_argument(
         "--kind", choices=("absorbing", "uniform"), help="The kind of noise, where no configuration says it."
     )
-    parser.add_argument("--trust-pickle", action="store_true", help="Unpickle anything: that can run any code.")
-    given = parser.parse_args(arguments)
+    result.add_argument("--trust-pickle", action="store_true", help="Unpickle anything: that can run any code.")
+    return result
+
+
+def main(arguments: list[str] | None = None):
+    """The command line. A mistake of the user ends in one line on standard error, see `command_line.py`."""
+    parser().run(run, arguments)
+
+
+def run(given: argparse.Namespace):
     options = {"revision": given.revision, "ema": given.ema, "trust_pickle": given.trust_pickle}
-    try:
-        model = convert(
-            given.source, given.out, given.to, getattr(torch, given.dtype), diffusion_kind=given.kind, **options
-        )
-    except Exception as error:
-        parser.fail(error)
+    options |= {"diffusion_kind": given.kind}
+    model = convert(given.source, given.out, given.to, getattr(torch, given.dtype), **options)
     print(f"{given.out}: {model.num_parameters():,} parameters, {model.config.diffusion_kind} diffusion")
 
 

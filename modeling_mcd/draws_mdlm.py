@@ -4,24 +4,19 @@ import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from .forward_process_mdlm import pick_uniformly, posterior_weights
+from .head_mdlm import exclude_mask
 
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
 
 def substitute(logits: torch.Tensor, mask_token_id: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """A copy of logits [rows, V] in which [MASK] has probability zero (SUBS, arXiv 2406.07524, Sec. 3.2.3).
-
-    `mask_token_id` is None where the vocabulary has no [MASK] (uniform diffusion).
-    """
-    scores = logits.to(dtype, copy=True)
-    if mask_token_id is not None:
-        scores[:, mask_token_id] = -torch.inf
-    return scores
+    """A copy of logits [rows, V] in which [MASK] has probability zero at any temperature, see `exclude_mask`."""
+    return exclude_mask(logits.to(dtype, copy=True), mask_token_id, -torch.inf)
 
 
 def keep_likeliest(scores: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
-    """Scores [rows, V] with -inf at all but the `top_k` likeliest tokens, then all but the nucleus of mass `top_p`."""
+    """Scores [rows, V] with -inf outside the `top_k` likeliest tokens, and then outside the nucleus of mass `top_p`."""
     if top_k is not None:
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p is not None:
@@ -40,10 +35,10 @@ def draw_tokens(
     top_p: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.LongTensor:
-    """Draws one token a row from the SUBS distribution softmax(logits / temperature), [MASK] excluded.
+    """Draws one token for each row from the SUBS distribution softmax(logits / temperature), which excludes [MASK].
 
-    By inversion of the cumulative distribution: exact to the 53 bits of a float64 uniform, where the usual Gumbel trick
-    in float32 truncates the noise and so lowers the temperature (arXiv 2409.02908). Temperature 0 takes the likeliest.
+    It inverts the cumulative distribution, which is exact to the 53 bits of a float64 uniform. The usual Gumbel trick in
+    float32 truncates the noise and so lowers the temperature (arXiv 2409.02908). Temperature 0 takes the likeliest token.
 
     Args:
         logits: [rows, V], any floating dtype.
@@ -77,11 +72,11 @@ def draw_truncated(
     reveal: float,
     temperature: float = 1.0,
 ) -> torch.LongTensor:
-    """The draw of the original code (MDLM, SDTT), with its fault: float32 noise of 24 bits truncates the Gumbel variable.
+    """The draw of the original code (MDLM, SDTT), flaw included: 24-bit float32 noise truncates the Gumbel variable.
 
-    Token v competes with `reveal` p(v), [MASK] with 1 - `reveal`, and the largest quotient by an exponential variable
-    wins. The smallest that can be drawn is 2^-24, so that tokens with `reveal` p(v) below it win too seldom: a lower
-    temperature in disguise (arXiv 2409.02908, Sec. 4).
+    Token v has the weight `reveal` p(v), and [MASK] has 1 - `reveal`. Each weight is divided by an exponential variable, and
+    the largest quotient wins. The smallest variable that can be drawn is 2^-24, so tokens with `reveal` p(v) below that win
+    too rarely: a lower temperature in disguise (arXiv 2409.02908, Sec. 4).
 
     Args:
         logits: [rows, V].
@@ -97,7 +92,7 @@ def draw_truncated(
     return race.argmax(dim=-1).where(~race[:, 0].isnan(), -1)
 
 
-# --- How sure the network is: [rows, V] -> [rows] float32, larger is surer
+# --- Confidence scores: [rows, V] -> [rows] float32; larger means more certain
 
 
 def log_confidence(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
@@ -107,7 +102,7 @@ def log_confidence(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
 
 
 def probability_margin(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """Probability of the likeliest token less that of the second (top-k margin, arXiv 2502.06768; Dream)."""
+    """Probability of the likeliest token minus that of the second likeliest (top-k margin, arXiv 2502.06768; Dream)."""
     scores = substitute(logits, mask_token_id, torch.float32)
     first, second = (scores.topk(2, dim=-1).values - scores.logsumexp(dim=-1, keepdim=True)).exp().unbind(dim=-1)
     return first - second
@@ -121,7 +116,7 @@ def negative_entropy(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
 def probability_of(
     logits: torch.Tensor, tokens: torch.Tensor, mask_token_id: int | None, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Probability of one token a row, [rows, V] and [rows] -> [rows] float64."""
+    """Probability of one given token in each row: [rows, V] and [rows] -> [rows] float64."""
     if temperature == 0:
         return (logits.argmax(dim=-1) == tokens).double()
     scores = substitute(logits, mask_token_id, torch.float64)
@@ -141,15 +136,16 @@ def draw_posterior(
     top_p: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.LongTensor:
-    """Draws z_s of each row from q(z_s | z_t, x_hat) in float64: first a part of the mixture, then a token of that part.
+    """Draws z_s for each row from q(z_s | z_t, x_hat): first a component of the mixture, then a token from it.
 
-    Most rows stay, so only a few take the draw over the whole vocabulary.
+    Most rows keep their token, so only a few need a draw over the vocabulary.
 
     Args:
         logits: [rows, V], any floating dtype.
         z_t: [rows] tokens.
-        part, choice: [rows], float64 in [0, 1): they pick a part of the mixture, and a token of that part.
-        temperature, top_k, top_p: what makes x_hat of the logits, see `draw_tokens`; so does `dtype`.
+        part, choice: [rows] float64 in [0, 1): they pick the component of the mixture, and the token from it.
+        alpha_t, alpha_s: alpha at t and at s < t.
+        temperature, top_k, top_p, dtype: how x_hat is computed from the logits, see `draw_tokens`.
 
     Returns:
         [rows] int64; -1 where the logits hold a NaN.

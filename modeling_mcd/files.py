@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and folders that one process at a time writes to."""
+"""Files that are written completely or not at all, and locks that let one process at a time write to a folder."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder that is renamed to `out` at the end, or removed if anything fails before."""
+    """Yields a temporary folder that is renamed to `out` at the end, or removed if anything fails."""
     folder = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -33,9 +33,9 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes):
-    """Writes beside the file and then renames, so that a reader finds the old content or the new, never a part of it.
+    """Writes to a temporary file and renames it, so that a reader finds either the old content or the new, never part of it.
 
-    The file's permissions are those of any new file: the umask decides.
+    The umask decides the file's permissions, as for any new file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -50,7 +50,7 @@ def write_json(path: Path, content):
     """Writes JSON with sorted keys, completely or not at all.
 
     Raises:
-        ValueError: for infinity or NaN, which JSON does not have; the file is left as it was.
+        ValueError: the content holds infinity or NaN, which JSON does not have; the file is left as it was.
     """
     write_atomically(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
@@ -75,7 +75,7 @@ _held: set[int] = set()  # file descriptors of the locks that this process holds
 
 
 def _leave_locks_to_the_parent():
-    """In a forked child: a lock must die with the process that took it, and not live on in a data loader's worker."""
+    """Runs in a forked child: a lock must end with the process that took it, not live on in a data loader's worker."""
     for handle in _held:
         os.close(handle)
     _held.clear()
@@ -86,13 +86,13 @@ os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, purpose: str) -> Iterator[None]:
-    """Holds a folder, which is made if need be, for one process: `with lock_folder(output_dir, "training"):`.
+    """Locks a folder for this process: `with lock_folder(output_dir, "training"):`. Creates the folder if it does not exist.
 
-    The lock is the operating system's (flock on `.lock` in the folder), so that a killed process leaves nothing that has to
-    be removed by hand. Not reentrant.
+    The lock is the operating system's (flock on `.lock` in the folder), so a killed process leaves nothing that has to be
+    removed by hand. It is not reentrant.
 
     Raises:
-        ValueError: names the process that holds the folder, its host, its purpose and since when.
+        ValueError: another process holds the folder; names the process, its host, its purpose and since when.
     """
     folder = Path(folder)
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -117,7 +117,7 @@ def lock_folder(folder: Path, purpose: str) -> Iterator[None]:
 
 
 def _open_and_lock(folder: Path) -> int | None:
-    """A descriptor that holds the lock; None when another process has it, -1 when the file system has no locks."""
+    """A file descriptor that holds the lock; None if another process has it, -1 if the file system has no locks."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -142,7 +142,7 @@ def _open_and_lock(folder: Path) -> int | None:
 
 
 def in_use(folder: Path) -> str | None:
-    """One line about the process that holds a folder, for an error; None when it is free. Writes nothing."""
+    """An error message about the process that holds a folder; None if the folder is free. Writes nothing."""
     try:
         handle = os.open(Path(folder) / LOCK, os.O_RDONLY)
     except OSError:

@@ -2,12 +2,12 @@
 
 Two kinds, with one interface (`process_of` gives that of a model's configuration):
 
-    absorbing   a token stays with probability gamma_t and becomes [MASK] otherwise (MDLM, arXiv 2406.07524)
-    uniform     a token stays with probability gamma_t and becomes any token of the vocabulary otherwise; its gamma is
-                called alpha (Duo, arXiv 2506.10892)
+    absorbing   a token stays with probability gamma_t and otherwise becomes [MASK] (MDLM, arXiv 2406.07524)
+    uniform     a token stays with probability gamma_t and otherwise becomes a random token of the vocabulary; Duo (arXiv
+                2506.10892) calls this gamma alpha
 
-In both, one uniform u for each token decides: where u <= gamma_t the token is still x_0. A small noise level thus changes a
-subset of what a larger one changes.
+In both, one uniform number u for each token decides: where u <= gamma_t the token is still x_0. So the tokens that change at
+one noise level are among those that change at any higher one.
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ Noisy = tuple[torch.LongTensor, torch.BoolTensor]
 
 
 def sigma_of(gamma: torch.Tensor) -> torch.Tensor:
-    """Total noise sigma = -log gamma, float32: the noise level that a time-conditioned network is given."""
+    """Total noise sigma = -log gamma, float32: the noise level that a time-conditioned network takes."""
     return -gamma.log().float()
 
 
 def masked_at(gamma: torch.Tensor, u: torch.Tensor) -> torch.BoolTensor:
-    """The tokens [B, L] that are masked at visible probability gamma [B]: those with u > gamma (MCD, Eq. 13).
+    """A mask [B, L] of the tokens that are masked when tokens are visible with probability gamma [B]: u > gamma (MCD, Eq. 13).
 
-    One u fixes a token's path: what is masked at a smaller noise is masked at every larger one.
+    One u fixes a token's path: a token that is masked at one noise level is masked at every higher one.
     """
     return u > gamma[:, None]
 
@@ -38,30 +38,30 @@ def mask_tokens(x_0: torch.Tensor, masked: torch.Tensor, mask_token_id: int) -> 
 
 
 def pick_uniformly(uniforms: torch.Tensor, vocab_size: int) -> torch.LongTensor:
-    """Any token with equal probability, from uniforms in [0, 1) of any shape."""
+    """Tokens drawn with equal probability, by uniforms in [0, 1) of any shape."""
     return (uniforms * vocab_size).long().clamp(max=vocab_size - 1)  # a product may round up to vocab_size
 
 
 def other_tokens(x_0: torch.Tensor, uniforms: torch.Tensor, vocab_size: int) -> torch.LongTensor:
-    """Any token but x_0 with equal probability, [B, L]: the runner-up of the Gaussian path, see `duality.py`."""
+    """Tokens [B, L] other than x_0, drawn with equal probability: the runner-up of the Gaussian path, see `duality.py`."""
     other = pick_uniformly(uniforms, vocab_size - 1)
     return other + (other >= x_0)
 
 
 def at_positions(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The values [B] of the rows in which the positions, a boolean mask [B, L], are: [R]."""
+    """For each of the R positions that a boolean mask [B, L] selects, the value of its row: values [B] -> [R]."""
     return values[:, None].expand(positions.shape)[positions]
 
 
 def posterior_weights(
     x_hat_at_z: torch.Tensor, alpha_t: float, alpha_s: float, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights `stay` and `predict` of q(z_s | z_t, x_hat), which is a mixture of three distributions:
+    """The weights `stay` and `predict` of q(z_s | z_t, x_hat), a mixture of three distributions:
 
         q(z_s) = stay [z_s = z_t] + predict x_hat[z_s] + (1 - stay - predict) / K
 
     Args:
-        x_hat_at_z: probability that the network gives to z_t, float64, any shape.
+        x_hat_at_z: the network's probability of z_t, float64, any shape.
         alpha_t, alpha_s: alpha at t and at s < t.
     """
     seen = vocab_size * alpha_t * x_hat_at_z
@@ -72,18 +72,18 @@ def posterior_weights(
 def uniform_nelbo(
     log_x_hat: torch.Tensor, z_t: torch.Tensor, x_0: torch.Tensor, alpha: torch.Tensor, slope: torch.Tensor
 ) -> torch.Tensor:
-    """Integrand over t of the continuous-time NELBO of uniform diffusion, Rao-Blackwellised (Duo, Eq. 17): nats, [R].
+    """Integrand over t of the Rao-Blackwellised continuous-time NELBO of uniform diffusion (Duo, Eq. 17), in nats, [R].
 
     With bar(y) = K alpha y + 1 - alpha, it is -alpha' / (K alpha) times
 
         K / bar(x_hat)[z_t] - K / bar(x)[z_t] + sum_j r_j log(r_j / r_hat_j)      r_j = bar(x)[j] / bar(x)[z_t]
 
-    and bar(x) has two values only, of ratio kappa = (1 - alpha) / (K alpha + 1 - alpha), so that the sum over j needs
-    nothing but the logarithms of bar(x_hat).
+    bar(x) takes only two values, whose ratio is kappa = (1 - alpha) / (K alpha + 1 - alpha). So the sum over j needs only the
+    logarithms of bar(x_hat).
 
     Args:
-        log_x_hat: log-probabilities of the network, [R, K], float32 or float64.
-        z_t, x_0: noisy and clean token, [R].
+        log_x_hat: the network's log-probabilities, [R, K], float32 or float64.
+        z_t, x_0: noisy and clean tokens, [R].
         alpha, slope: gamma(t) and its derivative, [R], in the dtype of `log_x_hat`.
     """
     vocab_size = log_x_hat.shape[-1]
@@ -104,27 +104,31 @@ def uniform_nelbo(
 
 
 @dataclass(frozen=True)
-class AbsorbingProcess:
-    """Noise that turns tokens into [MASK]."""
-
+class _Scheduled:
     schedule: NoiseSchedule
     vocab_size: int
-    mask_token_id: int
 
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        """The network's noise level at times t, see `sigma_of`."""
+        """The noise level at times t that the network takes, see `sigma_of`."""
         return sigma_of(self.schedule.gamma(t))
 
+
+@dataclass(frozen=True)
+class AbsorbingProcess(_Scheduled):
+    """Noise that turns tokens into [MASK]."""
+
+    mask_token_id: int
+
     def maskable(self, x_0: torch.Tensor) -> torch.BoolTensor:
-        """The tokens that noise can change: a [MASK] in given text is none, and there is nothing to predict for it."""
+        """The tokens that noise can change: all but a [MASK] in the given text, for which nothing can be predicted."""
         return x_0 != self.mask_token_id
 
     def prior(self, uniforms: torch.Tensor) -> torch.LongTensor:
-        """z_1, of the uniforms' shape: nothing but [MASK]."""
+        """z_1, of the uniforms' shape: [MASK] everywhere."""
         return torch.full_like(uniforms, self.mask_token_id, dtype=torch.long)
 
     def corrupt(self, x_0: torch.Tensor, gamma: torch.Tensor, u: torch.Tensor, maskable: torch.Tensor) -> Noisy:
-        """z_t ~ q(. | x_0), and the positions whose tokens the bound at z_t scores: the masked ones.
+        """z_t ~ q(. | x_0), and the positions that the bound scores at z_t: the masked ones.
 
         Args:
             x_0: [B, L] tokens.
@@ -158,35 +162,28 @@ class AbsorbingProcess:
         gamma: torch.Tensor,
         slope: torch.Tensor,
     ) -> torch.Tensor:
-        """Integrand over t of the continuous-time NELBO (MDLM, Eq. 10), at masked positions: nats, [R].
+        """Integrand over t of the continuous-time NELBO (MDLM, Eq. 10) at masked positions, in nats, [R].
 
         Args:
-            log_p: log-probabilities of the network, [R, V].
-            z_t, x_0: noisy and clean token, [R].
+            log_p: the network's log-probabilities, [R, V].
+            z_t, x_0: noisy and clean tokens, [R].
             gamma, slope: gamma(t) and its derivative, [R].
         """
         return -log_p.gather(-1, x_0[:, None])[:, 0] * self.token_weights(gamma, slope)
 
 
 @dataclass(frozen=True)
-class UniformProcess:
-    """Noise that turns tokens into any token of the vocabulary. gamma is the papers' alpha."""
-
-    schedule: NoiseSchedule
-    vocab_size: int
+class UniformProcess(_Scheduled):
+    """Noise that turns a token into any token of the vocabulary. Its gamma is what the papers call alpha."""
 
     mask_token_id = None
 
-    def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        """The network's noise level at times t, see `sigma_of`."""
-        return sigma_of(self.schedule.gamma(t))
-
     def maskable(self, x_0: torch.Tensor) -> torch.BoolTensor:
-        """The tokens that noise can change: all."""
+        """The tokens that noise can change: all of them."""
         return torch.ones_like(x_0, dtype=torch.bool)
 
     def prior(self, uniforms: torch.Tensor) -> torch.LongTensor:
-        """z_1, of the uniforms' shape: any token with equal probability."""
+        """z_1, of the uniforms' shape: random tokens."""
         return pick_uniformly(uniforms, self.vocab_size)
 
     def corrupt(
@@ -197,7 +194,7 @@ class UniformProcess:
         maskable: torch.Tensor,
         pick: torch.Tensor | None = None,
     ) -> Noisy:
-        """z_t ~ q(. | x_0), and the positions whose tokens the bound at z_t scores: all maskable ones.
+        """z_t ~ q(. | x_0), and the positions that the bound scores at z_t: all maskable ones.
 
         Args:
             x_0: [B, L] tokens.
@@ -222,8 +219,8 @@ class UniformProcess:
     ) -> tuple[Noisy, Noisy]:
         """(z_t, maskable) and (z_s, maskable) on one path of Duo's Gaussian latent, without the Gaussian (`duality.py`).
 
-        The latent's argmax is x_0 while u <= F_Y(a_t / s_t) = alpha_t + (1 - alpha_t) / K, and from then on always the
-        same other token, which the uniforms `second` [B, L] pick.
+        The latent's argmax is x_0 while u <= F_Y(a_t / s_t) = alpha_t + (1 - alpha_t) / K. After that it is always the same
+        other token, which the uniforms `second` [B, L] pick.
         """
         other = other_tokens(x_0, second, self.vocab_size)
 

@@ -55,12 +55,7 @@ def parser() -> OneLineParser:
 
 def main(arguments: list[str] | None = None):
     """The command line. A mistake of the user ends in one line on standard error, see `command_line.py`."""
-    commands = parser()
-    options = commands.parse_args(arguments)
-    try:
-        run(options)
-    except Exception as error:
-        commands.fail(error)
+    parser().run(run, arguments)
 
 
 def run(options: argparse.Namespace):

@@ -1,8 +1,8 @@
-"""The head over chosen positions: hidden rows with the head's parameters, and the one loop over chunks of the vocabulary.
+"""The head at chosen positions: hidden rows with the head's parameters, and the one loop that runs the head in chunks.
 
-A loss, a draw or a likelihood needs logits at some positions only, and needs them only for a moment. So a network hands
-out its hidden states there (`HeadRows`), and `in_chunks` runs the head on as many rows at a time as the device's budget
-allows: the logits [B, L, V] of a batch are never built. This is also what another network must offer to be trained here.
+A loss, a draw or a likelihood needs logits at some positions only, and only for a moment. So a network returns its hidden
+states at these positions (`HeadRows`), and `in_chunks` runs the head on as many rows at a time as the device's budget allows.
+The logits [B, L, V] of a batch are never built. Any other network that is to be trained here must return the same.
 """
 
 from collections.abc import Callable
@@ -14,24 +14,41 @@ from transformers.utils import ModelOutput
 from .checks_mdlm import POSITIVE, check_number, check_positions
 
 
-MASK_LOGIT = -1e6  # Finite, as in the published code: 0 * log(0) is then 0 and not NaN in a divergence.
-# Numbers in a chunk of logits. On a CPU 16 MB in float32: above 32 MB malloc asks the system for fresh pages each time, and
-# those cost more than the arithmetic. An accelerator wants larger matrix products.
+# Stands for log 0 in losses. It is finite, as in the published code, so that 0 * log 0 is 0 in a divergence and not NaN. Draws
+# use -inf, since -1e6 divided by a high temperature could be drawn.
+MASK_LOGIT = -1e6
+# Numbers in a chunk of logits. On a CPU that is 16 MB in float32: above 32 MB, malloc asks the system for fresh pages every
+# time, and these cost more than the arithmetic. An accelerator needs larger matrix products.
 CHUNK = {"cpu": 2**22}
 ACCELERATOR_CHUNK = 2**26
-CPU_COLUMNS = 1024  # of logits in one product on a CPU, where writing rows of a whole vocabulary takes a third longer
+CPU_COLUMNS = 1024  # columns of logits per product on a CPU; products over all V columns take a third longer
+
+
+def exclude_mask(scores: torch.Tensor, mask_token_id: int | None, value: float) -> torch.Tensor:
+    """Sets the column of [MASK] in scores [rows, V] to `value`, in place: SUBS (arXiv 2406.07524, Sec. 3.2.3).
+
+    Args:
+        mask_token_id: None where the vocabulary has no [MASK] (uniform diffusion); nothing is changed then.
+        value: -inf for draws, `MASK_LOGIT` for losses.
+    """
+    if mask_token_id is not None:
+        scores[:, mask_token_id] = value
+    return scores
 
 
 def in_chunks(
     function: Callable[[slice], torch.Tensor], count: int, vocab_size: int, device: torch.device
 ) -> torch.Tensor:
-    """The results of `function(rows)`, joined, for slices that together cover `range(count)`.
+    """Calls `function(rows)` for slices that together cover `range(count)`, and concatenates the results.
 
-    Every slice holds as many rows as the device's budget for logits [rows, V] allows, at least one. For a count of zero
-    the function is called once, with an empty slice, so that dtype and shape of the result are still its own.
+    Each slice holds as many rows as the device's budget for logits [rows, V] allows, at least one. For a count of zero the
+    function is called once, with an empty slice, so that the result still has its dtype and shape.
 
     Args:
-        function: takes a slice of m rows, and returns a tensor [m, ...].
+        function: takes a slice of m rows and returns a tensor [m, ...].
+
+    Returns:
+        [count, ...].
     """
     size = max(1, CHUNK.get(device.type, ACCELERATOR_CHUNK) // vocab_size)
     return torch.cat([function(slice(start, start + size)) for start in range(0, max(count, 1), size)])
@@ -39,17 +56,17 @@ def in_chunks(
 
 @dataclass
 class HeadRows(ModelOutput):
-    """Hidden rows of one network, and the head that turns them into token distributions: `forward(hidden_rows=...)`.
+    """What `forward(hidden_rows=...)` returns: hidden rows, and the head that turns them into token distributions.
 
-    The head's parameters are views that the forward makes: the wrappers that train a network (DDP, DeepSpeed) then see
-    them used, and ZeRO-3 holds them complete until their gradient has arrived. A `ModelOutput`, since those wrappers look
-    for tensors in such outputs.
+    The head's parameters are views made in the forward. The wrappers that train a network (DDP, DeepSpeed) then see that
+    they are used, and ZeRO-3 keeps them gathered until their gradient has arrived. It is a `ModelOutput` because those
+    wrappers look for tensors in such outputs.
 
     Args:
         hidden: [R, d].
-        weight, bias: of the head, [V, d] and [V].
+        weight, bias: the head's, [V, d] and [V].
         mask_token_id: the token that gets no probability (SUBS, see `log_probabilities`); None under uniform diffusion,
-            where any token may be the right one.
+            where every token may be the right one.
     """
 
     hidden: torch.FloatTensor | None = None
@@ -58,16 +75,16 @@ class HeadRows(ModelOutput):
     mask_token_id: int | None = None
 
     def at(self, chosen: torch.Tensor | slice) -> "HeadRows":
-        """The rows that a boolean mask [R], indices or a slice choose. ValueError for any that are not there."""
+        """The rows that a boolean mask [R], indices or a slice select. Raises ValueError if one does not exist."""
         if not isinstance(chosen, slice):
             check_positions("rows", chosen, (len(self.hidden),))
         return replace(self, hidden=self.hidden[chosen])
 
     def put(self, chosen: torch.Tensor, rows: "HeadRows") -> "HeadRows":
-        """A copy in which `rows`, of the same head, replace those that a boolean mask [R] or indices choose.
+        """A copy in which `rows` replace the rows that a boolean mask [R] or indices select.
 
         Raises:
-            ValueError: when `rows` come from another head, or are not as many as the places.
+            ValueError: when `rows` belong to another head, or are not as many as were selected.
         """
         check_positions("places", chosen, (len(self.hidden),))
         places = self.hidden[chosen]
@@ -91,12 +108,15 @@ class HeadRows(ModelOutput):
 
     @torch.no_grad()
     def log_probabilities(self, temperature: float = 1.0) -> torch.Tensor:
-        """[R, V] of softmax(logits / temperature) without [MASK]; float32, or float64 for float64 rows. No gradient.
+        """log softmax(logits / temperature) without [MASK], [R, V]; float32, or float64 for float64 rows. No gradient.
 
-        SUBS (MDLM, arXiv 2406.07524, Sec. 3.2.3) has two rules. [MASK] gets no probability: that is done here. A visible
-        token is predicted with certainty: that needs no head, so these rows are never asked for at visible positions.
+        SUBS (MDLM, arXiv 2406.07524, Sec. 3.2.3) has two rules. [MASK] gets no probability: that is applied here. A visible
+        token is predicted with certainty: that needs no head, so nothing asks for rows at visible positions.
 
-        Builds the logits of all rows at once; `map` goes through them in chunks.
+        Builds the logits of all rows at once; `map` works in chunks.
+
+        Raises:
+            ValueError: the temperature is not positive.
         """
         check_number("temperature", temperature, POSITIVE)
         vocab_size, scale = len(self.weight), 1 / temperature
@@ -107,18 +127,19 @@ class HeadRows(ModelOutput):
         for start in range(0, vocab_size, columns):
             part = slice(start, start + columns)
             logits[:, part] = torch.addmm(self.bias[part], self.hidden, self.weight[part].T, beta=scale, alpha=scale)
-        if self.mask_token_id is not None:
-            logits[:, self.mask_token_id] = MASK_LOGIT
+        exclude_mask(logits, self.mask_token_id, MASK_LOGIT)
         log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
-        if self.mask_token_id is not None:
-            log_probabilities[:, self.mask_token_id] = MASK_LOGIT  # the same under every network: no divergence there
-        return log_probabilities
+        # Once more after the normalisation: it is then the same under every network, and no divergence sees it.
+        return exclude_mask(log_probabilities, self.mask_token_id, MASK_LOGIT)
 
     def map(self, function: Callable[..., torch.Tensor], *values: torch.Tensor) -> torch.Tensor:
-        """`function(log-probabilities [m, V], *values [m])` for all rows, m at a time: [R, ...]. No gradient.
+        """Calls `function(log-probabilities [m, V], *values [m, ...])` for all rows, m at a time. No gradient.
 
         Args:
-            values: tensors [R, ...], cut as the rows are.
+            values: tensors [R, ...], divided into chunks like the rows.
+
+        Returns:
+            The concatenated results, [R, ...].
         """
         own = self.to(self.matmul_dtype())
 

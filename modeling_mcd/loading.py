@@ -28,14 +28,14 @@ from .modeling_mdlm import MDLMForMaskedDiffusion
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.ckpt", "*.pt", "*.pth", "*.bin")
-# What Lightning stores beside tensors and plain containers, which torch always allows. Unpickling these runs no code.
+# Classes in Lightning files besides tensors and plain containers, which torch always allows. Unpickling these runs no code.
 ALLOWED_GLOBALS = [argparse.Namespace, defaultdict]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
 class Checkpoint:
-    """A checked checkpoint: its configuration, and its weights under our names, mapped from the file and not yet read."""
+    """A checkpoint that has been checked. `state` holds its weights under our names, mapped from the file but not read yet."""
 
     config: MDLMConfig | MDLMBackboneConfig
     state: dict[str, torch.Tensor]
@@ -49,15 +49,15 @@ def load_model(
 
     Args:
         source: where the checkpoint is.
-        dtype: of the weights; float32 whatever the file holds.
+        dtype: the dtype that the weights are loaded in, whatever that of the file.
         options: `revision`, `ema`, `trust_pickle`, `diffusion_kind`, see `read_checkpoint`.
 
     Raises:
-        ValueError: it is missing, does not fit, or holds a number that is not finite; names the first wrong file, key or
-            shape.
+        ValueError: the checkpoint is missing, does not fit, or holds a number that is not finite; names the first wrong
+            file, key or shape.
     """
     checkpoint = read_checkpoint(source, **options)
-    for name, tensor in checkpoint.state.items():  # of a model that ZeRO-3 partitions, no process has the weights
+    for name, tensor in checkpoint.state.items():  # not in the model, which ZeRO-3 may partition
         if not all(bound.isfinite() for bound in tensor.to(dtype).aminmax()):
             raise cannot_load("model", source, f"{name} holds NaN or infinite numbers in {dtype}")
     model = model_class(checkpoint.config).from_pretrained(
@@ -73,22 +73,26 @@ def load_model(
     return model
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path, what: str = "tokenizer") -> PreTrainedTokenizerBase:
     """Loads a tokenizer: a folder or a Hub id (also `id@revision`). Never runs code that comes with it.
+
+    Args:
+        source: the folder or the id.
+        what: what the error calls it.
 
     Raises:
         ValueError: it is missing or broken; one line.
     """
-    tokenizer = load_pretrained(AutoTokenizer, "tokenizer", source)
-    tokenizer.init_kwargs.pop("auto_map", None)  # would name someone else's code in what is saved
+    tokenizer = load_pretrained(AutoTokenizer, what, source)
+    tokenizer.init_kwargs.pop("auto_map", None)  # or a saved copy would name someone else's code
     return tokenizer
 
 
-def load_pretrained(auto_class, what: str, source: str, **options):
-    """`auto_class.from_pretrained` of a folder or a Hub id (also `id@revision`), never with code from there.
+def load_pretrained(auto_class, what: str, source: str | Path, **options):
+    """Calls `auto_class.from_pretrained` on a folder or a Hub id (also `id@revision`), never running code from there.
 
     Raises:
-        ValueError: one line that calls the thing `what` and says why it cannot be loaded.
+        ValueError: it cannot be loaded; one line that calls it `what` and says why.
     """
     name, revision = split_revision(str(source))
     try:
@@ -112,14 +116,14 @@ def read_checkpoint(
     trust_pickle: bool = False,
     diffusion_kind: str | None = None,
 ) -> Checkpoint:
-    """Finds a checkpoint and checks every key and shape of it. The weights themselves are mapped, not read.
+    """Finds a checkpoint and checks each of its keys and shapes. The weights themselves are mapped, not read.
 
     Args:
         source: Hub id, `id@revision`, folder, or file (.safetensors, or a torch pickle such as Lightning's .ckpt).
         revision: branch, tag or commit on the Hub.
-        ema: take the moving average out of a Lightning file, not its raw weights.
-        trust_pickle: unpickle whatever the file asks for, which can run any code.
-        diffusion_kind: "absorbing" or "uniform"; by default what the configuration says.
+        ema: take the moving average of a Lightning file instead of its raw weights.
+        trust_pickle: unpickle any class that the file names, which can run any code.
+        diffusion_kind: "absorbing" or "uniform"; the configuration says it by default.
 
     Raises:
         ValueError: as in `load_model`.
@@ -184,7 +188,7 @@ def check_keys(state: Mapping, expected: Mapping, prefix: str):
 
 
 def find_weights(source: str, revision: str | None) -> tuple[list[Path], dict[str, str]]:
-    """The files with the weights; where they are shards, also tensor -> file name. Downloaded when the source is a Hub id."""
+    """The files with the weights and, if they are shards, the map tensor -> file name. Downloads them for a Hub id."""
     if not source:
         raise ValueError("its name is empty")
     path = Path(source)
@@ -209,7 +213,7 @@ def find_weights(source: str, revision: str | None) -> tuple[list[Path], dict[st
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Tensor -> file of a sharded checkpoint. Every file is in the folder itself."""
+    """The map tensor -> file name of a sharded checkpoint. Raises ValueError for a file outside the folder."""
     weight_map = read_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{INDEX} names no file (weight_map)")
@@ -222,13 +226,13 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """`name@revision` -> (name, revision). The revision is None for the Hub's default, and for a local path."""
+    """Splits `name@revision` into (name, revision). The revision is None for the Hub's default and for a local path."""
     name, _, revision = source.partition("@")
     return (source, None) if os.path.lexists(source) else (name, revision or None)
 
 
 def download(source: str, revision: str | None) -> Path:
-    """The folder of a repository's snapshot; pickles are downloaded only where there are no safetensors."""
+    """Downloads a repository's snapshot and returns its folder. Pickles are downloaded only if there are no safetensors."""
     name, at = split_revision(source)
     if at and revision is not None:
         raise ValueError(f"it names the revision {at!r} already: leave out revision {revision!r}")
@@ -243,14 +247,14 @@ def download(source: str, revision: str | None) -> Path:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of what an error says; its type when it says nothing."""
+    """The first line of an error's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_files(
     files: list[Path], weight_map: Mapping[str, str], ema: bool, trust_pickle: bool
 ) -> tuple[dict[str, torch.Tensor], Mapping]:
-    """Tensors by name without the wrappers' prefixes, and the settings of the run that a Lightning file holds."""
+    """Tensors by name, without the wrappers' prefixes, and the settings of the run if a Lightning file holds them."""
     state, settings = {}, {}
     for file in files:
         if not file.is_file():
@@ -297,7 +301,7 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def read_pickle(file: Path, trust: bool) -> Mapping:
-    """The content of a torch checkpoint, unpickled with nothing but tensors, plain containers and `ALLOWED_GLOBALS`."""
+    """The content of a torch checkpoint. Unless trusted, only tensors, plain containers and `ALLOWED_GLOBALS` are unpickled."""
     cut_off = f"{file.name} is cut off, or not a torch checkpoint (a zip archive since torch 1.6)"
     if not zipfile.is_zipfile(file):
         raise ValueError(cut_off)
@@ -324,14 +328,14 @@ def read_pickle(file: Path, trust: bool) -> Mapping:
 
 
 def hyper_parameters(lightning: Mapping) -> Mapping:
-    """The settings of the run that wrote a Lightning file; empty where it holds none."""
+    """The settings of the run that wrote a Lightning file; empty if it holds none."""
     found = lightning.get("hyper_parameters")
     found = found.get("config") if isinstance(found, Mapping) else None
     return found if isinstance(found, Mapping) else {}
 
 
 def ema_tensors(lightning: Mapping, names: Mapping, file: Path) -> dict[str, torch.Tensor]:
-    """The moving average by published name: Lightning files hold it as a list in the order of `parameters()`."""
+    """The moving average by published name. Lightning files hold it as a list in the order of `parameters()`."""
     ema = lightning.get("ema")
     shadow = ema.get("shadow_params") if isinstance(ema, Mapping) else None
     if not isinstance(shadow, list | tuple):
@@ -343,12 +347,13 @@ def ema_tensors(lightning: Mapping, names: Mapping, file: Path) -> dict[str, tor
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, config: MDLMConfig):
-    """Raises ValueError unless all tokens are in the model's vocabulary, and its [MASK], if it has one, is the model's."""
+    """Raises ValueError if a token is outside the model's vocabulary, or if tokenizer and model have different mask ids."""
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {config.vocab_size}"
         )
     if None not in (tokenizer.mask_token_id, config.mask_token_id) and tokenizer.mask_token_id != config.mask_token_id:
         raise ValueError(
-            f"the tokenizer's mask token has the id {tokenizer.mask_token_id}, the model's mask_token_id is {config.mask_token_id}"
+            f"the tokenizer's mask token has the id {tokenizer.mask_token_id}, but the model's mask_token_id is "
+            f"{config.mask_token_id}"
         )

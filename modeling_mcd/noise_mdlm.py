@@ -1,7 +1,8 @@
-"""The noise of generation: uniforms that depend on a row's key, a token's position and the draw, and on nothing else.
+"""The noise of generation: uniforms that depend only on a row's key, a token's position and the number of the draw.
 
-Philox is a counter-based generator: no state, so that neither the rows of a batch, nor its width, nor the device, nor the
-number of steps changes the noise of a token. In integers of 64 bits it gives the same bits everywhere.
+Philox is a counter-based generator and has no state. A token's noise therefore does not change with the other rows of the
+batch, the width of the batch, the device or the number of steps. It uses 64-bit integers only, so the bits are the same on
+every device.
 """
 
 from dataclasses import dataclass
@@ -13,34 +14,34 @@ WORD = 0xFFFFFFFF
 
 
 def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Philox4x32-10 (Salmon et al., 2011): four words of 32 bits for each counter of four words and key of two.
+    """Philox4x32-10 (Salmon et al., 2011): turns a counter of four 32-bit words and a key of two into four random words.
 
-    Words are int64 tensors below 2^32, of shapes that broadcast.
+    Words are int64 tensors with values below 2^32; their shapes must broadcast.
     """
     a, b, c, d = counter
     low, high = key
     for _ in range(10):
-        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c  # wraps at 64 bits, and keeps all of them
+        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c  # may wrap to a negative int64, but keeps all 64 bits
         a, b, c, d = second >> 32 & WORD ^ b ^ low, second & WORD, first >> 32 & WORD ^ d ^ high, first & WORD
         low, high = low + 0x9E3779B9 & WORD, high + 0xBB67AE85 & WORD
     return a, b, c, d
 
 
 def row_keys(rows: int, generator: torch.Generator | None) -> torch.LongTensor:
-    """One key for each row, [rows] int64, taken from the generator (torch's own by default) one after the other."""
+    """One random key for each row, [rows] int64, drawn in order from `generator`, or from torch's default generator."""
     return torch.randint(2**63 - 1, (rows,), generator=generator)
 
 
 def uniforms(keys: torch.LongTensor, positions: torch.LongTensor, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two independent uniforms for each token, float64 with 53 random bits, in [0, 1).
+    """Two independent uniforms in [0, 1) for each token.
 
     Args:
-        keys: [B], one for each row.
-        positions: [B, L], the position of each token in its row, below 2^32.
+        keys: [B] int64, one for each row.
+        positions: [B, L] int64, the position of each token in its row, below 2^32.
         draw: the number of the draw, at least 0.
 
     Returns:
-        Two tensors [B, L].
+        Two tensors [B, L] float64, with 53 random bits in each number.
     """
     key = keys[:, None] & WORD, keys[:, None] >> 32 & WORD
     zero = torch.zeros((), dtype=torch.long, device=keys.device)
@@ -50,16 +51,16 @@ def uniforms(keys: torch.LongTensor, positions: torch.LongTensor, draw: int) -> 
 
 @dataclass(frozen=True)
 class RowNoise:
-    """The uniforms of a batch of rows: what a `Canvas` asks for.
+    """The source of a `Canvas`'s uniforms.
 
     Args:
-        keys: [B] int64, CPU: one a row, see `row_keys`.
-        positions: [B, L] int64, CPU: the position of each token in its row, padding not counted.
+        keys: [B] int64, CPU: one for each row, see `row_keys`.
+        positions: [B, L] int64, CPU: the position of each token in its row, not counting padding.
     """
 
     keys: torch.LongTensor
     positions: torch.LongTensor
 
     def uniforms(self, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two uniforms of each token, [B, L] float64, for the draw with this number; see `uniforms`."""
+        """Two uniforms for each token, [B, L] float64, for the draw with this number; see `uniforms`."""
         return uniforms(self.keys, self.positions, draw)

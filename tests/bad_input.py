@@ -85,7 +85,7 @@ from trainers import (  # noqa: E402
 from trainers.character_tokenizer import character_tokenizer  # noqa: E402
 from trainers.diffusion_trainer import collate_blocks  # noqa: E402
 from trainers.divergences import cross_entropy, divergence, divergence_from_token  # noqa: E402
-from trainers.runs.inputs import TokenizerArguments, load_tokenizer  # noqa: E402
+from trainers.runs.inputs import TokenizerArguments, load_run_tokenizer  # noqa: E402
 from trainers.runs.text_blocks import TextArguments, load_blocks  # noqa: E402
 
 
@@ -961,9 +961,9 @@ def tokenizers_and_judges(world: World) -> list[Case]:
         tokenizer("more tokens than the model", more, "49", "48"),
         tokenizer("no BOS and no EOS", no_eos, "bos_token"),
         tokenizer("other letters", shuffled, "the one saved with"),
-        Case("not a name of the Hub", lambda f: load_tokenizer(TokenizerArguments("a/b/c")), ("a/b/c",)),
-        Case("an empty name", lambda f: load_tokenizer(TokenizerArguments("")), ("tokenizer",)),
-        Case("a file", lambda f: load_tokenizer(TokenizerArguments(str(world.text))), ("text.txt",)),
+        Case("not a name of the Hub", lambda f: load_run_tokenizer(TokenizerArguments("a/b/c")), ("a/b/c",)),
+        Case("an empty name", lambda f: load_run_tokenizer(TokenizerArguments("")), ("tokenizer",)),
+        Case("a file", lambda f: load_run_tokenizer(TokenizerArguments(str(world.text))), ("text.txt",)),
     ]
     return cases
 

@@ -193,7 +193,7 @@ def test_a_tokenizer_without_a_mask_token(refusal, tmp_path, entry):
     tokenizer.mask_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     line = refusal(entry, tokenizer=tmp_path / "tokenizer")
-    assert "the tokenizer has no mask token: set add_mask_token to true, or give one that has" in line
+    assert "the tokenizer has no mask token: set add_mask_token to true, or give another tokenizer" in line
 
 
 @pytest.mark.parametrize("entry, network", [("run_mcd", {}), ("run_mdlm", {"model": "teacher"})])
@@ -206,7 +206,7 @@ def test_a_tokenizer_that_does_not_fit_the_model(refusal, inputs, tmp_path, entr
     assert "the tokenizer has 49 tokens, more than the model's vocab_size 48" in line
     save_teacher(tmp_path / "larger", vocab_size=50)
     line = refusal(entry, **{"teacher" if entry == "run_mcd" else "model": tmp_path / "larger"})
-    assert "the tokenizer's mask token has the id 47, the model's mask_token_id is 49" in line
+    assert "the tokenizer's mask token has the id 47, but the model's mask_token_id is 49" in line
 
 
 @pytest.mark.parametrize("entry, network", [("run_mcd", {}), ("run_mdlm", {"model": "teacher"})])

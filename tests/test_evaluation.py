@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, HfArgumentParser
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+)
 
 from evaluation import (
     EvaluationProtocol,
@@ -76,6 +84,29 @@ def test_retokenized_perplexity_is_that_of_a_computation_by_hand(judge, tokenize
 def test_a_first_eos_inside_a_text_is_scored_and_a_second_is_not(judge, tokenizer):
     result = generative_perplexity(["ab<|endoftext|>c<|endoftext|>d"], judge, tokenizer)
     assert result.tokens.tolist() == [4]  # b, EOS, c, d
+
+
+@pytest.mark.parametrize("template", [None, "<|endoftext|> $A", "<|endoftext|> $A <|endoftext|>"])
+def test_a_judge_reads_the_name_of_its_mask_as_letters(judge, template):
+    """Only BOS and EOS may be named in a text. What the tokenizer puts around a text stays."""
+    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate("ab [MASK]?")}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    special = {"eos_token": "<|endoftext|>", "mask_token": "[MASK]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", **special)
+    eos, before, after = tokenizer.eos_token_id, [], []
+    if template is not None:
+        names = [("<|endoftext|>", eos)]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=names
+        )
+        before, after = [eos], [eos] * template.endswith(">")
+    plain, named = "ab a<|endoftext|>b", "a[MASK] b<|endoftext|>b[MASK]"
+    for text in (plain, named):
+        pieces = [[backend.token_to_id(c) for c in piece] for piece in text.split("<|endoftext|>")]
+        ids = [*before, *pieces[0], eos, *pieces[1], *after]
+        result = generative_perplexity([text], judge, tokenizer)
+        nll, tokens = sequence_nll([ids], judge, eos_token_id=eos)
+        assert torch.equal(result.nll, nll) and torch.equal(result.tokens, tokens), text
 
 
 def test_raw_ids_perplexity_is_that_of_a_computation_by_hand(judge):
@@ -415,13 +446,13 @@ def test_run_eval_refuses_bad_input_in_one_line_and_writes_nothing(folders, caps
     [
         (["no/such/model", "--output_dir", "out"], "model 'no/such/model' is not a local file or folder"),
         (["no/such/model"], "'no/such/model' is not a folder: say with --output_dir where the report goes"),
-        (["judge"], "model 'judge' cannot be loaded: its model_type is 'gpt2', and vocab_embed.embedding is missing"),
+        (["judge"], "model 'judge' cannot be loaded: its model_type is 'gpt2', and its config.json does not say"),
         (["judge", "--rounds"], "'judge' holds no round-* folder"),
         (["a=run", "a=run/teacher"], "two models would have the row label 'a'"),
         (["broken"], "model 'broken' cannot be loaded"),
         (["run", "bare", "--output_dir", "out"], "model 'bare' cannot be loaded"),
         (["run", "--tokenizer", "larger"], "the tokenizer has 49 tokens, more than the model's vocab_size 48"),
-        (["run", "--tokenizer", "permuted"], "mask token has the id 4, the model's mask_token_id is 47"),
+        (["run", "--tokenizer", "permuted"], "mask token has the id 4, but the model's mask_token_id is 47"),
         (["run", "--output_dir", "held_out.txt"], "held_out.txt: File exists"),
     ],
 )

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import resource
 import signal
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import mcd_arguments, run_python, save_judge, start_python, write_inputs
 
-from evaluation import load_report
+from evaluation import load_report, results
 from trainers import run_judge, run_mcd, run_mdlm
 
 
@@ -127,6 +128,35 @@ def test_the_teacher_is_judged_by_the_published_sampler_too(inputs, tmp_path):
     lockings = {(row["model"], row["locking"]) for row in rows}
     assert lockings == {("teacher", "independent"), ("teacher", "spread"), ("round-1", "spread")} and len(rows) == 6
     assert all(row["bound"] > 0 and row["bound_blocks"] == 3 for row in rows) and "spread" in printed
+
+
+@pytest.mark.parametrize(("until", "saved"), [("round-2", {"round-1", "round-2"}), (None, set())])
+def test_a_report_that_cannot_be_written_ends_no_training(inputs, tmp_path, monkeypatch, until, saved):
+    """No file may grow (as on a full disk) while round 1 is reported, or from there to the end. Its rows are not lost."""
+    said, save_results, limits = [], results.save_results, resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = []
+
+    def saved_on_a_full_disk(folder, rows=(), **about):
+        names = [row["model"] for row in rows]
+        full.extend(["full"] * ("round-1" in names and not full))
+        if until in names:
+            full[:] = ["no longer full"]
+        if full != ["full"]:
+            return save_results(folder, rows, **about)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        try:
+            return save_results(folder, rows, **about)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr("evaluation.report.save_results", saved_on_a_full_disk)
+    monkeypatch.setattr("trainers.runs.rounds.logger.warning", said.append)
+    output = tmp_path / "run"
+    printed = run(inputs, output, steps_per_round=2)
+    assert {name for name, _ in points(output)} == {"held-out text", "teacher"} | saved
+    assert said and all("training goes on" in line and "File too large" in line for line in said)
+    assert (output / "model.safetensors").exists() and "Saved in" in printed and "\nround-2, " in printed
+    assert not list(output.glob(".*.tmp"))
 
 
 KILL_WHILE_JUDGING = """

@@ -502,6 +502,23 @@ def test_a_long_document_is_really_cut(monkeypatch, name):
         assert len(parts) > 50 and max(map(len, parts[:-1])) <= 3 * 256
 
 
+@pytest.mark.parametrize("name", ["superwords", "byte-level, no regex"])
+def test_a_text_with_nowhere_to_cut_is_cut_all_the_same(monkeypatch, name):
+    """Bounded memory, whatever the tokenizer; where it is cut does not depend on how the text is read."""
+    monkeypatch.setattr("evaluation.text.PART", 256)
+    monkeypatch.setattr("evaluation.text.LONGEST", 1024)
+    tokenizer, text = TOKENIZERS[name](), prose(20_000)
+    cuts = []
+    for piece in (100, 3000, 10**6):
+        document = [text[i : i + piece] for i in range(0, len(text), piece)]
+        cuts.append([part for part, _ in Divider(tokenizer).parts(document)])
+    assert cuts[0] == cuts[1] == cuts[2] and "".join(cuts[0]) == text
+    assert len(cuts[0]) > 10 and max(map(len, cuts[0])) <= 1024 + 2 * 256
+    ids = np.concatenate(list(token_stream([[text]], tokenizer)))[:-1].tolist()
+    at_once = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert len(ids) <= len(at_once) + len(cuts[0]), "hardly another tokenisation"
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_names_of_special_tokens_are_letters(name):
     tokenizer = TOKENIZERS[name]()

@@ -16,8 +16,8 @@ END_OF_TEXT, MASK = "<|endoftext|>", "[MASK]"
 def character_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
     """46 characters, then `<|endoftext|>` (BOS = EOS), then `[MASK]`: 48 tokens.
 
-    Text is lower-cased, accents are removed, typographic quotes and dashes become plain ones, and every run of other characters
-    (line ends too) becomes one space. Decoding ids and encoding the text again therefore gives the same ids.
+    Text is lower-cased, accents are removed, and typographic quotes and dashes become plain ones. Every run of other characters
+    (line ends too) becomes one space. So decoding ids and encoding the text again gives the same ids.
     """
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(ALPHABET)}, merges=[]))
     outside = "[^" + ALPHABET.replace("-", r"\-") + "]"

@@ -1,4 +1,4 @@
-"""Imported before everything else of `trainers`: ends a command that would run with a user's file in the place of a package."""
+"""Imported before the rest of `trainers`: ends a command that would import a user's file in place of one of our packages."""
 
 import importlib.util
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def _check_packages():
-    """`python -m trainers.x` looks in the current folder first: a file `evaluation.py` there would be taken for our package."""
+    """`python -m trainers.x` searches the current folder first, so a file `evaluation.py` there would hide our package."""
     for name in ("modeling_mcd", "evaluation"):
         found = importlib.util.find_spec(name)
         ours = Path(__file__).resolve().parents[1] / name / "__init__.py"

@@ -1,4 +1,4 @@
-"""The checkpoints of a run on the disk: their manifest, what is wrong with one, and the one to resume from.
+"""Checkpoints on the disk: writing their manifest, finding what is wrong with one, and choosing the one to resume from.
 
 A checkpoint is complete when it has a manifest, which is written last and holds the digest of every file.
 """
@@ -21,7 +21,7 @@ MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
 
 
 def digest_of(path: Path) -> str:
-    """BLAKE2b of a file, read in pieces. A file that has not changed since the last call is not read again."""
+    """The BLAKE2b digest of a file, in hexadecimal. A file that has not changed since the last call is not read again."""
     status = path.stat()
     return _digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
@@ -36,7 +36,7 @@ def _digest(path: Path, *version: int) -> str:
 
 
 def write_manifest(folder: Path, **facts):
-    """Completes a checkpoint: every file with its size and digest, and what else resuming needs to know."""
+    """Completes a checkpoint: records the size and digest of every file, and `facts` that resuming needs."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     with ThreadPoolExecutor() as pool:
         digests = pool.map(digest_of, files)
@@ -48,7 +48,7 @@ def write_manifest(folder: Path, **facts):
 
 
 def fault_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None when every file in it is the one that was saved."""
+    """What is wrong with a checkpoint, in words; None when every file is there and is what was saved."""
     try:
         files = read_object(folder / MANIFEST).get("files")
         read_object(folder / TRAINER_STATE)
@@ -73,21 +73,22 @@ def fault_of(folder: Path) -> str | None:
 
 
 def step_of(folder: Path) -> int:
+    """The step N of a folder `checkpoint-N`."""
     return int(folder.name.removeprefix("checkpoint-"))
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """The folders `checkpoint-N`, complete or not, the newest first."""
+    """The folders `checkpoint-N`, complete or not, newest first."""
     folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(folders, key=step_of, reverse=True)
 
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint to resume from. Says of each newer one why it is passed over.
+    """The newest checkpoint that can be resumed from; None if there is none. Warns about each newer one, with the reason.
 
     Raises:
-        ValueError: when checkpoints were completed there and none of them can be used: to begin again at step 0 would in
-            the end write over them.
+        ValueError: checkpoints were completed there, but none of them can be used. A run that began again at step 0 would
+            sooner or later overwrite them.
     """
     damaged = []
     for folder in checkpoints_in(output_dir):
@@ -106,10 +107,10 @@ def last_complete_checkpoint(output_dir: Path) -> Path | None:
 
 
 def clear_later_checkpoints(output_dir: Path, keep: Path | None):
-    """Clears the way for a run that goes on from `keep`, or begins: no remains of an interrupted save lie before it.
+    """Clears the way for a run that resumes from `keep`, or that begins if it is None.
 
-    With a checkpoint to go on from, later ones are removed, with a line for each. Without one nothing is removed: what was
-    left by a save that never ended is renamed to `incomplete-checkpoint-N`.
+    If it resumes, later checkpoints are removed, with a warning for each. If it begins, nothing is removed: what interrupted
+    saves have left is renamed to `incomplete-checkpoint-N`.
     """
     for folder in checkpoints_in(output_dir):
         if keep is None:

@@ -1,4 +1,4 @@
-"""The extensions that DeepSpeed compiles on its first use: say that it takes time, and find a compile that was killed."""
+"""The extensions that DeepSpeed compiles on first use: says that this takes time, and detects a compile that was killed."""
 
 import contextlib
 import glob
@@ -10,13 +10,13 @@ from torch.utils.cpp_extension import get_default_build_root
 
 
 def check_build_cache(deepspeed: dict | str | None):
-    """Under DeepSpeed, says that the first run on a machine compiles. Call it before DeepSpeed is started, which compiles.
+    """Under DeepSpeed, says that the first run on a machine compiles. Call it before DeepSpeed starts.
 
     Args:
-        deepspeed: of the `TrainingArguments`; an accelerate launch says it by its environment.
+        deepspeed: the setting of `TrainingArguments`; `accelerate launch` sets an environment variable instead.
 
     Raises:
-        ValueError: a killed compile has left its lock, for which every later one would wait without end.
+        ValueError: a killed compile has left its lock, for which every later one would wait forever.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true" and deepspeed is None:
         return
@@ -34,7 +34,7 @@ def check_build_cache(deepspeed: dict | str | None):
 
 
 def is_open(path: Path) -> bool:
-    """Whether a process that we may look into has a file open: a compile keeps its lock open as long as it lives."""
+    """Whether any process that we may inspect has a file open. A compile keeps its lock open for as long as it lives."""
     if not Path("/proc/self/fd").exists():
         return True
     try:

@@ -1,13 +1,13 @@
-"""Divergences between token distributions, one value a row, from hidden rows and the head: [rows, V] is never built.
+"""Divergences between token distributions, one value for each row, computed from hidden rows without building [rows, V].
 
-A network's `forward(hidden_rows=...)` returns the hidden rows at the positions that carry loss, with the head that
-belongs to them (`HeadRows`). `divergence` and `cross_entropy` run the head themselves, a chunk of rows at a time: a chunk's logits
-become its values and its part of the gradients, and are gone before the next chunk's are made.
+A network's `forward(hidden_rows=...)` returns the hidden rows at the positions that carry loss, together with the head
+(`HeadRows`). `divergence` and `cross_entropy` run the head themselves, one chunk of rows at a time. A chunk's logits become
+its values and its share of the gradients, and are freed before those of the next chunk are made.
 
-SUBS is inside: for absorbing diffusion every row is a masked position, [MASK] gets no probability, and the softmax goes
-over the other tokens. (On visible positions SUBS is a point mass on the token itself, and nothing here is ever asked
-about those.) The head's matrix products run in the autocast's dtype, the softmax and all that follows in float32, or in
-float64 for float64 rows.
+SUBS is built in: under absorbing diffusion every row is a masked position, [MASK] gets no probability, and the softmax runs
+over the other tokens. (At a visible position SUBS is a point mass on the token itself; no function here is called for those.)
+The head's matrix products run in the autocast's dtype; the softmax and everything after it run in float32, or in float64 for
+float64 rows.
 """
 
 import math
@@ -23,13 +23,13 @@ from modeling_mcd.forward_process_mdlm import AbsorbingProcess, Process
 from modeling_mcd.head_mdlm import MASK_LOGIT, HeadRows, in_chunks
 
 
-# Each formula takes log p and log q [chunk, V], which it may overwrite, and gives the value of each row with its gradient
-# with respect to the student's logits. Where p = softmax(logits), a function of p with derivative s has the gradient
+# Each formula takes log p and log q [chunk, V], which it may overwrite. It returns the value of each row and its gradient
+# with respect to the student's logits. Since p = softmax(logits), a function of p with derivative s has the gradient
 # p (s - sum p s).
 
 
 def through_softmax(p: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum p s, and p (s - sum p s)."""
+    """sum p s [chunk], and p (s - sum p s) [chunk, V]."""
     mean = torch.linalg.vecdot(p, slope)
     return mean, slope.sub_(mean[:, None]).mul_(p)
 
@@ -89,7 +89,7 @@ def unknown_divergence(kind: str, allowed: Iterable[str]) -> ValueError:
 
 
 def check_divergence(arguments):
-    """Raises ValueError when the `divergence` of a method's arguments is none of those that its type lists."""
+    """Raises ValueError when the `divergence` of a method's arguments is not one of those that its type lists."""
     allowed = get_args(get_type_hints(type(arguments))["divergence"])
     if arguments.divergence not in allowed:
         raise unknown_divergence(arguments.divergence, allowed)
@@ -98,9 +98,9 @@ def check_divergence(arguments):
 def divergence(
     kind: str, student: HeadRows, teacher: HeadRows, temperature: float = 1.0, beta: float = 0.5
 ) -> torch.Tensor:
-    """D(student, teacher at `temperature`) of each row, [rows]; the gradient is the student's alone.
+    """D(student, teacher at `temperature`) of each row, [rows]. Only the student gets a gradient.
 
-    With p the student's and q the teacher's distribution, `kind` is one of
+    With p the student's distribution and q the teacher's, `kind` is one of
 
         student_first     KL(p || q)
         teacher_first     KL(q || p)
@@ -111,8 +111,8 @@ def divergence(
         mse               sum (log p - log q)^2 / V, without [MASK]
 
     Raises:
-        ValueError: for another kind, beta outside [0, 1], a temperature that is not positive, or a teacher with another
-            number of rows.
+        ValueError: an unknown kind, beta outside [0, 1], a temperature that is not positive, or a teacher that has another
+            vocabulary or another number of rows.
     """
     if kind not in DIVERGENCES:
         raise unknown_divergence(kind, DIVERGENCES)
@@ -141,7 +141,10 @@ def cross_entropy(student: HeadRows, tokens: torch.Tensor, weights: torch.Tensor
 
     Args:
         tokens: [rows] int64.
-        weights: [rows]. The same as a product afterwards, but for its cost: see `RowLosses`.
+        weights: [rows]; ones by default. Multiplying the result by them gives the same but costs more, see `RowLosses`.
+
+    Raises:
+        ValueError: tokens or weights do not fit the rows, or a token is outside the vocabulary.
     """
     if len(student.hidden) != len(tokens):
         raise ValueError(f"{len(student.hidden)} rows, but {len(tokens)} tokens: give one for each row")
@@ -161,10 +164,10 @@ def cross_entropy(student: HeadRows, tokens: torch.Tensor, weights: torch.Tensor
 
 
 def differentiated(function: Callable[[torch.Tensor, slice], torch.Tensor], student: HeadRows) -> torch.Tensor:
-    """Any other function of the student's distribution, [rows], differentiated by autograd within each chunk.
+    """The values [rows] of any function of the student's distribution; autograd differentiates it within each chunk.
 
     Args:
-        function: `(log p [chunk, V], the chunk's rows) -> values [chunk]`, differentiable.
+        function: `(log p [chunk, V], slice of the chunk's rows) -> values [chunk]`, differentiable.
     """
 
     def loss(log_p: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,7 +187,7 @@ def nelbo(
     gamma: torch.Tensor,
     slope: torch.Tensor,
 ) -> torch.Tensor:
-    """`process.nelbo` of each row, [R], differentiable: the integrand over t of the bound, in nats."""
+    """`process.nelbo` of each row, [R], with a gradient: the integrand over t of the bound, in nats."""
     if isinstance(process, AbsorbingProcess):  # a weighted cross-entropy, which needs no autograd within a chunk
         return cross_entropy(student, x_0, process.token_weights(gamma, slope))
     return differentiated(
@@ -198,14 +201,17 @@ def at_temperature(rows: HeadRows, temperature: float) -> HeadRows:
 
 
 def divergence_from_token(kind: str, student: HeadRows, tokens: torch.Tensor) -> torch.Tensor:
-    """D(student, teacher) of rows whose token the teacher sees, [R]. SUBS makes it a point mass there, at any temperature.
+    """D(student, teacher) [R] at rows whose token the teacher sees: with SUBS the teacher is a point mass there.
 
-    With p the probability that the student gives to the token,
+    With p the student's probability of the token,
 
         teacher_first     -log p, the cross-entropy
-        student_first     1e6 (1 - p) - H(student): SUBS's log 0 is -1e6, and this explodes
+        student_first     1e6 (1 - p) - H(student), which explodes: log 0 is -1e6 here
         jensen_shannon    log 2 - ((1 + p) log(1 + p) - p log p) / 2, at most log 2 (beta 1/2)
         total_variation   1 - p
+
+    Raises:
+        ValueError: another kind, which is not defined there.
     """
     nll = cross_entropy(student, tokens)
     if kind == "teacher_first":
@@ -227,6 +233,7 @@ Loss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 
 
 def row_losses(loss: Loss, student: HeadRows) -> torch.Tensor:
+    """The values of a loss over all rows, [rows], with the gradients that `loss` computes beside them, see `RowLosses`."""
     tensors = (student.hidden, student.weight, student.bias)
     if not torch.is_grad_enabled():
         tensors = tuple(tensor.detach() for tensor in tensors)
@@ -234,12 +241,12 @@ def row_losses(loss: Loss, student: HeadRows) -> torch.Tensor:
 
 
 class RowLosses(torch.autograd.Function):
-    """The values of a loss over all rows, [rows].
+    """Computes a loss over all rows, [rows].
 
-    The forward already has each chunk's logits in hand, so it also takes the gradients of the plain sum, and the backward
-    has only to scale them: four products with a head's weights for two networks, as many as the plain formula makes. That
-    is right where every row's value gets the same gradient, as under a sum or a mean. Where they differ, the gradient of
-    the head's weights cannot be had from that of the sum, and the backward goes over the rows once more.
+    The forward has each chunk's logits at hand, so it also computes the gradients of the plain sum, and the backward only
+    scales them. For two networks this takes four products with a head's weights, as many as the plain formula. It is right
+    when every row's value receives the same gradient, as under a sum or a mean. Otherwise the gradient of the head's weights
+    does not follow from that of the sum, and the backward goes over the rows once more.
     """
 
     @staticmethod
@@ -252,9 +259,12 @@ class RowLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: torch.Tensor):
-        # A sum hands one number on to all rows without copying it, and this is seen without waiting for the device.
+        # A sum expands one number to all rows (stride 0), which can be seen without waiting for the device.
         alike = len(upstream) == 0 or upstream.stride(0) == 0 or bool((upstream == upstream[0]).all())
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, once; a second backward makes its own
+        gradients, ctx.gradients = (
+            ctx.gradients,
+            None,
+        )  # scaled in place, so usable once; a second backward computes its own
         if alike and gradients is not None:
             for gradient in gradients:
                 if gradient is not None and len(upstream):
@@ -266,11 +276,11 @@ class RowLosses(torch.autograd.Function):
 
 
 def sweep(loss: Loss, student: HeadRows, needed: tuple[bool, ...], upstream: torch.Tensor | None = None):
-    """Values of all rows, and the gradients of (upstream * values).sum() that are needed, chunk by chunk.
+    """The values of all rows and, where needed, the gradients of (upstream * values).sum(), computed chunk by chunk.
 
     Args:
-        needed: whether to take the gradients of hidden rows, weight and bias. The last two are summed in float32 at least.
-        upstream: [rows]; all ones when not given.
+        needed: whether to compute the gradients of hidden rows, weight and bias. The last two are summed in float32 or better.
+        upstream: [rows]; ones by default.
     """
     hidden, weight, dtype = student.hidden, student.weight, torch.promote_types(student.weight.dtype, torch.float32)
     of_hidden = torch.zeros_like(hidden) if needed[0] else None

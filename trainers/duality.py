@@ -1,15 +1,16 @@
-"""The Gaussian side of discrete diffusion: latent paths, their projection to tokens, and the one scalar that locks them.
+"""The Gaussian side of discrete diffusion: latent paths, their projection to tokens, and the scalar that locks each path.
 
     w_t = a_t x_0 + s_t eps          x_0 one-hot over K tokens, eps ~ N(0, I_K), a_t^2 + s_t^2 = 1
     Y   = max_{j != k} eps_j - eps_k                                                   k the token of x_0
 
-Token k holds the largest coordinate of w_t exactly while Y < a_t / s_t, so one scalar decides the token's whole path:
-u = F_Y(Y) ~ U[0, 1] against F_Y(a_t / s_t) = E_e[ Phi(a_t / s_t + e)^(K - 1) ], e ~ N(0, 1). Two projections are in use:
+Token k holds the largest coordinate of w_t exactly while Y < a_t / s_t. So one scalar, u = F_Y(Y) ~ U[0, 1], decides the
+token's path: it is compared with F_Y(a_t / s_t) = E_e[ Phi(a_t / s_t + e)^(K - 1) ], e ~ N(0, 1). Two projections are in use:
 
     masked (Latent Shadows, arXiv 2602.00792)   x_0 while it is largest, else [MASK]     F_Y(a_t / s_t) = gamma_t
     argmax (Duo, arXiv 2506.10892)              the largest coordinate's token           F_Y(a_t / s_t) = alpha_t + (1 - alpha_t) / K
 
-Training needs none of this: `trajectories.py` draws u itself. Here it is shown that nothing is lost by that.
+Training draws u directly (`trajectories.py`) and uses only `uniform_alpha` from this file. The rest shows, in
+tests/test_duality.py, that nothing is lost by that.
 """
 
 import math
@@ -17,14 +18,14 @@ import math
 import torch
 
 
-# Of the quadrature, around the integrand's mode. The integrand falls at least as fast as a standard normal density from
-# there, so that all but e^-40 of it lies within +-9; and the trapezoid rule converges faster than any power of the width.
+# Quadrature nodes, relative to the integrand's mode. From there the integrand falls at least as fast as a standard normal
+# density, so all but e^-40 of it lies within +-9; the trapezoid rule converges faster than any power of the spacing.
 NODES = torch.linspace(-9, 9, 513, dtype=torch.float64)
-BRACKET = (-60.0, 60.0)  # of the inverse: F_Y(-60) is below the smallest float64 for every K
+BRACKET = (-60.0, 60.0)  # where the inverse is sought: F_Y(-60) is below the smallest float64 for every K
 
 
 def log_locking_cdf(y: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """log F_Y(y), F_Y(y) = integral of phi(e) Phi(y + e)^(K - 1) de, by quadrature in log space (Latent Shadows, Lemma 3.1).
+    """log F_Y(y), where F_Y(y) is the integral of phi(e) Phi(y + e)^(K - 1) de (Latent Shadows, Lemma 3.1); by quadrature.
 
     Args:
         y: any shape, within `BRACKET`.
@@ -32,9 +33,12 @@ def log_locking_cdf(y: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
     Returns:
         float64, of the shape of `y`; the relative error of F_Y is below 1e-9 for K up to 200,000.
+
+    Raises:
+        ValueError: `vocab_size` is below 2.
     """
     if vocab_size < 2:
-        raise ValueError(f"vocab_size must be at least 2, not {vocab_size}: there is no other token to win")
+        raise ValueError(f"vocab_size must be at least 2, not {vocab_size}: there must be another token")
     y = y.double()[..., None]
     mode = _mode_of_integrand(y, vocab_size - 1)
     e = mode + NODES.to(y.device)
@@ -43,7 +47,7 @@ def log_locking_cdf(y: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 
 def _mode_of_integrand(y: torch.Tensor, power: int) -> torch.Tensor:
-    """The e that maximises -e^2 / 2 + power log Phi(y + e): the one root of its falling derivative, by bisection."""
+    """The e that maximises -e^2 / 2 + power log Phi(y + e), found by bisection: its derivative falls and has one root."""
     low, high = torch.zeros_like(y), y.abs() + math.sqrt(2 * math.log(power + 1)) + 2
     for _ in range(40):
         middle = (low + high) / 2
@@ -59,10 +63,10 @@ def locking_cdf(y: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 
 def locking_quantile(probability: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """F_Y^{-1}: the ratio a_t / s_t at which x_0 holds the largest coordinate with this probability. By bisection.
+    """F_Y^{-1}: the ratio a_t / s_t at which x_0 holds the largest coordinate with this probability, found by bisection.
 
-    Probabilities below 1 / K need a negative ratio, that is a negative a_t: noise alone lets every token win with
-    probability 1 / K, and to win less often than that x_0 must be pushed down. Latent Shadows does not say so.
+    Probabilities below 1 / K need a negative ratio, that is, a negative a_t: under noise alone every token has the largest
+    coordinate with probability 1 / K, so x_0 must be pushed down to have it less often. Latent Shadows does not say so.
 
     Args:
         probability: any shape, in (0, 1]; at 1 the ratio is infinite (no noise).
@@ -70,6 +74,9 @@ def locking_quantile(probability: torch.Tensor, vocab_size: int) -> torch.Tensor
 
     Returns:
         float64, of the shape of `probability`.
+
+    Raises:
+        ValueError: a probability is outside (0, 1].
     """
     probability = probability.double()
     if not ((probability > 0) & (probability <= 1)).all():
@@ -84,49 +91,52 @@ def locking_quantile(probability: torch.Tensor, vocab_size: int) -> torch.Tensor
 
 
 def uniform_alpha(ratio: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Duo's operator T: alpha_t of the uniform-state diffusion that the argmax of a Gaussian one is (Duo, Eq. 10).
+    """Duo's operator T: the argmax of a Gaussian diffusion is a uniform-state diffusion, and this is its alpha_t (Duo, Eq. 10).
 
-    The argmax is x_0 with probability F_Y(ratio), and else any other token: q = alpha [x_0] + (1 - alpha) / K.
+    The argmax is x_0 with probability F_Y(ratio), and otherwise any other token: q = alpha [x_0] + (1 - alpha) / K.
 
     Args:
         ratio: a_t / s_t, the square root of the signal-to-noise ratio; any shape.
+
+    Returns:
+        float64, of the shape of `ratio`.
     """
     return (vocab_size * locking_cdf(ratio, vocab_size) - 1) / (vocab_size - 1)
 
 
 def uniform_ratio(alpha: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """The inverse of `uniform_alpha`: never negative, since alpha >= 0 is F_Y >= 1 / K."""
+    """The inverse of `uniform_alpha`. It is never negative, since alpha >= 0 means F_Y >= 1 / K."""
     return locking_quantile(alpha + (1 - alpha) / vocab_size, vocab_size)
 
 
 def latent(x_0: torch.Tensor, eps: torch.Tensor, ratio: torch.Tensor | float) -> torch.Tensor:
-    """w_t = a_t x_0 + s_t eps, [..., K]; the path over t is a function of (x_0, eps) alone (Prop. 3.2).
+    """The latent w_t = a_t x_0 + s_t eps, [..., K]; its path over t depends only on (x_0, eps) (Prop. 3.2).
 
     Args:
         x_0: tokens [...], int64.
-        eps: [..., K].
-        ratio: a_t / s_t, of the shape of `x_0` or one for all.
+        eps: [..., K] standard normal noise.
+        ratio: a_t / s_t, of the shape of `x_0` or one number for all.
     """
     angle = torch.as_tensor(ratio, dtype=eps.dtype, device=eps.device).expand(x_0.shape).atan()[..., None]
     return torch.cos(angle) * eps + torch.sin(angle) * torch.nn.functional.one_hot(x_0, eps.shape[-1])
 
 
 def is_largest(w_t: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
-    """Whether x_0's coordinate of w_t [..., K] is larger than every other: the token is then visible (masked projection)."""
+    """Whether x_0's coordinate of w_t [..., K] is the largest, [...]: the masked projection then shows the token."""
     others = w_t.scatter(-1, x_0[..., None], -torch.inf).amax(dim=-1)
     return w_t.gather(-1, x_0[..., None])[..., 0] > others
 
 
 def locking_scalar(x_0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """u = F_Y(Y), uniform on [0, 1]: x_0 is the largest at t exactly when u < F_Y(a_t / s_t) (Thm 3.3)."""
+    """u = F_Y(Y) [...], uniform on [0, 1]: x_0's coordinate is the largest at t exactly when u < F_Y(a_t / s_t) (Thm 3.3)."""
     others = eps.scatter(-1, x_0[..., None], -torch.inf).amax(dim=-1)
     return locking_cdf(others - eps.gather(-1, x_0[..., None])[..., 0], eps.shape[-1])
 
 
 def runner_up(x_0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """The token that the argmax projection shows wherever x_0 is not the largest: the same at every such time.
+    """The token [...] that the argmax projection shows whenever x_0's coordinate is not the largest; the same at every time.
 
-    Uniform over the other K - 1 tokens and independent of u, because which of the others is largest tells nothing about
-    how large it is. So (u, runner-up) is the whole law of Duo's coupled paths.
+    It is uniform over the other K - 1 tokens and independent of u, because the identity of the largest of the others says
+    nothing about its value. So u and the runner-up together determine Duo's coupled paths.
     """
     return eps.scatter(-1, x_0[..., None], -torch.inf).argmax(dim=-1)

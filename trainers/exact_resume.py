@@ -1,7 +1,7 @@
-"""Exact resume: a run that is stopped at any moment and started again ends bitwise as one that never was.
+"""Exact resume: a run that is stopped at any moment and started again ends bitwise like one that was never stopped.
 
-What a checkpoint is on the disk: `checkpoints.py`. Everything that we use of `Trainer` beyond its documented interface is in
-this file; tests/test_exact_resume.py has one test for each, which says what an upgrade of transformers broke.
+`checkpoints.py` says what a checkpoint is on the disk. Everything that we use of `Trainer` beyond its documented interface is
+in this file; tests/test_exact_resume.py has one test for each hook, which says what an upgrade of transformers broke.
 """
 
 import math
@@ -40,9 +40,9 @@ T = TypeVar("T")
 
 
 def from_first_process(function: Callable[[], T]) -> T:
-    """Calls a function in the first process of a launch alone, and returns what it returned in all of them.
+    """Calls a function in the first process of a launch only, and returns its result in every process.
 
-    When it fails, the first process raises its error, and the others end quietly with status 1.
+    If it fails, the first process raises its error and the others exit quietly with status 1.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return function()
@@ -78,10 +78,10 @@ TRAINING_NUMBERS = {
 
 @dataclass
 class ExactResumeArguments(TrainingArguments):
-    """`TrainingArguments` with every setting refused that would break exact resume, or that would do nothing.
+    """`TrainingArguments` that refuse every setting that would break exact resume or would do nothing.
 
     Raises:
-        ValueError: names the setting at fault; also when several processes were launched that would not be synchronised.
+        ValueError: names the setting at fault; also if several processes were launched that would not be synchronised.
     """
 
     output_dir: str = field(metadata={"help": "Folder of the run: its checkpoints and the finished model."})
@@ -126,7 +126,7 @@ class ExactResumeArguments(TrainingArguments):
         try:
             optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
             get_scheduler(kind, optimizer, 0, 1, options)
-            if options and kind in ("constant", "constant_with_warmup"):  # which would not look at them
+            if options and kind in ("constant", "constant_with_warmup"):  # these two ignore their options
                 raise TypeError(f"it has no option {next(iter(options))!r}")
         except (TypeError, ValueError) as error:
             raise ValueError(
@@ -134,7 +134,7 @@ class ExactResumeArguments(TrainingArguments):
             ) from None
 
     def _check_processes(self):
-        """Launches that do something else than what they say."""
+        """Raises ValueError for launches that would not do what they say."""
         if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             raise ValueError(
                 "FSDP is not supported (on a CPU it would silently be DDP): use recipes/accelerate/ddp_gpu.yaml, or "
@@ -158,7 +158,10 @@ class ExactResumeArguments(TrainingArguments):
 
 
 def pick_cpu_backend(arguments: TrainingArguments):
-    """Without an accelerator: gloo under DeepSpeed, else accelerate's CPU mode. Other launches train unsynchronised ranks."""
+    """Without an accelerator, chooses gloo under DeepSpeed and accelerate's CPU mode otherwise.
+
+    With any other choice the ranks would train without being synchronised.
+    """
     if torch.accelerator.is_available():
         return
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -169,7 +172,7 @@ def pick_cpu_backend(arguments: TrainingArguments):
 
 
 def check_intervals(args: TrainingArguments, max_steps: int):
-    """Raises ValueError unless checkpoints fall on log lines. Ratios below 1 are of `max_steps`, once that is known."""
+    """Raises ValueError unless every checkpoint falls on a log line. Intervals below 1 are fractions of `max_steps`."""
     if args.save_strategy != "steps" or args.logging_strategy != "steps":
         return
     intervals = args.save_steps, args.logging_steps
@@ -190,13 +193,13 @@ def check_intervals(args: TrainingArguments, max_steps: int):
 
 
 class Companion(Protocol):
-    """What a run keeps beside the network that the Trainer trains, and what every checkpoint therefore holds."""
+    """Something that a run keeps beside the network that the Trainer trains. Every checkpoint holds it."""
 
     def save(self, folder: str):
-        """Writes its state into a folder, which it makes. Called by the process that saves."""
+        """Creates a folder and writes its state there. Called in the process that saves."""
 
     def load(self, folder: str):
-        """Restores what `save` wrote. Called by every process, when optimizer and networks are ready."""
+        """Restores what `save` wrote. Called in every process, once optimizer and networks are ready."""
 
 
 class _Number(NamedTuple):
@@ -210,9 +213,10 @@ class _Number(NamedTuple):
 
 
 class ExactResumeTrainer(Trainer):
-    """A Trainer whose checkpoints are complete or are not trusted, and which stops when a number is not finite.
+    """A Trainer that resumes only from complete checkpoints, and that stops when a loss or gradient norm is not finite.
 
-    A subclass puts what else it trains or follows into `self.companions`, by the name of its folder in a checkpoint.
+    A subclass puts everything else that it trains or follows into `self.companions`, under the name of its folder in a
+    checkpoint.
     """
 
     def __init__(self, model, args: ExactResumeArguments, *arguments, **kwargs):
@@ -227,7 +231,7 @@ class ExactResumeTrainer(Trainer):
         self.add_callback(_CheckpointCallback(self))
 
     def _check_optimizer(self):
-        """The Trainer would build it only in `train`, after the output folder is claimed."""
+        """Raises ValueError if the optimizer cannot be built: the Trainer would notice only when the folder is claimed."""
         try:
             self.get_optimizer_cls_and_kwargs(self.args, self.model)
         except (ImportError, TypeError, ValueError) as error:
@@ -236,11 +240,11 @@ class ExactResumeTrainer(Trainer):
             ) from None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`, but resumes only from a checkpoint that is complete and undamaged.
+        """Like `Trainer.train`, but resumes only from a checkpoint that is complete and undamaged.
 
         Raises:
             ValueError: names what is wrong with the checkpoint.
-            FloatingPointError: when the loss or the gradient norm is not finite. Nothing is saved then.
+            FloatingPointError: the loss or the gradient norm is not finite. Nothing is saved then.
         """
         self._resumed_from = from_first_process(lambda: self._checkpoint_to_resume(resume_from_checkpoint))
         try:
@@ -278,7 +282,7 @@ class ExactResumeTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _begin_checkpoint(self, folder: Path):
-        """Called before the Trainer writes its first file, on every rank."""
+        """Called on every rank before the Trainer writes its first file."""
         # The Trainer would remove the previous checkpoint before this one has its manifest: `on_save` does it instead.
         self._save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._unfinished = folder
@@ -291,7 +295,7 @@ class ExactResumeTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # other ranks write into the folder too
 
     def _complete_checkpoint(self):
-        """Called after the Trainer has written its last file, on every rank."""
+        """Called on every rank after the Trainer has written its last file."""
         self.args.save_total_limit = self._save_total_limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -301,11 +305,11 @@ class ExactResumeTrainer(Trainer):
         self._unfinished = None
 
     def _restore(self, folder: Path):
-        """What the Trainer does not restore itself: the companions, and a learning rate that was changed."""
+        """Restores what the Trainer does not: the companions, and a learning rate that was changed."""
         for name, companion in self.companions.items():
             companion.load(str(folder / name))
         old, new = read_object(folder / MANIFEST)["learning_rate"], self.args.learning_rate
-        if old != new:  # optimizer and scheduler have brought the old one with them
+        if old != new:  # optimizer and scheduler were restored with the old one
             for group in self.optimizer.param_groups:
                 group["lr"] *= new / old
                 group["initial_lr"] *= new / old
@@ -373,12 +377,12 @@ class ExactResumeTrainer(Trainer):
         )
 
     def schedule_position(self) -> str:
-        """Where in the method's schedule the run is, for messages; empty when the method has no schedule."""
+        """Where the run is in the method's schedule, for messages; empty if the method has none."""
         return ""
 
 
 class _CheckpointCallback(TrainerCallback):
-    """Restores what the Trainer does not, when everything is ready and nothing has run; completes each checkpoint."""
+    """Restores what the Trainer does not, before the first step, and completes each checkpoint."""
 
     def __init__(self, trainer: ExactResumeTrainer):
         self.trainer = trainer

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
-from evaluation import save_results, write_report
+from evaluation import write_report
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
 from modeling_mcd.command_line import one_line_errors
 from trainers.diffusion_trainer import check_training_batch
 from trainers.exact_resume import ExactResumeArguments, ExactResumeTrainer
-from trainers.runs.inputs import TokenizerArguments, load_data, load_tokenizer, open_data
-from trainers.runs.output_folder import short_name
+from trainers.runs.inputs import TokenizerArguments, load_data, load_run_tokenizer, open_data
 from trainers.runs.recipe import parse_recipe
 from trainers.runs.run import Run
 from trainers.runs.text_blocks import TextArguments
@@ -71,7 +70,7 @@ def main(arguments: list[str] | None = None):
         (ShapeArguments, TokenizerArguments, TextArguments, JudgeTrainingArguments), arguments
     )
     run = Run(training, shape, tokenizer_arguments, text)
-    tokenizer = load_tokenizer(tokenizer_arguments)
+    tokenizer = load_run_tokenizer(tokenizer_arguments)
     source = open_data(text, training)
     run.identify(source, tokenizer)
     train, validation = load_data(source, tokenizer, training)
@@ -91,15 +90,7 @@ def main(arguments: list[str] | None = None):
                 run.save_figures(loss=loss)
                 print(figures[0])
         if run.is_first:
-            report = save_results(
-                training.output_dir,
-                kind="causal",
-                figures=figures,
-                recipe=run.recipe(),
-                data=f"Trained on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
-                repository=training.hub_model_id,
-            )
-            write_report(training.output_dir, report)
+            write_report(training.output_dir, run.save_about(text, figures=figures, kind="causal"))
         run.push()
     trainer.end()
 

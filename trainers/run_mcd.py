@@ -11,7 +11,7 @@ from typing import Literal
 
 from transformers import set_seed
 
-from evaluation import load_report, save_results, write_report
+from evaluation import load_report, write_report
 from evaluation.options import EvaluationArguments
 from modeling_mcd.command_line import one_line_errors
 from modeling_mcd.loading import load_model
@@ -26,7 +26,7 @@ from trainers.runs.inputs import (
     check_shift,
     check_tokenizer,
     load_data,
-    load_tokenizer,
+    load_run_tokenizer,
     open_data,
 )
 from trainers.runs.output_folder import short_name
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None):
         )
     run = Run(training, method, networks, tokenizer_arguments, text)
     set_seed(training.seed)
-    tokenizer = load_tokenizer(tokenizer_arguments)
+    tokenizer = load_run_tokenizer(tokenizer_arguments)
     source = open_data(text, training)
     run.identify(source, tokenizer)
     teacher = load_model(networks.teacher)
@@ -102,13 +102,8 @@ def main(arguments: list[str] | None = None):
         if run.checkpoint is None:
             run.save(first, tokenizer, "teacher")
         if run.is_first:
-            save_results(
-                training.output_dir,
-                recipe=run.recipe(judging),
-                data=f"Distilled on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
-                method=f"Distilled from {short_name(networks.teacher)} by {title}.",
-                repository=training.hub_model_id,
-            )
+            method_line = f"Distilled from {short_name(networks.teacher)} by {title}."
+            run.save_about(text, judging, verb="Distilled", method=method_line)
         if report is not None:  # all processes share the work
             if validation is not None:
                 report.judge_text(held_out_blocks(validation), tokenizer)
@@ -122,24 +117,27 @@ def main(arguments: list[str] | None = None):
         student = trainer.whole_student()
         run.save(student, tokenizer)
         last = f"round-{training.round_of(trainer.state.global_step - 1) + 1}"
+        rows, table = [], ""
         if report is not None:
             report.judge(last, student, tokenizer, label=last)
+            rows, table = report.known_rows(), report.write()
+        elif run.is_first:
+            write_report(training.output_dir, load_report(training.output_dir))
         if run.is_first:
-            finish(trainer, last)
+            finish(trainer, last, rows, table)
         run.push()
     trainer.end()
 
 
-def finish(trainer: DistillationTrainer, last: str):
+def finish(trainer: DistillationTrainer, last: str, rows: list[dict], table: str):
     """Prints the table once more, a sample of the teacher and one of the last round, and what was saved where."""
     folder = Path(trainer.args.output_dir)
-    results = load_report(folder)
-    print(f"\n{write_report(folder, results)}")
+    if table:
+        print(f"\n{table}")
     for name in ("teacher", last):
-        rows = [row for row in results["results"] if row["model"] == name]
-        rows = [row for row in rows if row.get("example")]
-        if rows:
-            row = min(rows, key=lambda row: abs(row["steps"] - 8))
+        samples = [row for row in rows if row["model"] == name and row.get("example")]
+        if samples:
+            row = min(samples, key=lambda row: abs(row["steps"] - 8))
             print(f"\n{name}, {row['steps']} steps:\n  {row['example']}")
     # No plot without a judge, no round before its end, and neither teacher nor early rounds after another folder's checkpoint.
     rounds = [f"round-{k + 1}" for k in range(trainer.args.num_rounds)]

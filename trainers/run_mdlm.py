@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from transformers import set_seed
 
-from evaluation import save_results, validation_nelbo, write_report
+from evaluation import validation_nelbo, write_report
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, check_numbers
 from modeling_mcd.command_line import one_line_errors
@@ -23,10 +23,9 @@ from trainers.runs.inputs import (
     check_shift,
     check_tokenizer,
     load_data,
-    load_tokenizer,
+    load_run_tokenizer,
     open_data,
 )
-from trainers.runs.output_folder import short_name
 from trainers.runs.recipe import parse_recipe
 from trainers.runs.run import Run
 from trainers.runs.text_blocks import TextArguments
@@ -103,7 +102,7 @@ def main(arguments: list[str] | None = None):
         (ModelArguments, TokenizerArguments, TextArguments, MDLMTrainingArguments), arguments
     )
     run = Run(training, model_arguments, tokenizer_arguments, text)
-    tokenizer = load_tokenizer(tokenizer_arguments)
+    tokenizer = load_run_tokenizer(tokenizer_arguments)
     source = open_data(text, training)
     set_seed(training.seed)
     run.identify(source, tokenizer)
@@ -126,14 +125,7 @@ def main(arguments: list[str] | None = None):
                 run.save_figures(nelbo=nelbo)
                 figures = [f"NELBO on the validation text: {nelbo:.4f} nats per token"]
                 print(figures[0])
-            report = save_results(
-                training.output_dir,
-                figures=figures,
-                recipe=run.recipe(),
-                data=f"Trained on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
-                method="Trained by the continuous-time NELBO.",
-                repository=training.hub_model_id,
-            )
+            report = run.save_about(text, figures=figures, method="Trained by the continuous-time NELBO.")
             write_report(training.output_dir, report)
         run.push()
     trainer.end()

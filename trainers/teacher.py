@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
 def full_weights(model: nn.Module):
-    """A context in which a ZeRO-3 model's parameters are gathered on every rank; does nothing for other models."""
+    """A context in which the parameters of a ZeRO-3 model are gathered on every rank. Other models need nothing."""
     if not is_deepspeed_zero3_enabled():
         return contextlib.nullcontext()
     import deepspeed
@@ -21,13 +21,13 @@ def full_weights(model: nn.Module):
 
 
 class Follower:
-    """A frozen copy of a network, unsharded on every rank, that is moved towards the student's weights.
+    """A frozen copy of a network, complete on every rank, that can be moved towards the student's weights.
 
-    A companion (`trainers.exact_resume.Companion`): every checkpoint holds it.
+    It is a companion (`trainers.exact_resume.Companion`): every checkpoint holds it.
 
     Args:
         model: the network to copy.
-        dtype: of the copy; float32 by default.
+        dtype: the copy's dtype.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32):
@@ -43,7 +43,7 @@ class Follower:
 
     @torch.no_grad()
     def follow(self, student: nn.Module, weight: float = 1.0):
-        """Moves every parameter towards the student's by the fraction `weight` of the way; 1 copies it."""
+        """Moves every parameter the fraction `weight` of the way to the student's; 1 copies it."""
         with full_weights(student):
             source = dict(student.named_parameters())
             for name, parameter in self.model.named_parameters():
@@ -68,12 +68,12 @@ class Follower:
 
 
 def ema_weight(decay: float, updates: int) -> float:
-    """The student's weight in an EMA with warm-up, as MDLM's: 1 - min(decay, (1 + n) / (10 + n)) after n updates."""
+    """The student's weight in an EMA with MDLM's warm-up: 1 - min(decay, (1 + n) / (10 + n)) after n updates."""
     return 1 - min(decay, (1 + updates) / (10 + updates))
 
 
 class EMACallback(TrainerCallback):
-    """Keeps the exponential moving average of the student."""
+    """Updates the exponential moving average of the student after every step."""
 
     def __init__(self, follower: Follower, decay: float):
         self.follower, self.decay = follower, decay
@@ -83,7 +83,7 @@ class EMACallback(TrainerCallback):
 
 
 class TeacherCallback(TrainerCallback):
-    """Keeps the teacher: a snapshot of the student at the start of each round; or, with a decay, its EMA at every step."""
+    """Updates the teacher: to a snapshot of the student at the start of each round; with a decay, to its EMA at every step."""
 
     def __init__(self, teacher: Follower, decay: float | None = None):
         self.teacher, self.decay = teacher, decay

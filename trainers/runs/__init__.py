@@ -1,1 +1,1 @@
-"""How a run is carried out: recipe, inputs, output folder, rounds, Hub. The methods import nothing from here."""
+"""How a run is carried out: recipe, inputs, output folder, rounds, Hub. The methods do not import from here."""

@@ -1,4 +1,4 @@
-"""The push of a finished run to the Hub."""
+"""Pushing a finished run to the Hub."""
 
 import shlex
 import sys
@@ -14,11 +14,11 @@ from modeling_mcd.loading import reason_of
 def take_hub_api(training: TrainingArguments) -> HfApi | None:
     """The API for the final push, or None. Removes the token from the arguments, which every checkpoint stores.
 
-    The model card names the repository, so `hub_model_id` becomes its full name; without a push it becomes None.
+    `hub_model_id` becomes the repository's full name, which the model card shows, or None if nothing is to be pushed.
 
     Raises:
-        ValueError: a name that no repository can have; a name without a namespace when the Hub does not say whose token this
-            is; a name although nothing would be pushed.
+        ValueError: the name is not valid, has no namespace and the Hub does not say whose token this is, or is given
+            although nothing would be pushed.
     """
     if training.hub_model_id is not None and not training.push_to_hub:
         raise ValueError(
@@ -31,7 +31,7 @@ def take_hub_api(training: TrainingArguments) -> HfApi | None:
             validate_repo_id(name)
         except ValueError as error:
             raise ValueError(
-                f"hub_model_id {name!r} is no name of a repository: give one like 'you/model' ({reason_of(error)})"
+                f"hub_model_id {name!r} is not a valid repository name: give one like 'you/model' ({reason_of(error)})"
             ) from None
     if api is not None and "/" not in name:
         try:
@@ -47,7 +47,7 @@ def take_hub_api(training: TrainingArguments) -> HfApi | None:
 
 
 def push_to_hub(training: TrainingArguments, api: HfApi):
-    """Sends the output folder, without checkpoints, to the Hub. A failure is reported with the command to try again."""
+    """Uploads the output folder, without its checkpoints. If that fails, prints the command to try again."""
     repository = training.hub_model_id
     ignored = ["checkpoint-*", "teacher/*", "round-*", "runs/*", "run.json", ".*"]
     try:
@@ -59,7 +59,7 @@ def push_to_hub(training: TrainingArguments, api: HfApi):
             commit_message="End of training",
         )
         print(f"pushed to {url}")
-    except Exception as error:  # whatever it is, the run itself has succeeded
+    except Exception as error:  # whatever went wrong, the run itself has succeeded
         retry = ["hf", "upload", repository, training.output_dir, "."]
         retry += [word for pattern in ignored for word in ("--exclude", pattern)]
         retry += ["--private"] if training.hub_private_repo else []

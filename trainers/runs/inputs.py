@@ -1,4 +1,4 @@
-"""What a run reads beside its networks: their tokenizer and the text."""
+"""What a run reads besides its networks: the tokenizer and the text."""
 
 from dataclasses import dataclass, field
 from itertools import islice
@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from modeling_mcd import loading
 from modeling_mcd.backbones import warn_of_wrong_shift
-from modeling_mcd.loading import check_tokens, split_revision
+from modeling_mcd.loading import check_tokens, load_tokenizer, split_revision
 from modeling_mcd.modeling_backbone_mdlm import MDLMBackboneForMaskedDiffusion
 from trainers.runs.text_blocks import RunText, TextArguments, load_blocks, open_run_text
 from trainers.runs.waiting import main_process_first
@@ -24,13 +23,13 @@ class TokenizerArguments:
     )
 
 
-def load_tokenizer(arguments: TokenizerArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a mask token if `add_mask_token` asks for it, and with EOS as BOS if it has no BOS.
+def load_run_tokenizer(arguments: TokenizerArguments) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer; adds a mask token if `add_mask_token` says so, and uses EOS as BOS if it has no BOS.
 
     Raises:
-        ValueError: names the tokenizer that cannot be loaded.
+        ValueError: the tokenizer cannot be loaded; names it.
     """
-    tokenizer = loading.load_tokenizer(arguments.tokenizer)
+    tokenizer = load_tokenizer(arguments.tokenizer)
     if tokenizer.mask_token_id is None and arguments.add_mask_token:
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     if tokenizer.bos_token_id is None:
@@ -39,18 +38,18 @@ def load_tokenizer(arguments: TokenizerArguments) -> PreTrainedTokenizerBase:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config, network: str | None = None):
-    """Refuses a tokenizer that is not the one a network was trained with.
+    """Refuses a tokenizer other than the one that a network was trained with.
 
     Args:
         config: the network's configuration.
-        network: where the network came from, if it was loaded; a tokenizer saved beside it is compared token by token.
+        network: where the network was loaded from, if it was. The tokenizer saved there is compared token by token.
 
     Raises:
-        ValueError: no mask token, or another one than the network's; tokens outside its vocabulary; tokens that the network
-            knows by other ids.
+        ValueError: the tokenizer has no mask token or another one than the network, has tokens outside its vocabulary, or
+            gives tokens other ids.
     """
     if config.diffusion_kind == "absorbing" and tokenizer.mask_token_id is None:
-        raise ValueError("the tokenizer has no mask token: set add_mask_token to true, or give one that has")
+        raise ValueError("the tokenizer has no mask token: set add_mask_token to true, or give another tokenizer")
     check_tokens(tokenizer, config)
     other = None if network is None else tokenizer_beside(network)
     if other is None:
@@ -66,7 +65,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config, network: str | N
 
 
 def tokenizer_beside(network: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the folder or repository of a network that was loaded; None if there is none that loads."""
+    """The tokenizer saved with a network that was loaded; None if there is none, or if it cannot be loaded."""
     name, revision = split_revision(network)
     file = Path(name, "tokenizer_config.json")
     if not Path(name).exists():
@@ -74,8 +73,8 @@ def tokenizer_beside(network: str) -> PreTrainedTokenizerBase | None:
     if not isinstance(file, (str, Path)) or not Path(file).is_file():
         return None
     try:
-        return AutoTokenizer.from_pretrained(Path(file).parent, trust_remote_code=False)
-    except Exception:  # of a kind that needs its own code, say; the vocabulary's size was checked
+        return load_tokenizer(Path(file).parent)
+    except ValueError:  # it needs code of its own, for example; the vocabulary's size was checked
         return None
 
 
@@ -94,10 +93,10 @@ def check_shift(model, train, training: TrainingArguments):
 
 
 def open_data(text: TextArguments, training: TrainingArguments) -> RunText:
-    """Finds and checks the text of a run, before anything else is loaded. All processes must call it.
+    """Finds and checks the text of a run, before anything else is loaded. Every process must call it.
 
     Raises:
-        FileNotFoundError, ValueError: see `open_run_text`; also streaming text without max_steps.
+        FileNotFoundError, ValueError: see `open_run_text`; ValueError also for streaming text without max_steps.
     """
     if text.streaming and training.max_steps <= 0:
         raise ValueError("streaming text has no known length, so an epoch has none either: give max_steps")
@@ -106,7 +105,7 @@ def open_data(text: TextArguments, training: TrainingArguments) -> RunText:
 
 
 def load_data(text: RunText | TextArguments, tokenizer: PreTrainedTokenizerBase, training: TrainingArguments):
-    """Training and validation blocks, see `load_blocks`; the first process of each machine prepares the others' cache."""
+    """Training and validation blocks, see `load_blocks`. The first process of each machine fills the cache for the others."""
     text = text if isinstance(text, RunText) else open_data(text, training)
     with main_process_first(training):
         return load_blocks(text, tokenizer)

@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, where to resume, and how models are saved into it."""
+"""The output folder of a run: whether it belongs to the run, where to resume, and how models are saved into it."""
 
 import dataclasses
 import os
@@ -13,12 +13,12 @@ from trainers.checkpoints import clear_later_checkpoints, fault_of, last_complet
 from trainers.runs.recipe import RECIPE_FOLDER
 
 
-RUN = "run.json"  # which run a folder holds
+RUN = "run.json"  # the settings of the run that a folder holds
 STARTED_FROM = (
-    "started_from"  # the key for a checkpoint of another folder, and the settings changed since: no setting itself
+    "started_from"  # a key of run.json that is not a setting: a checkpoint in another folder, and what changed since
 )
 
-# The settings of `TrainingArguments` that decide what a run computes; a method's own settings all do.
+# The settings of `TrainingArguments` that decide what a run computes. All of a method's own settings do.
 DECISIVE_SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm"),
@@ -29,11 +29,11 @@ CHANGEABLE_SETTINGS = ("learning_rate", "max_grad_norm")
 
 
 def run_settings(training: TrainingArguments, *arguments) -> dict:
-    """What a run is: equal settings compute the same thing, whatever the number of processes."""
+    """The settings that identify a run: equal ones compute the same, whatever the number of processes."""
     settings = {key: value for instance in arguments for key, value in dataclasses.asdict(instance).items()}
     own = {f.name for f in dataclasses.fields(training)} - {f.name for f in dataclasses.fields(TrainingArguments)}
     settings |= {key: value for key, value in training.to_dict().items() if key in own or key in DECISIVE_SETTINGS}
-    # What is really done: the precision may come from `accelerate launch` or its configuration.
+    # The precision that is really used: it may come from `accelerate launch` or its configuration.
     settings |= {precision: training.mixed_precision == precision for precision in ("bf16", "fp16")}
     settings["global_batch_size"] = (
         training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -42,9 +42,9 @@ def run_settings(training: TrainingArguments, *arguments) -> dict:
 
 
 def recipe_text(training: TrainingArguments, *arguments) -> str:
-    """The recipe of a run as YAML, for its model card: it runs as it stands, and names no path of this machine.
+    """The recipe of a run as YAML, for its model card. It runs as it is and names no path of this machine.
 
-    Of a local path only the last part is left, and the first line says for which keys the reader has to put their own.
+    Of a local path only the last part is kept; the first line says for which keys readers have to put in their own.
     """
     defaults = {f.name: f.default for instance in (training, *arguments) for f in dataclasses.fields(instance)}
     settings = run_settings(training, *arguments)
@@ -59,7 +59,7 @@ def recipe_text(training: TrainingArguments, *arguments) -> str:
 
 
 def portable_path(value):
-    """A path without what only this machine has. A shipped file is named as the shipped recipes do: relative to them."""
+    """A path without the parts that only this machine has. Shipped files are named relative to the shipped recipes."""
     if not isinstance(value, str) or not os.path.isabs(value):
         return value
     path = Path(value)
@@ -69,7 +69,7 @@ def portable_path(value):
 
 
 def short_name(source: str | None) -> str | None:
-    """A folder's name without what only this machine has of its path; a Hub name as it is."""
+    """A folder's path without the parts that only this machine has; a Hub name is returned unchanged."""
     if source is None or not Path(source).exists():
         return source
     path = Path(source).resolve()
@@ -80,9 +80,9 @@ def short_name(source: str | None) -> str | None:
 
 
 def difference(output_dir: Path, settings: dict, changeable: tuple[str, ...] = ()) -> str | None:
-    """The first setting in which the run of a folder is not ours, in words; None when it is ours, or there is no run.
+    """The first setting in which the run of a folder differs from ours, in words; None if there is no run, or it is ours.
 
-    Settings that we do not have (yet) are not compared.
+    Settings that only the folder's run has are not compared.
     """
     if not (output_dir / RUN).is_file():
         return None
@@ -99,7 +99,7 @@ def difference(output_dir: Path, settings: dict, changeable: tuple[str, ...] = (
 
 
 def check_checkpoint(folder: Path, settings: dict):
-    """Raises ValueError unless a checkpoint is complete and, as far as its folder tells, of a run with these settings."""
+    """Raises ValueError unless a checkpoint is complete and, as far as its folder says, from a run with these settings."""
     fault, other = fault_of(folder), difference(folder.parent, settings, CHANGEABLE_SETTINGS)
     if fault or other:
         raise ValueError(
@@ -109,7 +109,7 @@ def check_checkpoint(folder: Path, settings: dict):
 
 
 def check_output_dir(output_dir: Path, settings: dict):
-    """Raises ValueError when a folder cannot be this run's; for another run's it names the first setting that differs."""
+    """Raises ValueError if a folder cannot belong to this run; names the first setting that differs from another run's."""
     place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not place.is_dir():
         raise ValueError(f"output_dir {str(output_dir)!r}: {str(place)!r} is a file; choose another one")
@@ -119,7 +119,7 @@ def check_output_dir(output_dir: Path, settings: dict):
             f"output_dir {str(output_dir)!r} holds another run: {other}; choose another output_dir, or remove that folder"
         )
     names = {path.name for path in output_dir.iterdir()} if place == output_dir else set()
-    # A run that was killed in its very first write has left its lock and a part of run.json.
+    # A run that was killed during its first write has left its lock and part of run.json.
     names = {name for name in names if name != LOCK and not name.startswith(f".{RUN}.")}
     if names and RUN not in names:
         raise ValueError(
@@ -128,12 +128,13 @@ def check_output_dir(output_dir: Path, settings: dict):
 
 
 def find_checkpoint(output_dir: Path, wanted: str | None, settings: dict) -> Path | None:
-    """The checkpoint to resume from, if there is one. Nothing is written.
+    """The checkpoint to resume from; None if there is none. Writes nothing.
 
-    `wanted` names one. In another folder it is where this run begins: once this run has a checkpoint of its own, that is it.
+    `wanted` names one. If it is in another folder, this run begins there; once this run has a checkpoint of its own, it
+    resumes from that.
 
     Raises:
-        ValueError: when the checkpoint or the output folder is not of this run.
+        ValueError: the checkpoint or the output folder belongs to another run.
     """
     check_output_dir(output_dir, settings)
     if wanted is not None:
@@ -144,7 +145,7 @@ def find_checkpoint(output_dir: Path, wanted: str | None, settings: dict) -> Pat
 
 
 def claim_output_dir(output_dir: Path, settings: dict, checkpoint: Path | None):
-    """Makes a folder this run's: call it after every check has passed and under the folder's lock, it is the first write."""
+    """Claims a folder for this run: the first write. Call it after every check has passed, with the folder locked."""
     for remains in output_dir.glob(f".{RUN}.*"):
         remains.unlink()
     if not (output_dir / RUN).is_file():
@@ -163,7 +164,7 @@ def claim_output_dir(output_dir: Path, settings: dict, checkpoint: Path | None):
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, training: TrainingArguments, name: str = ""
 ):
-    """Saves a model and its tokenizer into the output folder, or into a folder in it; no file is left half-written."""
+    """Saves a model and its tokenizer into the output folder, or into its subfolder `name`. No file is left half-written."""
     if not training.should_save:
         return
     output_dir = Path(training.output_dir)

@@ -22,7 +22,7 @@ RECIPE_FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML in which a key stands once: PyYAML silently takes the last of several."""
+    """A YAML loader that refuses a repeated key; PyYAML silently takes the last."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
@@ -61,9 +61,9 @@ TOGETHER = (("train_text", "validation_text"),)
 
 
 class RecipeParser(HfArgumentParser):
-    """Complains in one line; `null`, in the file and on the command line, is None where a field may be None.
+    """A parser with one-line errors, for which `null` is None where a field may be None, in the file or on the command line.
 
-    `--help` lists our own settings and the Trainer's most used, `--help-all` every key.
+    `--help` lists our own settings and the Trainer's most common ones; `--help-all` lists every key.
     """
 
     elsewhere: dict[str, str] = {}  # keys that are refused -> why
@@ -132,7 +132,7 @@ class _Help(argparse.Action):
 
 
 def _option_lines(action: argparse.Action, key: str, text: str, width: int, everything: bool) -> list[str]:
-    """An option with its help: the first sentence, or all of it."""
+    """An option with the first sentence of its help, or with all of it."""
     text = " ".join((text or "").split()).replace("%%", "%")
     text = text if everything else text.split(". ")[0]
     text = text if text.endswith("...") else text.removesuffix(".")
@@ -154,15 +154,15 @@ def parse_recipe(
 
     The YAML is rewritten as command-line arguments in front of the real ones, so that both pass through the same type
     conversion: `6e-5` is a number here although PyYAML calls it a string. A string that starts with `./` or `../` in a
-    recipe is a path relative to the recipe's own folder, so that a recipe works from any directory. What is not found there
+    recipe is a path relative to the recipe's own folder, so a recipe works from any directory. A file that is not found there
     but ships with the library (a recipe by its name, `./tiny/teacher` in a recipe) is taken from the library.
 
-    Exits with status 2 and one line on standard error when a file, a key or a value is wrong.
+    Exits with status 2 and one line on standard error if a file, a key or a value is wrong.
 
     Args:
         dataclass_types: the dataclasses whose fields are the keys.
-        arguments: the words of the command line; those of this process by default.
-        elsewhere: keys that are refused -> the rest of the sentence that says why.
+        arguments: the command line; that of this process by default.
+        elsewhere: for each key that is refused, the rest of the sentence that says why.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = RecipeParser(dataclass_types)
@@ -196,10 +196,10 @@ def parse_recipe(
 
 
 def parse_recipe_of(key: str, choices: dict[str, type], dataclass_types, arguments: list[str] | None = None) -> tuple:
-    """`parse_recipe` with one more dataclass at the end: the one of `choices` that the recipe's `key` names.
+    """`parse_recipe` with one more dataclass at the end: the entry of `choices` that the recipe's `key` names.
 
-    `key` is a field of one of `dataclass_types`; without it the first of the choices is taken. A key that belongs to another
-    of the choices is refused with the names of those that have it.
+    `key` is a field of one of `dataclass_types`. If it is not given, the first of the choices is taken. A key that belongs
+    only to other choices is refused, with their names.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser, chosen = RecipeParser(dataclass_types), next(iter(choices))
@@ -219,7 +219,7 @@ def parse_recipe_of(key: str, choices: dict[str, type], dataclass_types, argumen
 
 
 def _read_recipe(parser: HfArgumentParser, name: str) -> tuple[dict, Path]:
-    """The content of a recipe, a mapping, and its file."""
+    """The content of a recipe, which is a mapping, and its file."""
     path = Path(name)
     if not path.is_file():
         path = RECIPE_FOLDER / path.name
@@ -284,7 +284,7 @@ def _as_number(value):
 
 
 def _keys(parser: HfArgumentParser) -> dict:
-    """Key -> argparse action, without `--help`, which is for the command line only."""
+    """Key -> argparse action. Without `--help`, which is not a key of recipes."""
     actions = [action for action in parser._actions if not isinstance(action, _Help)]
     options = {option: action for action in actions for option in action.option_strings}
     return {option[2:]: action for option, action in options.items() if option.startswith("--")}

@@ -1,33 +1,39 @@
-"""What happens at the end of a round: the student is exported as `round-k/`, saved as a checkpoint, and then judged."""
+"""The end of a round: the student is exported as `round-k/`, a checkpoint is saved, and then the student is judged."""
 
 import contextlib
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.utils import logging
 
-from evaluation import RunReport, read_texts, vocabulary_of
+from evaluation import RunReport, load_report, read_texts, vocabulary_of
 from evaluation.evaluate_model import FIRST_LOCKING
 from evaluation.figures import FIGURES
 from evaluation.judge import load_judge
 from evaluation.options import EvaluationArguments
 from evaluation.team import ALONE, Team
+from modeling_mcd.loading import reason_of
 from trainers.runs.output_folder import save_model
 from trainers.runs.text_blocks import TextArguments
 
+
+logger = logging.get_logger(__name__)
+T = TypeVar("T")
 
 HELD_OUT_BLOCKS = 512  # judged, evenly spread over the validation set
 
 
 class Ranks(Team):
-    """All processes of a run. They exchange their parts through a group of their own, on the CPU.
+    """All processes of a run. They exchange their results through a group of their own, on the CPU.
 
-    The timeout of a group is that of every exchange in it, and training wants a short one. Here a process may have to wait
-    for as long as another one judges, so this group's is the longest that gloo can count (milliseconds in 32 bits).
+    A group's timeout applies to each of its exchanges, and training wants a short one. Here a process may have to wait for as
+    long as another one judges, so this group has the longest timeout that gloo can count (milliseconds in 32 bits).
     """
 
     def __init__(self):
@@ -42,7 +48,7 @@ class Ranks(Team):
 
 @contextlib.contextmanager
 def without_partitioning(training: TrainingArguments) -> Iterator[None]:
-    """Networks that are loaded inside are complete in every process, under ZeRO-3 too."""
+    """A context in which networks are loaded completely in every process, even under ZeRO-3."""
     if getattr(training, "hf_deepspeed_config", None) is None:
         yield
         return
@@ -56,11 +62,43 @@ def without_partitioning(training: TrainingArguments) -> Iterator[None]:
 def load_run_judge(
     arguments: EvaluationArguments, training: TrainingArguments
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
-    """The judge of a run and its tokenizer, in every process; None when nothing is judged. Raises as `load_judge` does."""
+    """The judge of a run and its tokenizer, in every process; None if nothing is judged. Raises what `load_judge` raises."""
     if arguments.judge is None:
         return None
     with without_partitioning(training):
         return load_judge(arguments.judge, arguments.judge_dtype, training.device)
+
+
+class TrainingReport(RunReport):
+    """A report whose failures do not end a training: if it cannot be read or written (a full disk, say), it warns.
+
+    Rows that could not be saved are kept and saved with the next ones.
+    """
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self._unsaved: list[dict] = []
+
+    def _attempt(self, action: Callable[[], T], otherwise: T) -> T:
+        try:
+            return action()
+        except Exception as error:  # whatever went wrong, the training has not failed
+            logger.warning(f"the report in {self.folder} is not up to date, and training goes on: {reason_of(error)}")
+            return otherwise
+
+    def known_rows(self) -> list[dict]:
+        rows = None
+        if self.team.rank == 0:
+            rows = self._attempt(lambda: load_report(self.folder)["results"], []) + self._unsaved
+        return self.team.gather(rows)[0]
+
+    def save(self, rows: Sequence[dict] = (), **about):
+        self._unsaved += rows
+        if self._attempt(lambda: super(TrainingReport, self).save(self._unsaved, **about) or True, False):
+            self._unsaved = []
+
+    def write(self, **about) -> str:
+        return self._attempt(lambda: super(TrainingReport, self).write(**about), "")
 
 
 def start_report(
@@ -71,13 +109,13 @@ def start_report(
     text: TextArguments,
     training: TrainingArguments,
     validation: Sized | None = None,
-) -> RunReport:
-    """The report of a run's output folder, in all processes. Nothing is written yet, and nothing drawn.
+) -> TrainingReport:
+    """The report of a run's output folder, in all processes. Nothing is written or sampled yet.
 
     Args:
         judge: as `load_run_judge` returns it.
         config: the configuration of the networks to judge.
-        text: the training text; its words count as known if it is a local file or folder.
+        text: the training text. If it is a local file or folder, its words count as known.
         validation: the held-out blocks of the N-step bound, if `evaluation_bound` asks for it.
 
     Raises:
@@ -93,7 +131,7 @@ def start_report(
         raise ValueError(f"evaluation_bound ({count}) needs held-out text: give validation_text, or 0 for no bound")
     team = Ranks() if training.world_size > 1 else ALONE
     blocks = held_out_blocks(validation, count) if count else None
-    return RunReport(training.output_dir, protocol, steps, temperatures, team, lockings, blocks)
+    return TrainingReport(training.output_dir, protocol, steps, temperatures, team, lockings, blocks)
 
 
 def held_out_blocks(validation: Sized, count: int = HELD_OUT_BLOCKS) -> torch.LongTensor:
@@ -104,13 +142,13 @@ def held_out_blocks(validation: Sized, count: int = HELD_OUT_BLOCKS) -> torch.Lo
 
 
 class RoundCallback(TrainerCallback):
-    """Exports the student at the end of each round; when the checkpoint of that step is safe, all processes judge it.
+    """Exports the student at the end of each round; once the checkpoint of that step is written, all processes judge it.
 
-    A checkpoint is therefore written at the end of every round, unless `save_strategy` is "no". A run that is killed
-    while it judges resumes there and judges what is missing.
+    For this a checkpoint is written at the end of every round, unless `save_strategy` is "no". A run that is killed while it
+    judges resumes there and judges what is missing.
 
     Args:
-        report: None when nothing is judged; with several processes, in all of them or in none.
+        report: None if nothing is judged. It must be None in all processes or in none.
     """
 
     def __init__(self, trainer, tokenizer: PreTrainedTokenizerBase, report: RunReport | None):
@@ -131,14 +169,14 @@ class RoundCallback(TrainerCallback):
         save_model(self.trainer.whole_student(), self.tokenizer, args, self.exported)
         if args.save_strategy != "no" and not control.should_save:
             control.should_save = True
-            # A line of the log then ends here too: a run that resumes at this step has no earlier losses to add to it.
+            # The log then gets a line here too: a run that resumes at this step no longer has the losses before it.
             control.should_log = args.logging_strategy != "no"
 
     def on_save(self, args, state, control, **kwargs):
         self._judge()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._judge()  # of a run without checkpoints
+        self._judge()  # in a run without checkpoints
 
     def on_train_end(self, args, state, control, **kwargs):
         self._judge()

@@ -1,4 +1,4 @@
-"""A run of a command, from its settings to the pushed model: what all entry points have in common."""
+"""A run of a command, from its settings to the pushed model: what all entry points share."""
 
 import contextlib
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from evaluation import save_results
 from modeling_mcd.files import in_use, lock_folder, write_json
 from trainers.exact_resume import ExactResumeArguments, from_first_process
 from trainers.runs.hub import push_to_hub, take_hub_api
@@ -17,8 +18,9 @@ from trainers.runs.output_folder import (
     recipe_text,
     run_settings,
     save_model,
+    short_name,
 )
-from trainers.runs.text_blocks import RunText, tokenizer_digest
+from trainers.runs.text_blocks import RunText, TextArguments, tokenizer_digest
 
 
 logger = logging.get_logger(__name__)
@@ -35,15 +37,15 @@ class Run:
             run.save(model, tokenizer)
             run.push()
 
-    Started again with the same arguments, it goes on from the last complete checkpoint. With `resume_from_checkpoint` in
-    another folder it begins there, and may have another learning rate.
+    Started again with the same arguments, it resumes from the last complete checkpoint. If `resume_from_checkpoint` is in
+    another folder, the run begins there and may have another learning rate.
 
     Args:
-        training: of the trainer. Its Hub token is taken out: every checkpoint stores the arguments.
-        arguments: the other dataclasses of settings. Together they say what the run computes.
+        training: the trainer's arguments. The Hub token is removed from them, since every checkpoint stores them.
+        arguments: the other dataclasses of settings. Together they determine what the run computes.
 
     Raises:
-        ValueError: the output folder is in use, or holds something else; the checkpoint is damaged or of another run.
+        ValueError: the output folder is in use or holds something else, or the checkpoint is damaged or from another run.
     """
 
     def __init__(self, training: ExactResumeArguments, *arguments):
@@ -61,20 +63,20 @@ class Run:
         return find_checkpoint(self.output_dir, self.training.resume_from_checkpoint, self.settings)
 
     def identify(self, text: RunText, tokenizer: PreTrainedTokenizerBase):
-        """Adds the content of text and tokenizer to what the run is.
+        """Adds digests of text and tokenizer to the settings that identify the run.
 
         Raises:
-            ValueError: the run of the output folder, or of the checkpoint, had another text or tokenizer.
+            ValueError: the run in the output folder, or that of the checkpoint, had another text or tokenizer.
         """
         self.settings |= text.digests() | {"tokenizer_digest": tokenizer_digest(tokenizer)}
         self.checkpoint = from_first_process(self._find_checkpoint)
 
     @contextlib.contextmanager
     def start(self) -> Iterator[None]:
-        """Holds the output folder for this run alone. What comes before it writes nothing.
+        """Locks the output folder for this run. Nothing is written before that.
 
         Raises:
-            ValueError: another process has taken the folder meanwhile.
+            ValueError: another process has taken the folder in the meantime.
         """
         with contextlib.ExitStack() as held:
             self.checkpoint = from_first_process(lambda: self._claim(held))
@@ -89,19 +91,36 @@ class Run:
         return checkpoint
 
     def recipe(self, *more) -> str:
-        """The run as YAML, for its model card; `more` are dataclasses of settings that do not change what it computes."""
+        """The run as YAML, for its model card. `more`: dataclasses of settings that do not change what the run computes."""
         return recipe_text(self.training, *self.arguments, *more)
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = ""):
-        """Saves a model into the output folder, or into the folder `name` in it."""
+        """Saves a model and its tokenizer into the output folder, or into its subfolder `name`."""
         save_model(model, tokenizer, self.training, name)
 
+    def save_about(self, text: TextArguments, *more, verb: str = "Trained", **about) -> dict:
+        """Writes a description of the run into `eval.json`, from which the card is made; returns the report.
+
+        Args:
+            text: the text that the description names.
+            more: see `recipe`.
+            verb: what was done on the text.
+            about: see `save_results`.
+        """
+        return save_results(
+            self.output_dir,
+            recipe=self.recipe(*more),
+            data=f"{verb} on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
+            repository=self.training.hub_model_id,
+            **about,
+        )
+
     def save_figures(self, **figures: float):
-        """Writes `eval_results.json`: the figures that were printed; null for one that is not finite."""
+        """Writes the figures to `eval_results.json`; one that is not finite becomes null."""
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         write_json(self.output_dir / "eval_results.json", finite)
 
     def push(self):
-        """Sends the output folder to the Hub, if that was asked for."""
+        """Uploads the output folder to the Hub if the settings say so."""
         if self._hub is not None and self.is_first:
             push_to_hub(self.training, self._hub)

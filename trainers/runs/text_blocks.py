@@ -1,6 +1,6 @@
-"""The training and validation text of a run, cut into blocks as `evaluation/text.py` says, and kept in the cache of `datasets`.
+"""The training and validation text of a run: cut into blocks by `evaluation/text.py` and kept in the cache of `datasets`.
 
-Without that package plain text can still be used: its blocks are made anew by every command, and kept in memory.
+Without that package, plain text can still be used: every command makes its blocks anew and keeps them in memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TextArguments:
-    """Where the text comes from and how it is cut."""
+    """Where the text comes from, and how it is cut into blocks."""
 
     train_text: str = field(
         metadata={
@@ -38,7 +38,9 @@ class TextArguments:
             "save_to_disk, or the name of a Hub dataset."
         }
     )
-    validation_text: str | None = field(default=None, metadata={"help": "Held-out text, of the same kinds."})
+    validation_text: str | None = field(
+        default=None, metadata={"help": "Held-out text, of the same kinds as the training text."}
+    )
     text_column: str = field(default="text", metadata={"help": "Column with the text; plain text files have none."})
     train_split: str = field(
         default="train", metadata={"help": "Split of a Hub dataset; 'train[:-1000]' for a slice."}
@@ -47,10 +49,12 @@ class TextArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     streaming: bool = field(
-        default=False, metadata={"help": "Tokenise the training text while training: in order, not shuffled."}
+        default=False, metadata={"help": "Tokenise the training text during training, in order and not shuffled."}
     )
     block_length: int = field(default=1024, metadata={"help": "Tokens in a block, BOS and EOS included."})
-    max_validation_blocks: int | None = field(default=None, metadata={"help": "Use only the first so many blocks."})
+    max_validation_blocks: int | None = field(
+        default=None, metadata={"help": "Use only this many validation blocks, the first ones."}
+    )
 
     def __post_init__(self):
         check_numbers(self, max_validation_blocks=AT_LEAST_1)
@@ -71,11 +75,11 @@ def default_of(name: str):
 
 @dataclass(frozen=True)
 class RunText:
-    """The text of a run: found and checked, not yet tokenised.
+    """The text of a run: found and checked, but not tokenised yet.
 
     Args:
-        train, validation: the sources; validation is None when there is no validation_text.
-        arguments: what they were opened with.
+        train, validation: the sources; `validation` is None if there is no validation_text.
+        arguments: the options with which they were opened.
     """
 
     train: TextSource
@@ -83,7 +87,7 @@ class RunText:
     arguments: TextArguments
 
     def digests(self) -> dict[str, str | None]:
-        """What identifies the content, for run.json: a run that goes on with another text is another run."""
+        """What identifies the content, for run.json: a run cannot be resumed with another text."""
         return {
             "train_text_digest": self.train.digest,
             "validation_text_digest": None if self.validation is None else self.validation.digest,
@@ -91,11 +95,11 @@ class RunText:
 
 
 def open_run_text(text: TextArguments) -> RunText:
-    """Finds the text of a run. Reads plain text once, to check it; loads the rows of a dataset that is not streamed.
+    """Finds the text of a run. Plain text is read once, to check it; a dataset that is not streamed is loaded.
 
     Raises:
-        FileNotFoundError: a text that is not there.
-        ValueError: a text that cannot be read, or an option that no text of this run has a use for.
+        FileNotFoundError: a text does not exist.
+        ValueError: a text cannot be read, or an option has no use for any text of this run.
     """
     options = {"column": text.text_column, "config": text.dataset_config, "revision": text.dataset_revision}
     train = open_text(text.train_text, split=text.train_split, streaming=text.streaming, **options)
@@ -117,10 +121,10 @@ def open_run_text(text: TextArguments) -> RunText:
 def load_blocks(
     text: TextArguments | RunText, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset | IterableDataset | MemoryBlocks, Dataset | MemoryBlocks | None]:
-    """Training and validation blocks: rows `{"input_ids": uint16 or int32 list of block_length}`.
+    """Training and validation blocks: rows `{"input_ids": list of block_length ids, uint16 or int32}`.
 
     Raises:
-        FileNotFoundError, ValueError: with the file, the offset, the row or the column at fault.
+        FileNotFoundError, ValueError: name the file, offset, row or column at fault.
     """
     text = text if isinstance(text, RunText) else open_run_text(text)
     length, limit = text.arguments.block_length, text.arguments.max_validation_blocks
@@ -144,9 +148,9 @@ def blocks_of(
     arguments = {"source": source, "tokenizer": tokenizer, "block_length": block_length}
     if streaming:
         blocks = datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
-        next(iter(blocks))  # a text shorter than a block is refused here, not in the first step of a run
+        next(iter(blocks))  # a text shorter than a block is refused now, not at the first step of a run
         return blocks
-    # Our own fingerprint: that of a tokenizer object changes with its use, and a path says nothing of the file's content.
+    # A fingerprint of our own: that of a tokenizer object changes with its use, and a path says nothing about the content.
     identity = repr((RULE, source.digest, tokenizer_digest(tokenizer), block_length, str(source.column)))
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return build_dataset(
@@ -170,7 +174,7 @@ class MemoryBlocks(torch.utils.data.Dataset):
         return MemoryBlocks(self.blocks[list(chosen)])
 
 
-RULE = 2  # of reading and packing; part of the cache's key, so that another rule does not find the blocks of this one
+RULE = 3  # number of the rule by which text is read and packed; part of the cache's key, since another rule makes other blocks
 
 
 def _rows(
@@ -181,13 +185,13 @@ def _rows(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hexadecimal digits that change with anything that changes the ids of a text, and not with use of the tokenizer."""
+    """16 hexadecimal digits that change with everything that changes a text's ids, but not with use of the tokenizer."""
     parts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     parts += [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "mask", "unk")]
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         parts.append({key: value for key, value in sorted(backend.items()) if key not in ("truncation", "padding")})
-    else:  # what it loads beside its vocabulary, such as the merges of a BPE
+    else:  # the files that it loads besides its vocabulary, such as the merges of a BPE
         with tempfile.TemporaryDirectory() as folder:
             files = tokenizer.save_vocabulary(folder)
             parts += [(Path(file).name, Path(file).read_bytes()) for file in files if file is not None]

@@ -1,8 +1,8 @@
-"""One process works, the others wait, however long it takes.
+"""One process works while the others wait, however long it takes.
 
-A barrier of torch.distributed, and so `TrainingArguments.main_process_first`, gives up after the group's timeout (10 or 30
-minutes), which tokenising a large text or judging many samples may exceed. Here the others ask the group's key-value store
-now and then, and no collective is pending meanwhile.
+A barrier of torch.distributed, and therefore `TrainingArguments.main_process_first`, gives up after the group's timeout (10 or
+30 minutes), which tokenising a large text may exceed. Here the others poll the group's key-value store, and no collective is
+pending meanwhile.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ import torch.distributed
 from transformers import TrainingArguments
 
 
-LONGEST_PAUSE = 1.0  # seconds between two looks
+LONGEST_PAUSE = 1.0  # seconds between two polls
 _calls = itertools.count()  # all processes make the same calls in the same order
 
 
 @contextlib.contextmanager
 def main_process_first(training: TrainingArguments, local: bool = True) -> Iterator[None]:
-    """The first process (of each machine, if `local`) runs the block, then all others do.
+    """The first process (of each machine, if `local`) runs the block; then all others run it.
 
-    All processes must come here, the same number of times. When the block fails in the first process, the others, who would
-    wait for nothing, exit with status 1 and no message: the first one has given it.
+    All processes must call it, the same number of times. If the block fails in the first process, the others exit with status
+    1 and no message, since the first one has given it.
     """
     if training.world_size == 1:  # also sets up the process group
         yield
