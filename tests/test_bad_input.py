@@ -652,7 +652,7 @@ def test_earlier_checkpoints_on_a_full_disk_are_intact(full_disks):
     assert last[0] is None and last[-1].name == "checkpoint-8" and len(set(last)) >= 3
 
 
-def test_with_room_again_the_run_ends_as_if_it_had_never_been_short_of_it(full_disks, inputs, tmp_path):
+def test_with_room_again_the_run_ends_as_on_a_large_disk(full_disks, inputs, tmp_path):
     home, _ = full_disks
     run_mcd.main(mcd_arguments(inputs, tmp_path / "run", num_rounds=2))
     expected = (tmp_path / "run" / "model.safetensors").read_bytes()

@@ -100,7 +100,7 @@ def test_dcd_teacher_first_is_its_formula_on_whole_tables(networks, tmp_path):
     assert loss == pytest.approx(expected, rel=1e-8)
 
 
-def test_teacher_first_hybrid_is_teacher_first_kl_over_everything_masked(networks, tmp_path):
+def test_the_teacher_first_hybrid_is_teacher_first_kl(networks, tmp_path):
     """The identity: KL(teacher || student) on whole SUBS tables over m_t, against the hybrid over m_s and what s reveals."""
     trainer, x_0 = make_trainer("mcd", networks, tmp_path, divergence="teacher_first"), blocks()
     times, u = noise(0, 1)

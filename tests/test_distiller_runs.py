@@ -74,7 +74,7 @@ def test_dscd_clamp_zeroes_the_gradient(networks, tmp_path):
     assert all((g == 0).all() for g in torch.autograd.grad(loss, list(trainer.model.parameters())))
 
 
-def test_collating_pads_what_is_shorter_and_adds_nothing_to_equal_blocks():
+def test_collating_pads_only_what_is_shorter():
     assert list(collate_blocks([{"input_ids": [1, 2]}, {"input_ids": [3, 4]}])) == ["input_ids"]
     batch = collate_blocks([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
@@ -205,7 +205,7 @@ def test_a_run_judges_its_teacher_and_every_round(judged_run):
     assert "Masked Consistency Distillation" in card and (folder / "eval.md").read_text().strip() in card
 
 
-def test_a_run_prints_its_table_at_each_round_s_end_and_no_gen_ppl_without_entropy(judged_run):
+def test_a_run_prints_its_table_at_the_end_of_each_round(judged_run):
     _, printed = judged_run
     lines = printed.splitlines()
     heads = [i for i, line in enumerate(lines) if line.startswith("| Gen-PPL (entropy) |")]

@@ -239,7 +239,7 @@ def test_given_masks_cost_the_nelbo_nothing(networks, tmp_path):
 # --- SDTT
 
 
-def test_sdtt_teacher_reveals_as_often_as_its_steps_say_and_draws_from_its_own_law(networks, tmp_path):
+def test_sdtt_teacher_reveals_and_draws_by_its_laws(networks, tmp_path):
     """With a head whose weights are zero every target is softmax(bias): chi-squared of what is drawn, binomial of how often."""
     trainer = make_trainer("sdtt", networks, tmp_path, delta=0.2, num_rounds=1)
     teacher = trainer.teacher
@@ -399,7 +399,7 @@ def test_divergence_from_a_token_is_the_divergence_from_subs_point_mass(kind):
         assert value.item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_student_first_kl_on_revealed_tokens_explodes_and_the_hybrid_does_not(networks, tmp_path):
+def test_student_first_kl_explodes_where_the_hybrid_does_not(networks, tmp_path):
     """The paper's FAILED row, measured: about 1e6 for each revealed token."""
     explodes, hybrid, silent = (
         make_trainer("mcd", networks, tmp_path, reveal=reveal).compute_loss(
@@ -429,7 +429,7 @@ def posterior_tables(generator):
     return sequences, weights, posterior
 
 
-def test_teacher_first_consistency_leaves_an_exact_posterior_unchanged_and_student_first_does_not():
+def test_teacher_first_consistency_keeps_an_exact_posterior():
     """E[f*(z_s) | z_t] = f*(z_t): enumerated over every canvas and every way to reveal; so the minimiser of teacher-first
     KL is the posterior itself, while that of student-first KL is the normalised geometric mean, which is sharper."""
     sequences, weights, posterior = posterior_tables(torch.Generator().manual_seed(0))

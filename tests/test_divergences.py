@@ -241,7 +241,7 @@ def test_autocast_rounds_the_products_alone():
         assert (ours.grad - double.grad).norm() < 0.02 * double.grad.norm()
 
 
-def test_subs_never_gives_the_mask_probability_and_temperature_is_a_power():
+def test_subs_gives_the_mask_no_probability():
     rows = make_rows(50, 0)
     p = rows.log_probabilities(0.7).exp()
     assert (p[:, MASK] == 0).all() and torch.allclose(p.sum(1), torch.ones(50, dtype=torch.float64))

@@ -389,7 +389,7 @@ def test_run_eval_keeps_a_readme_of_the_users(folders):
     assert "Gen-PPL" in (teacher / "eval_card.md").read_text() and (teacher / "eval.json").is_file()
 
 
-def test_run_eval_takes_every_option_of_a_recipe_with_and_without_the_prefix():
+def test_run_eval_takes_the_options_of_a_recipe_and_shorter_ones():
     values = {"evaluation_steps": "3", "evaluation_temperatures": "1.0", "evaluation_samples": "7", "judge": "j"}
     values |= {"evaluation_seeds": "2", "evaluation_length": "9", "evaluation_sampler": "confidence"}
     values |= {"evaluation_last_step": "greedy", "evaluation_precision": "float32", "evaluation_batch_size": "5"}

@@ -135,7 +135,7 @@ def test_the_card_names_the_repository_and_no_folder_of_this_machine(story):
     assert re.findall(r"from_pretrained\((.*?)[,)]", card) == ['"user/tiny"'] * 2
 
 
-def test_a_repository_without_a_namespace_is_the_users_own_and_the_card_says_so(story, inputs, tmp_path):
+def test_a_repository_without_a_namespace_is_the_users_own(story, inputs, tmp_path):
     arguments = mcd_arguments(inputs, tmp_path / "small", num_rounds=1, steps_per_round=1, push_to_hub=True)
     result = story.python.run(TRAIN, *arguments)
     assert result.returncode == 0, result.stderr

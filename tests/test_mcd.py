@@ -74,7 +74,7 @@ def test_teacher_and_student_of_different_vocabulary(teacher, tmp_path):
         MCDTrainer(student, MCDTrainingArguments(output_dir=str(tmp_path / "run"), **SETTINGS), teacher=teacher)
 
 
-def test_gradient_accumulation_gives_the_loss_and_gradient_of_the_whole_batch(teacher, tmp_path):
+def test_accumulated_gradients_are_those_of_the_complete_batch(teacher, tmp_path):
     """Same step, same noise: 1 x 4 rows against 2 micro-batches of 2."""
     data = [{"input_ids": row.tolist()} for row in blocks()]
     results = []
@@ -217,14 +217,17 @@ def test_mdlm_loss_equals_the_nelbo_by_hand(teacher, tmp_path):
     assert trainer.compute_loss(trainer.model, {"input_ids": x_0}).item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-def test_evaluation_loss_is_the_same_each_time_and_leaves_training_noise_alone(teacher, tmp_path):
+def test_evaluation_repeats_and_leaves_the_training_noise_alone(teacher, tmp_path):
     trainer = make_trainer(teacher, tmp_path)
     trainer.eval_dataset = [{"input_ids": row.tolist()} for row in blocks()] * 4
     first, second = (trainer.evaluate()["eval_loss"] for _ in range(2))
     assert first == second and first > 0
+    other = make_trainer(teacher, tmp_path)
+    after, alone = (one.compute_loss(one.model.train(), {"input_ids": blocks()}) for one in (trainer, other))
+    assert torch.equal(after, alone)
 
 
-def test_fewer_validation_blocks_than_one_batch_are_refused_before_training(teacher, tmp_path):
+def test_fewer_validation_blocks_than_one_batch_are_refused(teacher, tmp_path):
     few = [{"input_ids": row.tolist()} for row in blocks()][:3]
     message = "per_device_eval_batch_size is 8, a batch of 8 in all, but the validation set has only 3 blocks"
     with pytest.raises(ValueError, match=message):

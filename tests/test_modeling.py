@@ -181,7 +181,7 @@ def test_attention_is_bidirectional_and_position_ids_are_rotary(model):
     assert (stretched - logits).abs().max() > 1e-3
 
 
-def test_flex_attention_gives_the_same_logits_and_flash_says_what_it_lacks(model):
+def test_flex_attention_gives_the_same_logits(model):
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[1, 7:] = 0
     with torch.no_grad():

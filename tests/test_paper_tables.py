@@ -76,7 +76,7 @@ def test_commands_that_share_a_folder_keep_each_others_work(tables):
     assert set(one.report["trainings"]) == {"MCD-1", "SDTT-1", "MCD-2"} and set(one.report["failures"]) == {"SDTT-2"}
 
 
-def test_the_table_holds_means_spreads_and_the_teacher_at_the_same_entropy(tables, tmp_path):
+def test_the_table_holds_means_spreads_and_the_matched_teacher(tables, tmp_path):
     mine = tables("MCD")
     teacher = Network(mine.teachers["teacher"], "teacher")
     mine.save([held_out(entropy=3.6, trigram_entropy=3.6), *rows_of(teacher, mine, line(4.0), 4.0)])

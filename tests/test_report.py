@@ -16,7 +16,7 @@ from evaluation import load_report, markdown_table, matched_gen_ppl, save_result
 from modeling_mcd.files import write_atomically
 
 
-def test_interpolation_is_exact_on_a_line_whatever_the_order_of_the_sweep():
+def test_interpolation_is_exact_on_a_line():
     sweep = [row(gen_ppl=line(entropy), entropy=entropy) for entropy in (3.1, 4.2, 3.5, 2.9)]
     for entropy in (2.9, 3.3, 3.9, 4.2):
         assert matched_gen_ppl(sweep, entropy) == (pytest.approx(line(entropy)), entropy)
@@ -34,7 +34,7 @@ def test_a_single_temperature_is_matched_only_within_the_tolerance():
     assert matched_gen_ppl([], 4.0) is None
 
 
-def test_matched_figures_use_one_model_one_number_of_steps_and_one_protocol(tmp_path):
+def test_matched_figures_are_of_one_model_steps_and_protocol(tmp_path):
     rows = [row(temperature=t, gen_ppl=line(h), entropy=h) for t, h in ((1.0, 4.0), (0.8, 3.2))]
     strangers = [row("round-1", gen_ppl=1.0, entropy=3.6), row(steps=4, gen_ppl=1.0, entropy=3.6)]
     strangers += [row(temperature=0.9, gen_ppl=1.0, entropy=3.6, samples=8)]
@@ -215,7 +215,7 @@ def test_the_plot_is_a_png_also_for_one_point_and_two_protocols(tmp_path):
     assert not (tmp_path / "README.md").exists()  # no model lies in this folder
 
 
-def test_the_card_holds_the_table_the_recipe_and_an_index_of_the_folders_own_model(tmp_path):
+def test_the_card_holds_table_recipe_and_an_index_of_its_model(tmp_path):
     about = {"label": "round-1", "recipe": "delta: 0.002\nseed: 1\n", "data": "Public-domain novels."}
     about |= {"repository": "someone/tiny-mcd"}
     report = save_results(tmp_path, sweep_of_two_models(), **about)

@@ -112,7 +112,7 @@ def test_killed_and_started_again(moment, inputs, uninterrupted, tmp_path):
     assert_same(outcome(tmp_path / "run"), uninterrupted)
 
 
-def test_the_run_moved_the_weights_and_its_rounds_are_what_they_should_be(inputs, uninterrupted):
+def test_the_run_moves_the_weights_and_has_its_rounds(inputs, uninterrupted):
     weights, history = uninterrupted
     assert [entry["round"] for entry in history] == [0] * 4 + [1] * 4 + [2] * 4
     assert [entry["delta"] for entry in history] == [0.125] * 4 + [0.25] * 4 + [0.5] * 4

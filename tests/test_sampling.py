@@ -295,7 +295,7 @@ def test_no_float32_noise_reveals_a_token_below_the_truncation():
 
 
 @pytest.mark.slow
-def test_the_exact_law_fails_for_the_truncated_draw_of_the_original_code():
+def test_the_truncated_draw_of_the_original_code_has_another_law():
     """Half of the probability lies on 8,190 rare tokens, over 4,096 steps: each is revealed with 1.5e-8 / t in a step.
 
     The truncated noise gives none of them unless the mask's own is large, and they come too seldom.
@@ -564,7 +564,7 @@ def run_on_meta(build, case, attention="sdpa"):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_logits_are_never_all_there_at_once_and_chunks_change_nothing(model, case, monkeypatch):
+def test_logits_are_made_in_chunks_that_change_nothing(model, case, monkeypatch):
     sizes = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
     options = {"sampler": case.split(",")[0], "num_return_sequences": 4, "seed": 0} | CASES[case]

@@ -70,7 +70,7 @@ def test_uniform_posterior_draws_have_the_exact_law(temperature):
         assert p_value(counts, bayes(x_hat, z_t, 0.2, 0.66)) < 1e-9, "the test has no power"
 
 
-def test_uniform_posterior_of_temperature_zero_is_that_of_the_likeliest_token():
+def test_uniform_posterior_at_temperature_zero_is_greedy():
     logits, certain = torch.tensor([0.3, -1.0, 1.2, 0.1]).expand(1000, K), torch.tensor([0.0, 0.0, 900.0, 0.0])
     z, noise = torch.arange(1000) % K, uniforms(2, 1000)
     expected = draw_posterior(certain.expand(1000, K), z, *noise, 0.2, 0.6)
