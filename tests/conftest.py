@@ -32,7 +32,7 @@ if importlib.util.find_spec("datasets") is None:  # a borrowed machine for `pyte
 
 
 def pytest_collection_finish():
-    """All modules are imported: a training begins with a collection, which need not look at their half a million objects."""
+    """Takes everything that was imported out of the garbage collector: every training begins with a full collection."""
     gc.collect()
     gc.freeze()
 

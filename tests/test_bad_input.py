@@ -49,7 +49,7 @@ both = pytest.mark.parametrize("entry", ["run_mcd", "run_mdlm"])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Nothing for an empty folder too, which the Trainer makes."""
+    """The files of a folder. Empty sub-folders, which the Trainer makes, do not count."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -371,7 +371,7 @@ def test_one_bad_number_of_steps_among_good_ones(refusal):
 
 
 def test_the_widest_delta_that_is_allowed_is(refusal):
-    """The refusal above is not one of everything: just below the bound, the missing tokenizer is the complaint."""
+    """Just below the bound, the error is about the missing tokenizer instead."""
     assert "tokenizer" in refusal("run_mcd", delta=0.1249, num_rounds=4, tokenizer="/nowhere")
 
 
@@ -547,7 +547,7 @@ def test_a_checkpoint_that_is_not_there(refusal, tmp_path):
 
 @pytest.mark.parametrize("moment", ["before it is written", "while it is written"])
 def test_no_room_for_a_dataset(refusal, tmp_path, monkeypatch, moment):
-    """datasets says so in two ways: without an errno before it starts, and wrapped in an error of its own later."""
+    """`datasets` reports a full disk in two ways: without an errno before it starts, and inside an error of its own later."""
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -619,7 +619,7 @@ RESUMED = ["20k", "1200k", "almost enough"]  # before, in and after the first ch
 
 @pytest.fixture(scope="module")
 def full_disks(inputs, tmp_path_factory):
-    """The same run on disks that are too small, and again when there is room: what it said, and what lay on the disk."""
+    """The same run on disks that are too small, and again once there is room: what it printed, and what was on the disk."""
     home = tmp_path_factory.mktemp("disks")
     (home / "disk").mkdir()
     words = mcd_arguments(inputs, home / "disk" / "run", num_rounds=2, save_total_limit=9)
@@ -646,7 +646,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_written_model(full_disk
 
 
 def test_earlier_checkpoints_on_a_full_disk_are_intact(full_disks):
-    """And the disks were full at different moments."""
+    """The disks fill up at different moments of the run, which is checked here too."""
     home, _ = full_disks
     last = [last_complete_checkpoint(home / size / "full" / "run") for size in SIZES]
     assert last[0] is None and last[-1].name == "checkpoint-8" and len(set(last)) >= 3

@@ -19,7 +19,7 @@ TINY = {"batch_size": 2, "length": 16, "layers": 1, "hidden_size": 32, "vocab_si
 
 @pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(benchmarks.__path__)])
 def test_every_benchmark_can_be_imported_and_has_a_way_in(name):
-    """They import from all floors: a name that moves must move here too."""
+    """Benchmarks import from the whole library, so a name that moves there breaks them."""
     module = importlib.import_module(f"benchmarks.{name}")
     assert name in ("measuring", "paper_report") or callable(module.main)
 

@@ -1,4 +1,6 @@
-"""The N-step bound: the sampler's own plan scored by hand, Jensen's gap by enumeration, the chain rule, the NELBO as limit."""
+"""The N-step bound: the sampler's own plan scored by hand, Jensen's gap by enumeration, the chain rule, the NELBO as
+limit.
+"""
 
 import itertools
 import math

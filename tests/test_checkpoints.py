@@ -357,7 +357,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, capsys, kind):
-    """In one line, and nothing is written."""
+    """The error is one line, and nothing is written."""
     source, options = broken(kind, tmp_path)
     with pytest.raises(ValueError) as error:
         load_model(source, **options)
@@ -435,7 +435,7 @@ def test_a_layout_for_another_kind_of_noise_is_refused(build, tmp_path, capsys, 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "lightning.ckpt"])
 def test_damaged_bytes_are_refused_in_one_line(tmp_path, name):
-    """Fifty places in the head of a file; what still loads is a whole model."""
+    """Bytes are damaged in fifty places near the start of a file. Whatever still loads must be a complete model."""
     content, config = (DATA / name).read_bytes(), DATA / "config.json"
     generator = torch.Generator().manual_seed(0)
     shutil.copy(config, tmp_path)

@@ -15,7 +15,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_first_compile_says_that_it_takes_time(cache, capsys, monkeypatch):
-    """Once, by the first process, and only where something is compiled."""
+    """The message comes once, from the first process, and only if something has to be compiled."""
     check_build_cache(None)
     assert "DeepSpeed compiles an extension now: about two minutes" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")

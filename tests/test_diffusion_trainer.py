@@ -127,7 +127,7 @@ def test_options_that_a_scheduler_has_not_are_refused(kind, trainer_of):
 
 
 def test_half_precision_weights_are_trained_in_float32(networks, tmp_path):
-    """As `from_pretrained` loads a bfloat16 file: of bfloat16 weights a quarter would move in these steps."""
+    """`from_pretrained` loads a bfloat16 file in bfloat16; only a quarter of such weights would move in these steps."""
     teacher = copy.deepcopy(networks["absorbing"][0]).bfloat16()
     arguments = MCDTrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=ROWS, num_rounds=1, steps_per_round=8, save_strategy="no",
@@ -146,7 +146,7 @@ def test_half_precision_weights_are_trained_in_float32(networks, tmp_path):
     ("launched", "given", "real"), [("bf16", {}, "bf16"), ("no", {"bf16": True}, "bf16"), ("no", {}, None)]
 )
 def test_the_precision_of_a_run_is_what_really_happens(launched, given, real, tmp_path, monkeypatch):
-    """`accelerate launch --mixed_precision bf16`, and its configuration, set this variable."""
+    """`accelerate launch --mixed_precision bf16` sets this variable, and so does a configuration file."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     settings = run_settings(MDLMTrainingArguments(output_dir=str(tmp_path), **given))
     assert {name: settings[name] for name in ("bf16", "fp16")} == {"bf16": real == "bf16", "fp16": False}
@@ -163,7 +163,9 @@ def test_fp16_on_a_cpu_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_an_overflow_ends_a_run_unless_a_loss_scaler_skips_it(scaled, trainer_of, monkeypatch):
-    """fp16 begins with a scale so high that gradients overflow. On a CPU its scaler runs too, but accelerate makes none."""
+    """Training in fp16 begins with a scale so high that gradients overflow. The scaler works on a CPU too, where
+    accelerate makes none.
+    """
     trainer = trainer_of(max_steps=3, learning_rate=1e-3, logging_steps=1)
     if scaled:
         monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", property(lambda self: "fp16"))

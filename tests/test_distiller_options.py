@@ -1,4 +1,4 @@
-"""Every option of the distillers by the published codes' way: whole SUBS tables of both networks, one formula over all of V."""
+"""Every option of the distillers against the way of the published code: full SUBS tables of both networks over all of V."""
 
 import math
 

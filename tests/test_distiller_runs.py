@@ -67,7 +67,7 @@ def test_mpdc_refuses_another_teacher(networks, tmp_path):
 
 
 def test_dscd_clamp_zeroes_the_gradient(networks, tmp_path):
-    """Why it is off by default."""
+    """Outside the clamp the gradient is zero: that is why the option is off by default."""
     trainer = make_trainer("dscd", networks, tmp_path, clamp=0.01)
     loss = trainer.compute_loss(trainer.model, {"input_ids": blocks()})
     assert loss.item() == pytest.approx(0.01)
@@ -105,7 +105,9 @@ def test_columns_with_a_value_for_each_token_are_used_or_refused():
 @pytest.mark.parametrize("stopped_at", [3, 6])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_ends_bitwise_as_one_that_never_stopped(method, stopped_at, networks, tmp_path):
-    """From before and from after a round's edge, into networks that know nothing of the run: losses, student, followers."""
+    """The run resumes from before and from after the end of a round, with networks that start at zero. Compared are the
+    losses, the student, the teacher and the EMA.
+    """
 
     def run(folder, checkpoint=None):
         trainer_class = METHODS[method][0]
@@ -169,7 +171,7 @@ def test_the_recipe_of_each_method_runs(method, networks, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def judged_run(tmp_path_factory):
-    """A run of two rounds with a judge: its folder, and what it printed."""
+    """The folder of a run of two rounds with a judge, and what the run printed."""
     home = tmp_path_factory.mktemp("judged")
     inputs, judge = write_inputs(home), save_judge(home / "judge")
     settings = {"num_rounds": 2, "steps_per_round": 2, "judge": judge, "evaluation_samples": 3}

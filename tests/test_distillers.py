@@ -54,7 +54,7 @@ def mcd_by_hand(trainer, inputs, step):
 
 
 def sdtt_by_hand(trainer, inputs, step):
-    """The teacher's canvas, token by token: who is revealed, what is drawn, and which distribution is remembered."""
+    """The teacher's canvas, token by token: what is revealed, what is drawn, and the distribution that becomes the target."""
     x_0, maskable = inputs["input_ids"], maskable_tokens(inputs)
     delta = 0.125 * 2 ** (step // 4)
     times, u, second = noise(step)
@@ -240,7 +240,9 @@ def test_given_masks_cost_the_nelbo_nothing(networks, tmp_path):
 
 
 def test_sdtt_teacher_reveals_and_draws_by_its_laws(networks, tmp_path):
-    """With a head whose weights are zero every target is softmax(bias): chi-squared of what is drawn, binomial of how often."""
+    """With zero weights in the head every target is softmax(bias). What is drawn is tested by chi-squared, how often by
+    a binomial test.
+    """
     trainer = make_trainer("sdtt", networks, tmp_path, delta=0.2, num_rounds=1)
     teacher = trainer.teacher
     with torch.no_grad():
@@ -268,7 +270,7 @@ def test_sdtt_teacher_reveals_and_draws_by_its_laws(networks, tmp_path):
 
 
 def test_sdtt_grids():
-    """The paper's grid has no gaps, so that thresholds are gamma itself; the released one has the published values."""
+    """On the paper's grid, which has no gaps, the thresholds are gamma itself. The released grid has the published values."""
     t, schedule = torch.tensor([0.5, 0.9, 1e-4], dtype=torch.float64), LogLinearSchedule()
     starts = step_starts(t, 0.001, 3, "paper")
     thresholds = reveal_thresholds(starts, 0.001, 1e-5, schedule, schedule.gamma(t))
@@ -284,7 +286,7 @@ def test_sdtt_grids():
 
 
 def test_sdtt_with_one_teacher_step_is_plain_distillation(networks, tmp_path):
-    """k = 1: no draw at all, teacher and student see the same canvas; from equal networks the loss is zero."""
+    """With k = 1 nothing is drawn and both networks see the same canvas: for equal networks the loss is zero."""
     teacher, _ = networks["absorbing"]
     arguments = SDTTTrainingArguments(output_dir=str(tmp_path), teacher_steps=1, ema_decay=None, save_strategy="no")
     trainer = SDTTTrainer(type(teacher)(teacher.config).double(), arguments, teacher=teacher)
@@ -308,7 +310,7 @@ def test_mpdc_is_its_own_target_without_dropout(networks, tmp_path):
 
 @pytest.mark.parametrize("kind", ["absorbing", "uniform"])
 def test_the_nelbo_knows_prompts_and_padding_too(kind, networks, tmp_path):
-    """A row beside a padded one costs what it costs alone, and a prompt nothing."""
+    """A row in a padded batch costs what it costs alone, and a prompt costs nothing."""
     arguments = MDLMTrainingArguments(output_dir=str(tmp_path), ema_decay=None, save_strategy="no")
     trainer = MDLMTrainer(networks[kind][0], arguments)
     times, u = noise(0, 1)
@@ -345,7 +347,9 @@ def test_dscd_masks_are_nested_and_of_the_right_size():
 
 
 def test_dcd_pairs_are_locked_and_each_canvas_has_its_marginal():
-    """What shows x_0 at t shows it at s < t; both noised: the same other token; each law alpha [x_0] + (1 - alpha) / K."""
+    """A place that shows x_0 at t shows it at s < t. A place that is noised at both shows the same other token. Each
+    canvas has the law alpha [x_0] + (1 - alpha) / K.
+    """
     size = 5
     generator = torch.Generator().manual_seed(0)
     x_0 = torch.randint(0, size, (400, 100), generator=generator)
@@ -400,7 +404,7 @@ def test_divergence_from_a_token_is_the_divergence_from_subs_point_mass(kind):
 
 
 def test_student_first_kl_explodes_where_the_hybrid_does_not(networks, tmp_path):
-    """The paper's FAILED row, measured: about 1e6 for each revealed token."""
+    """This is the row that the paper marks FAILED: each revealed token costs about 1e6."""
     explodes, hybrid, silent = (
         make_trainer("mcd", networks, tmp_path, reveal=reveal).compute_loss(
             networks["absorbing"][1], {"input_ids": blocks()}

@@ -62,7 +62,9 @@ def chunk(request, monkeypatch):
 @pytest.mark.parametrize("mask", [MASK, None])
 @pytest.mark.parametrize(("kind", "tau", "beta"), CASES)
 def test_values_and_gradients_are_the_plain_formulas(chunk, kind, tau, beta, mask):
-    """For one gradient on all rows (a sum) and for different ones, where the backward goes over the rows again."""
+    """With one upstream gradient for all rows, as from a sum, and with different ones, for which the backward computes
+    the rows again.
+    """
     student, teacher = make_rows(8, 0, mask=mask), make_rows(8, 1, mask=mask)
     for upstream in (torch.full((8,), 0.3), torch.linspace(-1, 2, 8)):
         ours, theirs = divergence(kind, student, teacher, tau, beta), plain(kind, student, teacher, tau, beta)
@@ -219,7 +221,7 @@ def test_a_second_backward_through_the_same_graph():
 
 
 def test_autocast_rounds_the_products_alone():
-    """Under bf16 autocast: the values of the formula on logits that were made in bf16, everything after in float32."""
+    """Under bf16 autocast the logits are made in bf16, and everything after them in float32."""
     student, teacher = make_rows(64, 0, torch.float32), make_rows(64, 1, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         values = divergence("student_first", student, teacher)
@@ -250,7 +252,7 @@ def test_subs_gives_the_mask_no_probability():
 
 
 def test_rows_are_chosen_and_put_together():
-    """As SDTT collects its targets: rows of several passes of one network, each at its own places."""
+    """SDTT collects its targets this way: rows of several passes of one network, each at its own places."""
     first, second = make_rows(6, 0), make_rows(6, 1)
     second = HeadRows(second.hidden, first.weight, first.bias, MASK)
     chosen = torch.tensor([True, False, False, True, True, False])
@@ -432,7 +434,7 @@ def one_process(tmp_path_factory):
     "wrapper", ["ddp", *(pytest.param(f"zero{stage}", marks=needs_compiler) for stage in (1, 2, 3))]
 )
 def test_two_processes_take_the_steps_of_one(one_process, wrapper):
-    """Both backwards, with gradient accumulation; under ZeRO-3 with a head that is partitioned between its uses."""
+    """Both kinds of backward run, with gradient accumulation. Under ZeRO-3 the head is partitioned between its uses."""
     folder, losses, final = one_process
     launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
     result = run_python(str(folder / "script.py"), wrapper, str(folder / f"{wrapper}.pt"), launcher=launch)

@@ -109,7 +109,7 @@ def checkout(library, tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("page", RUNNABLE)
 def test_examples_run(page, checkout, monkeypatch):
-    """Without the commands of ours, which take seconds each."""
+    """The commands of this library, which take seconds each, are left to a slow test."""
     run_page(page, checkout, monkeypatch, commands=False)
 
 

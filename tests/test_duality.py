@@ -159,7 +159,7 @@ def test_duos_operator_at_the_published_ends_of_its_curriculum():
 
 
 def test_argmax_of_the_latent_is_uniform_state_diffusion(draws):
-    """Chi-squared of the token shown, x_0 first, against alpha [x_0] + (1 - alpha) / K."""
+    """Chi-squared of the token that is shown against alpha [x_0] + (1 - alpha) / K."""
     x_0, eps, _ = draws
     for alpha in (0.1, 0.5, 0.9):
         shown = latent(x_0, eps, uniform_ratio(torch.tensor(alpha).double(), K)).argmax(-1)

@@ -16,7 +16,7 @@ from modeling_mcd.command_line import line_of, one_line_errors
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")
 @pytest.mark.parametrize("size", [10, 10**6], ids=["while closing", "while writing"])
 def test_a_disk_that_is_full_inside_torch_save(size):
-    """torch reports it without its number, in other words each time."""
+    """torch reports a full disk without an errno, and in different words each time."""
     with pytest.raises(RuntimeError) as error:
         torch.save({"weights": torch.zeros(size)}, "/dev/full")
     assert line_of(error.value).startswith("no space left on the disk while writing a file (")

@@ -49,7 +49,7 @@ def trainer_of(networks):
 
 @pytest.fixture(scope="module")
 def whole(networks, tmp_path_factory):
-    """A run that nothing befell; copy its folder before you change it."""
+    """An uninterrupted run; copy its folder before you change it."""
     trainer = build(networks, tmp_path_factory.mktemp("whole") / "run")
     trainer.train()
     return trainer
@@ -282,7 +282,9 @@ def test_hook_on_train_end_comes_after_the_best_model_is_loaded(trainer_of, tmp_
 
 
 def test_the_advice_after_a_nan_works_when_followed(tmp_path, monkeypatch):
-    """Word by word, from the message: the run goes on from its checkpoint with half the learning rate, and is resumable."""
+    """The advice is followed word by word: the run goes on from its checkpoint with half the learning rate, and can
+    itself be resumed.
+    """
     inputs = write_inputs(tmp_path)
     loss_of = MCDTrainer.compute_loss
 

@@ -217,7 +217,7 @@ def test_means_and_spreads_over_seeds_are_those_of_the_numbers():
 
 
 def test_a_new_metric_is_one_line(model, rows, tmp_path, monkeypatch):
-    """It is measured, saved and printed; rows that lack it show a dash."""
+    """The new metric is measured, saved and printed, and rows that lack it show a dash."""
     old = rows(model)
     metric = Figure("mean_length", "text", lambda text, _: statistics.fmean(map(len, text)), "{:.1f}".format, "length")
     for room in ("figures", "table"):
@@ -347,7 +347,7 @@ class Thread(Team):
 
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_shared_work_gives_the_rows_of_one_process(size, model, judge, tokenizer):
-    """Also with more processes than samples; every process has every row."""
+    """This also holds for more processes than samples, and every process gets every row."""
     protocol = EvaluationProtocol(judge, tokenizer, samples=5, seeds=2, length=12, batch_size=2)
     blocks = torch.arange(5 * 12).view(5, 12) % 40
 

@@ -131,7 +131,7 @@ def test_an_orphan_is_named_as_one(tmp_path):
 
 
 def test_of_many_at_once_one_holds(tmp_path):
-    """Each adds one to a number under the lock or is refused: no addition is lost, and none is made twice."""
+    """Each process adds one to a number under the lock, or is refused. No addition is lost, and none counts twice."""
     code = """
 import sys, time
 from pathlib import Path

@@ -78,7 +78,7 @@ def test_ancestral_sampling_has_the_exact_law(start, steps, schedule, temperatur
 
 
 def test_the_chi_squared_test_sees_a_wrong_law():
-    """The power of the test above: neighbouring laws are told apart with certainty."""
+    """The test above has power: it tells neighbouring laws apart with certainty."""
     counts = counts_of(sample(ancestral, table_of_logits(), steps=3))
     for steps, schedule, temperature in (
         (2, LogLinearSchedule(), 1.0),
@@ -203,7 +203,7 @@ def test_the_visible_sets_of_n_and_2n_steps_agree_at_common_times(schedule, step
 
 
 def run(table, steps, seed=0):
-    """The final canvas of eight rows, what is revealed in which canvas, and the forwards."""
+    """The final canvas of eight rows, the canvas at each reveal, and the number of forwards."""
     path = []
 
     class Recorder(Canvas):

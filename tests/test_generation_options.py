@@ -67,7 +67,7 @@ def assert_rows_do_not_feel_each_other(model, masks: int, arguments: dict):
 
 @pytest.mark.parametrize("case, options", ROWS)
 def test_a_row_is_the_same_alone_and_beside_shorter_prompts(model, case, options):
-    """In float32 on this machine, with a network whose logits differ in their last bits between batches.
+    """The network runs in float32, and its logits differ in their last bits between batches.
 
     The context is 32: with blocks some rows reach beyond it, each in another block, and see its last part.
     """
@@ -255,7 +255,7 @@ def test_float32_draws_are_near_float64_and_legacy_draws_are_not(model):
 
 
 def test_every_block_of_the_legacy_draw_has_its_own_noise(model):
-    """Before a network that ignores its canvas, so that noise alone makes the difference."""
+    """The network ignores its canvas, so that only the noise makes a difference."""
     model.lm_head.weight.data.zero_()
     arguments = {"steps": 8, "seed": 0, "precision": "legacy_float32"}
     first, second, third = model.generate(length=30, block_length=10, **arguments)[0].split(10)

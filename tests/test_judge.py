@@ -53,7 +53,7 @@ def test_missing_weights_are_refused(folder):
 
 
 def test_weights_without_a_place_are_refused(folder):
-    """The configuration says one layer, the file holds two."""
+    """The configuration says one layer, but the file holds two."""
     change_weights(
         folder,
         lambda weights: weights | {n.replace("h.0.", "h.1."): w.clone() for n, w in weights.items() if "h.0." in n},

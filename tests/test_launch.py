@@ -119,7 +119,7 @@ def test_a_judged_launch_has_the_figures_of_one_process(config, inputs, judged_a
 
 
 def test_what_is_read_after_a_mistake_under_a_launcher(inputs, tmp_path):
-    """Our line first. The launcher's own traceback follows, unless one process is launched with `--quiet`."""
+    """Our line comes first. The launcher's own traceback follows, unless a single process is launched with `--quiet`."""
     script, wrong = str(ROOT / "trainers" / "run_mcd.py"), mcd_arguments(inputs, tmp_path / "run", teacher="/nowhere")
     quiet = run_python("accelerate.commands.launch", "--quiet", script, *wrong, launcher=("-m",))
     *_, line = quiet.stderr.strip().splitlines()
@@ -211,7 +211,7 @@ def test_of_two_ranks_one_says_that_a_folder_is_in_use(inputs, tmp_path):
 
 @needs_compiler
 def test_a_lock_of_a_killed_compile_is_named(inputs, tmp_path, monkeypatch):
-    """DeepSpeed would wait for it without end."""
+    """DeepSpeed would wait for such a lock for ever."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     lock = tmp_path / "cache" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)

@@ -35,7 +35,7 @@ def test_the_bound_in_chunks_is_the_bound_at_once(build, kind, monkeypatch):
 
 
 def test_given_masks_are_neither_scored_nor_counted(build):
-    """Their cost would be 1e6 each. A last column of masks leaves what the model sees and scores elsewhere finite."""
+    """A mask that is scored would cost 1e6."""
     blocks = text()
     blocks[:, 3::7] = MASK
     assert 1 < validation_nelbo(build(), blocks) < 30

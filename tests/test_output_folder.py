@@ -43,7 +43,7 @@ def test_a_run_is_compared_with_what_is_known_so_far(tmp_path):
 
 
 def test_another_folder_s_checkpoint_is_where_a_run_begins(inputs, tmp_path):
-    """Until the run has one of its own; one in the run's own folder is taken as it is."""
+    """It is used until the run has a checkpoint of its own. A checkpoint in the run's own folder is used as it is."""
     run_mcd.main(mcd_arguments(inputs, tmp_path / "old", num_rounds=1))
     settings = json.loads((tmp_path / "old" / "run.json").read_text())
     start, new = tmp_path / "old" / "checkpoint-2", tmp_path / "new"
@@ -96,7 +96,9 @@ def test_a_judge_s_folder_of_another_run_is_refused(inputs, tmp_path):
 
 
 def test_the_recipe_of_the_card_runs_as_it_stands(inputs, tmp_path, monkeypatch):
-    """From the folder in which the run was started; it names no path of the machine, and says the precision that was."""
+    """It runs from the folder in which the run was started, names no path of the machine, and states the precision that
+    was used.
+    """
     monkeypatch.chdir(inputs)
     run_mcd.main(mcd_arguments(inputs, inputs / "first", max_steps=2, gradient_accumulation_steps=2))
     recipe = json.loads((inputs / "first" / "eval.json").read_text())["recipe"]

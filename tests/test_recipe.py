@@ -86,7 +86,7 @@ def test_every_type_arrives(parse):
 
 
 def test_null_is_none_where_a_field_may_be_none(parse):
-    """Also where the default is something else, and over what the recipe says."""
+    """This holds where the default is something else, and it wins over the recipe."""
     assert parse("decay: null\n")[0].decay is None
     assert parse("decay: 0.5\nteacher: ./there\n", "--decay", "null", "--teacher=null")[0] == Model(decay=None)
     assert parse("decay: null\n", "--decay", "0.25")[0].decay == 0.25
@@ -156,7 +156,7 @@ def entry_of(recipe: dict):
 
 @pytest.mark.parametrize("recipe", sorted(RECIPE_FOLDER.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_of_the_library_is_read_by_its_entry_point(recipe, tmp_path):
-    """To the end, and by the entry point itself: the tokenizer, which is looked for next, is not there."""
+    """The entry point reads the complete recipe: its error is about the tokenizer, which it looks for next."""
     entry = entry_of(yaml.safe_load(recipe.read_text()))
     with pytest.raises(SystemExit) as stop:
         entry.main([str(recipe), "--tokenizer=/nowhere", f"--output_dir={tmp_path / 'run'}", "--bf16=false"])
@@ -228,7 +228,7 @@ def test_a_value_that_its_dataclass_refuses_is_a_mistake_of_usage(tmp_path, caps
 
 
 def test_a_new_training_text_never_keeps_the_recipes_validation_text(tmp_path, capsys):
-    """Or a run on a stranger's text would be validated on the novels that ship with the recipe."""
+    """Otherwise a run on somebody's own text would be validated on the novels that ship with the recipe."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text("train_text: ./novels\nvalidation_text: ./held_out\n")
     for words in (["--train_text", "mine.txt"], ["--train-text=mine.txt"]):
@@ -330,7 +330,7 @@ def test_the_help_is_that_of_the_method(capsys):
 
 @pytest.mark.parametrize("name", ["tiny.yaml", "tiny_sdtt.yaml", "tiny_teacher.yaml", "tiny_judge.yaml"])
 def test_the_recipe_on_a_card_makes_the_same_run(name, tmp_path, monkeypatch):
-    """As it stands, in another folder; without a path of this machine."""
+    """It is read as it stands, in another folder, and holds no path of this machine."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     mine = tmp_path / "private" / "mine"
     changes = ["--judge", str(mine / "judge"), "--ema_decay", "null"] if name == "tiny.yaml" else []

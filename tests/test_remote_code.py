@@ -188,7 +188,7 @@ def test_the_package_reads_what_remote_code_saved(visit):
 @pytest.mark.parametrize("version", ["4.57.0", "5.0.1", "5.16.1"])
 @pytest.mark.parametrize("module", ["modeling_mcd", "modeling_mcd.loading", "saved.configuration_mdlm"])
 def test_an_old_transformers_is_refused_in_one_line(build, tmp_path, version, module):
-    """Before any name is imported that it may lack: the stub has none."""
+    """The check comes before any import of a name that an old version lacks: the stub has none at all."""
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text(f'__version__ = "{version}"\n')
     build().save_pretrained(tmp_path / "saved")

@@ -258,7 +258,9 @@ def snippet_of(card) -> str:
 
 @pytest.mark.slow
 def test_the_snippet_of_the_card_runs_and_never_asks(tmp_path, model, tokenizer):
-    """Inside the folder, in a process that does not know the package and has nobody to ask; it continues its prompt."""
+    """It runs inside the folder, in a process without the package and without a terminal to ask on, and continues its
+    prompt.
+    """
     model.save_pretrained(tmp_path / "out")
     tokenizer.save_pretrained(tmp_path / "out")
     write_model_card(tmp_path / "out", {"results": []})
@@ -283,7 +285,7 @@ def test_the_card_of_a_judge_is_of_its_kind_and_runs(tmp_path, capsys, monkeypat
 
 
 def test_a_readme_of_the_users_is_never_touched(tmp_path):
-    """Neither one that was there, nor ours after a change by hand; ours unchanged is written again."""
+    """A README.md that was there is kept, and so is ours once it was changed by hand. Ours, unchanged, is written again."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "README.md").write_text("my own words\n")
     write_report(tmp_path, save_results(tmp_path, [row()]))

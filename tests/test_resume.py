@@ -125,7 +125,7 @@ def test_the_run_moves_the_weights_and_has_its_rounds(inputs, uninterrupted):
 
 
 def test_everything_that_the_method_varies_is_logged(whole_run):
-    """The event file of TensorBoard, read back."""
+    """Checked in the event file of TensorBoard."""
     events = EventAccumulator(str(next(whole_run.glob("runs/*")))).Reload()
     names = (
         "loss",
@@ -166,7 +166,9 @@ def test_truncated_checkpoint_is_refused_by_name_and_passed_over(inputs, tmp_pat
 
 
 def test_a_folder_in_use_is_refused_by_name(inputs, whole_run, capsys):
-    """The same command while its run is alive, here one that waits in its first step, and after it was killed."""
+    """The same command is refused while its run is alive (this one waits in its first step), and works after it was
+    killed.
+    """
     arguments = mcd_arguments(inputs, whole_run.parent / "waiting", num_rounds=1)
     wait = "import time\nfrom trainers.mcd_trainer import MCDTrainer\n"
     wait += "MCDTrainer.training_step = lambda *a: (print('waits', flush=True), time.sleep(300))\n"
@@ -216,7 +218,7 @@ def test_the_precision_of_the_launch_is_part_of_the_run(inputs, whole_run, monke
 
 
 def test_a_finished_run_that_never_completed_a_checkpoint(inputs, tmp_path, caplog):
-    """Nothing complete to resume from: begun again, with a line, and what was there is kept under another name."""
+    """With nothing complete to resume from, the run begins again and keeps what was there under another name."""
     arguments = mcd_arguments(inputs, tmp_path / "run", num_rounds=1)
     main(arguments)
     for folder in (tmp_path / "run").glob("checkpoint-*"):

@@ -47,7 +47,7 @@ ALL = {("held-out text", None), *((name, n) for name in ("teacher", "round-1", "
 
 
 def test_trackers_hear_of_every_round(inputs, tmp_path):
-    """Figures and a sample in TensorBoard's files: of the teacher at step 0, of each round at its last step."""
+    """TensorBoard's files hold figures and a sample of the teacher at step 0 and of each round at its last step."""
     output = tmp_path / "run"
     run(inputs, output, report_to="tensorboard", steps_per_round=2)
     events = EventAccumulator(str(next(output.glob("runs/*")))).Reload()
@@ -104,7 +104,9 @@ def test_a_round_ends_with_a_checkpoint_unless_there_are_none(inputs, tmp_path, 
 
 
 def test_trouble_of_the_judging_does_not_end_a_training(inputs, tmp_path):
-    """A judge whose perplexity overflows: rows without it that say why, valid JSON, and the student is there."""
+    """With a judge whose perplexity overflows, the rows say why the figure is missing, the JSON is valid, and the
+    student is saved.
+    """
     judge = save_judge(tmp_path / "judge")
     weights = load_file(judge / "model.safetensors")
     weights["transformer.ln_f.weight"] *= 1e6

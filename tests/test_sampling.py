@@ -281,7 +281,9 @@ def test_the_original_draw_has_the_exact_law_over_few_steps():
 
 
 def test_no_float32_noise_reveals_a_token_below_the_truncation():
-    """p = 1e-3 in one of a million steps, and a mask of noise 0.5: float64 noise close enough to 1 would reveal it."""
+    """A token has p = 1e-3, the step is one of a million, and the mask's noise is 0.5. Float64 noise close enough to 1
+    would reveal it.
+    """
     logits, noise = torch.tensor([[1e-3, 1 - 1e-3, 0.0]]).log(), torch.full((1, 3), 0.5)
     noise[0, 0] = 1 - 2**-24
     assert noise[0, 0] == torch.tensor(1.0).nextafter(torch.tensor(0.0)), "the largest float32 below 1"
@@ -369,7 +371,7 @@ def test_the_last_step_takes_what_is_left_at_the_tail():
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_row_is_bitwise_the_same_alone_and_in_a_batch(case):
-    """Before a denoiser whose rows are bitwise its own, which no matrix product promises; see the test of `generate`."""
+    """Each row of this denoiser is computed alone, which no matrix product promises; `generate` has a test of its own."""
     starts = [[3, 3, 3], [1, 3, 3], [3, 0, 3], [3, 3, 2]] * 4
     keys = row_keys(len(starts), torch.Generator().manual_seed(5))
 
@@ -513,7 +515,7 @@ def test_logits_that_give_no_token_are_told_from_those_that_do():
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_nan_logit_is_named_by_row_and_step(case):
-    """The table goes wrong where the second position is visible; row 2 starts there, the others get there later."""
+    """The table holds NaN wherever the second position is visible. Row 2 starts there, the others get there later."""
     table = TABLE.clone()
     table[CANVASES[:, 1] != MASK] = torch.nan
     canvas = toy_canvas(table, [3, 3, 3], 3)
@@ -582,7 +584,7 @@ def test_logits_are_made_in_chunks_that_change_nothing(model, case, monkeypatch)
 
 @pytest.mark.parametrize("kind, sampler", [("absorbing", ancestral), ("uniform", uniform_ancestral)])
 def test_a_canvas_of_its_own_gives_the_samples_of_generate(build, kind, sampler):
-    """Nothing but the model, its canvas and its noise: no options, no configuration."""
+    """A model, a canvas and its noise are enough: no options, no configuration."""
     model = build(diffusion_kind=kind)
     noise = RowNoise(row_keys(3, torch.Generator().manual_seed(7)), torch.arange(20).expand(3, 20))
     tokens = torch.full((3, 20), 47) if kind == "absorbing" else pick_uniformly(noise.uniforms(0)[0], 48)

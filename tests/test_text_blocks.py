@@ -492,7 +492,7 @@ def test_a_long_document_gives_the_ids_of_one_tokenisation(monkeypatch, name, te
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_long_document_is_really_cut(monkeypatch, name):
-    """Or the test above would be about nothing. Where merges cross everything there is no cut, and that is right."""
+    """Without cuts the test above would show nothing. Where merges may cross any place there must be no cut."""
     monkeypatch.setattr("evaluation.text.PART", 256)
     parts = [text for text, _ in Divider(TOKENIZERS[name]()).parts([prose(20_000)])]
     assert "".join(parts) == prose(20_000)
@@ -576,7 +576,7 @@ print(peak() - before)
 
 @pytest.mark.slow
 def test_a_large_file_takes_little_memory(tmp_path):
-    """16 MB took 3.7 GB when a document was tokenised at once."""
+    """A file of 16 MB takes 3.7 GB if it is tokenised in one piece."""
     (tmp_path / "small.txt").write_text("the way of the data is one line, with no walking back. " * 6000)
     (tmp_path / "large.txt").write_text("the way of the data is one line, with no walking back. " * 300_000)
     result = run_python(MEMORY, str(tmp_path / "small.txt"), str(tmp_path / "large.txt"), launcher=("-c",))

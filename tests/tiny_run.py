@@ -95,7 +95,7 @@ SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def mdlm_arguments(inputs: Path, output: Path, model: Path | None = None) -> list[str]:
-    """Of a new network, or of one to go on from."""
+    """The arguments for a new network, or for one to go on from."""
     settings = {
         "tokenizer": inputs / "tokenizer",
         "train_text": inputs / "text.txt",

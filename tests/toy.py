@@ -59,7 +59,9 @@ def counts_of(canvas: Canvas) -> torch.Tensor:
 
 
 class EarlyEnd:
-    """Another schedule on the times 0.3 .. 1 alone: at the sampler's last time, 1e-5, as much is masked as there at 0.3."""
+    """A schedule that ends early: at the sampler's last time, 1e-5, as much is still masked as under the other schedule
+    at 0.3.
+    """
 
     def __init__(self, schedule):
         self.schedule = schedule
