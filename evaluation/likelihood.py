@@ -228,6 +228,11 @@ def step_bound(
     scored = _scored(model.config, blocks, prompt_mask)
     options = _options_of(generation_config, options, blocks.shape[1])
     uniform = model.config.diffusion_kind == "uniform"
+    if uniform and options.locking not in (None, "independent"):
+        raise ValueError(
+            f"locking ({options.locking!r}) has no bound for a uniform-state model, where it ties the draws of a step "
+            "together: give locking='independent'"
+        )
     seeds = None if isinstance(seed, int) else list(seed)
     generator = torch.Generator().manual_seed(seed) if seeds is None else None
     nats, was_training = [], model.training

@@ -145,7 +145,7 @@ def check_options(options: MDLMGenerationConfig, asked: set[str], config: MDLMCo
             f"{name} ({getattr(options, name)!r}) is not used by the sampler {options.sampler!r}, "
             f"which takes {list(used)}"
         )
-    if options.locking == "interleaved":
+    if options.locking == "interleaved" and "locking" in used:
         check_interleaved(options, config)
     if {"last_step", "reveal_counts"} <= set(used) and "last_step" in asked:
         if shares_of(options.steps, options.locking, options.reveal_counts) is not None:

@@ -303,6 +303,11 @@ def test_the_last_step_of_the_uniform_chain_is_a_draw_of_the_text():
     assert posterior_divergence(log_p, z_t, x_0, 0.4, 1.0).item() == pytest.approx(-math.log(at_x))
 
 
+def test_a_locked_uniform_chain_has_no_bound(uniform):
+    with pytest.raises(ValueError, match=r"locking \('spread'\) has no bound for a uniform-state model"):
+        step_bound(uniform, torch.ones(3, 4, dtype=torch.long), steps=5, locking="spread")
+
+
 def test_the_uniform_chain_costs_the_samplers_forwards(uniform):
     forwards = []
     uniform.model.register_forward_hook(lambda *unused: forwards.append(1))

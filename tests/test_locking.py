@@ -396,7 +396,9 @@ def test_locking_and_reveal_counts_are_saved_with_the_model(model, tmp_path):
     plain = loaded.generate(generation_config=MDLMGenerationConfig(steps=3), **arguments)
     assert torch.equal(other.reveal_steps, plain.reveal_steps), "a call may go back to the default"
     assert not torch.equal(other.reveal_steps, ours.reveal_steps)
-    assert loaded.generate(sampler="confidence", **arguments).nfe.tolist() == [3, 3, 3], "saved, but not asked for"
+    for locking, counts in (("spread", options["reveal_counts"]), ("interleaved", {})):
+        loaded.generation_config = MDLMGenerationConfig(steps=3, locking=locking, reveal_counts=counts)
+        assert loaded.generate(sampler="confidence", **arguments).nfe.tolist() == [3, 3, 3], "saved, but not asked for"
 
 
 def test_samplers_without_a_use_for_locking_refuse_it_by_name(model, build):
