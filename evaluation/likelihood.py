@@ -28,6 +28,8 @@ PLAIN = {
     "top_k": (None,),
     "top_p": (None,),
     "suppress_tokens": (None, [], ()),
+    "suppress_above": (None,),
+    "eos_after": (None, 0),
     "guidance_scale": (None,),
     "precision": ("float64", "float32"),
     "stop_at_eos": (False, None),

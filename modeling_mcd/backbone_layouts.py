@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, LlamaConfi
 
 from .configuration_backbone_mdlm import MDLMBackboneConfig
 from .files import read_object
+from .generation_config_mdlm import DEFAULTS, MDLMGenerationConfig
 from .modeling_backbone_mdlm import MDLMBackboneForMaskedDiffusion
 
 
@@ -162,8 +163,8 @@ def is_backbone(settings: Mapping) -> bool:
 
 def read_backbone(
     settings: Mapping, state: Mapping[str, torch.Tensor], folder: Path
-) -> tuple[MDLMBackboneConfig, dict[str, str]]:
-    """The configuration of the wrapped network, and the name in the file -> our name of each parameter.
+) -> tuple[MDLMBackboneConfig, dict[str, str], MDLMGenerationConfig | None]:
+    """The wrapped network's configuration, the name in the file -> our name of each parameter, and options of `generate`.
 
     Args:
         settings: the config.json.
@@ -180,7 +181,7 @@ def read_backbone(
         )
     if kind == MDLMBackboneConfig.model_type:
         config = MDLMBackboneConfig.from_dict(settings)
-        return config, matched(config, state, lambda ours: ours)
+        return config, matched(config, state, lambda ours: ours), None
     names = {}
     if kind in PUBLISHED:
         network, entry, names = PUBLISHED[kind](settings, state)
@@ -191,7 +192,10 @@ def read_backbone(
                 f"its model_type is {kind!r}, and its config.json does not say that it is a masked diffusion model (no entry "
                 f"{ENTRY!r}): if it is one, load it with transformers and wrap it with as_masked_diffusion"
             )
+    if not isinstance(entry, Mapping | None):
+        raise ValueError(f"the entry {ENTRY!r} of its config.json must be an object, not {entry!r}")
     entry = dict(entry or {})
+    options = entry.pop("generation", None)
     if entry.get("mask_token_id") is None:
         entry["mask_token_id"] = mask_token_beside(folder)
     if entry["mask_token_id"] is None:
@@ -201,9 +205,8 @@ def read_backbone(
         )
     config = MDLMBackboneConfig(backbone_config=network, **entry)
     theirs = {native: name for name, native in names.items()}
-    return config, matched(
-        config, state, lambda ours: theirs.get(ours.removeprefix(PREFIX), ours.removeprefix(PREFIX))
-    )
+    names = matched(config, state, lambda ours: theirs.get(ours.removeprefix(PREFIX), ours.removeprefix(PREFIX)))
+    return config, names, MDLMGenerationConfig(**options) if options else None
 
 
 def matched(
@@ -252,6 +255,8 @@ def save_native(model: MDLMBackboneForMaskedDiffusion, folder: Path):
     """Writes the network as a folder of its own class: plain transformers loads it, and so does `load_model`."""
     config = model.config
     entry = {name: getattr(config, name) for name in ("mask_token_id", "logits_shift", "max_position_embeddings")}
+    options = {name: getattr(model.generation_config, name) for name in DEFAULTS}
+    entry["generation"] = {name: value for name, value in options.items() if value is not None}
     model.network.save_pretrained(folder)
     file = folder / "config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) | {ENTRY: entry}

@@ -34,6 +34,7 @@ class Denoiser:
         draw: keyword arguments of every draw: temperature, top_k, top_p, dtype.
         forwards: forwards of the network that one call of the trunk costs; 2 with guidance.
         static_shapes: every row takes part in every forward, as a compiled trunk needs it.
+        barred: positions of the canvas [B, L] bool, on the CPU, and the tokens [V] bool that are not drawn there.
     """
 
     trunk: Callable
@@ -42,6 +43,7 @@ class Denoiser:
     draw: dict = field(default_factory=dict)
     forwards: int = 1
     static_shapes: bool = False
+    barred: tuple[torch.BoolTensor, torch.BoolTensor] | None = None
 
 
 class Canvas:
@@ -192,9 +194,12 @@ class Answer:
     def map(self, function: Callable, *values: torch.Tensor) -> torch.Tensor:
         """`function(logits [m, V], *values [m])` of all positions, m at a time: a tensor [n]."""
         denoiser, values = self.canvas.denoiser, [self.canvas.send(value) for value in values]
+        barred = denoiser.barred and (self.canvas.send(denoiser.barred[0][self.where]), denoiser.barred[1])
 
         def of_chunk(part: slice) -> torch.Tensor:
             logits = denoiser.head(self.hidden[part], self.tokens, self.row_of[part])
+            if barred is not None:
+                logits = logits.masked_fill(barred[0][part, None] & barred[1], -torch.inf)
             return function(logits, *(value[part] for value in values))
 
         return in_chunks(of_chunk, len(self.hidden), denoiser.process.vocab_size, self.hidden.device)

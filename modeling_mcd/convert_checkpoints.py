@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .backbone_layouts import save_native
@@ -53,27 +54,34 @@ def convert(
     if to != "ours" and is_backbone != (to == "native"):
         fitting = ["ours", "native"] if is_backbone else [layout for layout in LAYOUTS if layout != "native"]
         raise ValueError(f"to is {to!r}, but a {type(model).__name__} can be written as one of {fitting}")
+    tokenizer = tokenizer_of(source, model) if is_backbone else None
     with new_folder(Path(out)) as folder:
         if to == "ours":
             model.save_pretrained(folder)
         elif to == "native":
             save_native(model, folder)
-            save_tokenizer(source, folder, model.config.mask_token_id)
         else:
             save_published(model, folder, to)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     return model
 
 
-def save_tokenizer(source: str, folder: Path, mask_token_id: int):
-    """Writes the tokenizer beside a network into `folder`, with its mask token named; warns where there is none that loads."""
+def tokenizer_of(source: str, model: MDLMBackboneForMaskedDiffusion) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a network, with its mask token named; None, and a warning, where there is none that loads.
+
+    The ids that the network has beyond it are padding of the vocabulary, which `generate` is told never to draw.
+    """
     try:
         tokenizer = load_tokenizer(source)
     except ValueError as error:
         logger.warning(f"no tokenizer was written: {error}")
-        return
+        return None
     if tokenizer.mask_token_id is None:
-        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
-    tokenizer.save_pretrained(folder)
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(model.config.mask_token_id)
+    if len(tokenizer) < model.config.vocab_size and model.generation_config.suppress_above is None:
+        model.generation_config.suppress_above = len(tokenizer)
+    return tokenizer
 
 
 def check_out(out: Path, source: Path):

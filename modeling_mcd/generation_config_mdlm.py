@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from transformers import GenerationConfig
 
-from .checks_mdlm import ABOVE_0_TO_1, COUNT, INSIDE_0_1, NOT_NEGATIVE, WITHIN_0_1, check_numbers
+from .checks_mdlm import ABOVE_0_TO_1, BELOW_1, COUNT, INSIDE_0_1, NOT_NEGATIVE, WITHIN_0_1, check_numbers
 from .draws_mdlm import PRECISIONS
 from .locking_mdlm import LOCKINGS
 from .reveal_grid_mdlm import LAST_STEPS
@@ -21,13 +21,14 @@ CHOICES = {
 }
 LENGTHS = ("length", "max_length", "max_new_tokens")
 LOOP = ("t_on", "t_off", "alpha_on")
-COUNTS = ("steps", *LENGTHS, "block_length", "num_return_sequences", "top_k", "min_tokens", "max_tokens")
+COUNTS = ("steps", *LENGTHS, "block_length", "num_return_sequences", "top_k", "suppress_above")
+COUNTS += ("min_tokens", "max_tokens", "max_steps")
 NUMBERS = (
     dict.fromkeys(COUNTS, COUNT)
     | dict.fromkeys(("temperature", "order_temperature", "entropy_bound", "guidance_scale"), NOT_NEGATIVE)
     | dict.fromkeys(("threshold", "eta", "kappa"), WITHIN_0_1)
     | dict.fromkeys(LOOP, INSIDE_0_1)
-    | {"top_p": ABOVE_0_TO_1}
+    | {"top_p": ABOVE_0_TO_1, "eos_after": BELOW_1}
 )
 SWITCHES = ("stop_at_eos", "return_dict_in_generate", "output_reveal_steps", "compile")
 DEFAULTS = {"sampler": "ancestral", "steps": 64, "temperature": 1.0, "precision": "float64", "num_return_sequences": 1}
@@ -56,7 +57,7 @@ class MDLMGenerationConfig(GenerationConfig):
             (`"greedy"`) or `"none"`. By default masked diffusion has no last step, since its steps end at t = 0, and
             uniform diffusion has an `"ancestral"` one.
         order_temperature (`float`, *optional*): Randomness of an order that comes from the network.
-        threshold, min_tokens, max_tokens (*optional*): See `adaptive`.
+        threshold, min_tokens, max_tokens, max_steps (*optional*): See `adaptive`.
         entropy_bound (`float`, *optional*): See `entropy_bound`; nats.
         remasking, eta, t_on, t_off, alpha_on (*optional*): See `remdm`.
         kappa (`float`, *optional*): See `psi`.
@@ -64,6 +65,10 @@ class MDLMGenerationConfig(GenerationConfig):
         top_k (`int`, *optional*): Draw among this many likeliest tokens.
         top_p (`float`, *optional*): Draw among the likeliest tokens that together have this probability, in (0, 1].
         suppress_tokens (`list[int]`, *optional*): Tokens that are never drawn.
+        suppress_above (`int`, *optional*): The tokens from this id on are never drawn: those of a vocabulary that is
+            larger than its tokenizer.
+        eos_after (`float`, *optional*): No end-of-sequence token is drawn in the first part of a row's tokens to fill, which
+            is this share of them, in [0, 1), rounded up (CD4LM's guard).
         precision (`str`, *optional*): Of the draws: `"float64"` by default; `"float32"`; or `"legacy_float32"`, the
             truncated draw of the original code, with the sampler `"ancestral"` alone.
         guidance_scale (`float`, *optional*): Classifier-free guidance against the masked prompt: logits are

@@ -33,6 +33,7 @@ class Request:
         seen: [B, L] bool, CPU: the positions that are not padding.
         noise: the uniforms of the rows.
         processors: of the logits, suppressed tokens included.
+        early: [B, L] bool, CPU: the positions at which no end of sequence is drawn; None for no such rule.
         eos_token_ids: the ids that end a sequence.
         pad_token_id: what follows such an id.
     """
@@ -45,6 +46,7 @@ class Request:
     seen: torch.BoolTensor
     noise: RowNoise
     processors: LogitsProcessorList
+    early: torch.BoolTensor | None
     eos_token_ids: list[int]
     pad_token_id: int | None
 
@@ -79,12 +81,16 @@ def prepare(
     if not isinstance(logits_processor, list | None):
         raise ValueError(f"logits_processor must be a LogitsProcessorList, not {shown(logits_processor)}")
     processors = LogitsProcessorList(logits_processor or [])
-    if options.suppress_tokens:
-        processors.append(SuppressTokensLogitsProcessor(list(options.suppress_tokens), device=device))
+    suppressed = suppressed_tokens(options, config)
+    if suppressed:
+        processors.append(SuppressTokensLogitsProcessor(sorted(suppressed), device=device))
     tokens, fillable, seen = lay_out(input_ids, attention_mask, options, config, device)
     keys = keys_of(seed, generator, len(tokens))
     if options.guidance_scale is not None and not (seen & ~fillable).any(dim=1).all():
         raise ValueError(f"guidance_scale ({options.guidance_scale}) needs a prompt in every row to guide by")
+    early = None
+    if options.eos_after:
+        early = fillable & (fillable.cumsum(dim=1) <= (options.eos_after * fillable.sum(dim=1, keepdim=True)).ceil())
     noise = RowNoise(keys, seen.cumsum(dim=1) - 1)
     start = process_of(config).prior(noise.uniforms(0)[0])
     tokens = torch.where(fillable.to(tokens.device), start.to(tokens.device), tokens)
@@ -100,6 +106,7 @@ def prepare(
         seen=seen,
         noise=noise,
         processors=processors,
+        early=early,
         eos_token_ids=eos_token_ids,
         pad_token_id=pad_token_id,
     )
@@ -157,14 +164,16 @@ def check_options(options: MDLMGenerationConfig, asked: set[str], config: MDLMCo
         for name, wrong in (
             ("precision", options.precision == "legacy_float32"),
             ("guidance_scale", options.guidance_scale is not None),
+            ("eos_after", bool(options.eos_after)),
         ):
             if wrong:
                 raise ValueError(f"{name} ({getattr(options, name)!r}) needs a [MASK]; this model is uniform")
-    suppressed = set(options.suppress_tokens or ())
-    for token in suppressed - set(range(config.vocab_size)):
+    for token in set(options.suppress_tokens or ()) - set(range(config.vocab_size)):
         raise ValueError(f"suppress_tokens hold {token}, but the vocabulary is 0 .. {config.vocab_size - 1}")
+    suppressed = suppressed_tokens(options, config)
     if suppressed and len(suppressed | {config.mask_token_id} - {None}) == config.vocab_size:
-        raise ValueError(f"suppress_tokens hold all {len(suppressed)} tokens, but must leave one to draw")
+        names = [name for name in ("suppress_tokens", "suppress_above") if getattr(options, name)]
+        raise ValueError(f"{' and '.join(names)} hold all {len(suppressed)} tokens, but must leave one to draw")
     if options.output_reveal_steps and not options.return_dict_in_generate:
         raise ValueError("output_reveal_steps needs return_dict_in_generate=True: the ids alone have no place for it")
 
@@ -178,6 +187,12 @@ def check_interleaved(options: MDLMGenerationConfig, config: MDLMConfig):
         )
 
 
+def suppressed_tokens(options: MDLMGenerationConfig, config: MDLMConfig) -> set[int]:
+    """The tokens that are never drawn, by `suppress_tokens` and `suppress_above`."""
+    first = config.vocab_size if options.suppress_above is None else options.suppress_above
+    return {*(options.suppress_tokens or ()), *range(first, config.vocab_size)}
+
+
 def end_of_sequence(options: MDLMGenerationConfig, config: MDLMConfig) -> tuple[list[int], int | None]:
     """The ids that end a sequence, and the one that pads it."""
     eos = config.eos_token_id if options.eos_token_id is None else options.eos_token_id
@@ -189,9 +204,10 @@ def end_of_sequence(options: MDLMGenerationConfig, config: MDLMConfig) -> tuple[
 def check_end_of_sequence(
     options: MDLMGenerationConfig, asked: set[str], config: MDLMConfig, eos: list[int], pad: int | None
 ):
-    if options.stop_at_eos and not eos:
-        raise ValueError("stop_at_eos needs an eos_token_id, in the call or in the model's configuration")
-    if options.stop_at_eos or asked & {"eos_token_id", "pad_token_id"}:
+    for name in ("stop_at_eos", "eos_after"):
+        if getattr(options, name) and not eos:
+            raise ValueError(f"{name} needs an eos_token_id, in the call or in the model's configuration")
+    if options.stop_at_eos or options.eos_after or asked & {"eos_token_id", "pad_token_id"}:
         for name, tokens in (("eos_token_id", eos), ("pad_token_id", [] if pad is None else [pad])):
             for token in tokens:
                 if not is_index(token, config.vocab_size) or token == config.mask_token_id:

@@ -123,6 +123,8 @@ class MDLMGenerationMixin:
                         prompt=prompt.gather(1, block.columns),
                         guidance_scale=options.guidance_scale,
                         processors=request.processors,
+                        early=None if request.early is None else request.early.gather(1, block.columns),
+                        eos_token_ids=request.eos_token_ids,
                         compile=options.compile,
                         **options.draw_options(),
                     ),
@@ -170,6 +172,8 @@ class MDLMGenerationMixin:
         prompt: torch.BoolTensor | None = None,
         guidance_scale: float | None = None,
         processors: LogitsProcessorList | None = None,
+        early: torch.BoolTensor | None = None,
+        eos_token_ids: Sequence[int] = (),
         compile: bool = False,
         **draw,
     ) -> Denoiser:
@@ -180,6 +184,7 @@ class MDLMGenerationMixin:
             prompt: [B, L] bool, CPU: the tokens to guide by; with `guidance_scale` alone.
             guidance_scale: of classifier-free guidance against the masked prompt: two forwards instead of one.
             processors: of the logits.
+            early: [B, L] bool, CPU: the positions of the canvas at which none of `eos_token_ids` is drawn.
             compile: run the trunk through `torch.compile`.
             draw: temperature, top_k, top_p, dtype; see `draw_tokens`.
         """
@@ -210,6 +215,11 @@ class MDLMGenerationMixin:
                 logits = without + guidance_scale * (conditional - without)
             return processors(tokens[row_of], logits.float()) if processors else logits
 
+        barred = None
+        if early is not None:
+            ends = torch.zeros(process.vocab_size, dtype=torch.bool)
+            ends[list(eos_token_ids)] = True
+            barred = early, ends.to(self.device)
         return Denoiser(
             trunk=trunk,
             head=logits_of,
@@ -217,6 +227,7 @@ class MDLMGenerationMixin:
             draw=draw,
             forwards=2 if guided else 1,
             static_shapes=compile,
+            barred=barred,
         )
 
     def adjust_generation_fn(

@@ -145,7 +145,7 @@ def read_checkpoint(
         elif is_backbone(settings):
             if diffusion_kind == "uniform":
                 raise ValueError("it is a network of absorbing diffusion, not of 'uniform'")
-            config, ours_of = read_backbone(settings, state, folder)
+            config, ours_of, generation_config = read_backbone(settings, state, folder)
         else:
             frequencies = state.pop(ROTARY_BUFFER, None)
             ours_of = parameter_names(count_blocks(state))

@@ -195,18 +195,27 @@ def by_score(canvas: Canvas, measure: Callable, steps: int, order_temperature: f
 
 
 def adaptive(
-    canvas: Canvas, *, threshold: float = 0.9, min_tokens: int = 1, max_tokens: int | None = None
+    canvas: Canvas,
+    *,
+    threshold: float = 0.9,
+    min_tokens: int = 1,
+    max_tokens: int | None = None,
+    max_steps: int | None = None,
 ) -> Iterator[None]:
     """Every position whose likeliest token has at least the probability `threshold` (CD4LM's decoding).
 
     At least `min_tokens` and at most `max_tokens` of a row in each step, the most probable first. As many forwards as it
-    takes: at most n / `min_tokens` for n masks, rounded up.
+    takes: at most n / `min_tokens` for n masks, rounded up; with `max_steps` at most these, the last of which reveals all
+    that is left.
     """
+    turn = 0
     while canvas.masked.any():
-        where = canvas.masked
+        where, turn = canvas.masked, turn + 1
         answer = canvas.ask(where, time_of(canvas))
         scores = answer.score(log_confidence)
         counts = (scores >= torch.tensor(threshold).log()).sum(dim=1).clamp(min_tokens, max_tokens)
+        if turn == max_steps:
+            counts = where.sum(dim=1)
         answer.reveal(where & (rank(-scores, where) < counts[:, None]))
         yield
 

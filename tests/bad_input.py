@@ -263,7 +263,17 @@ def forward(world: World) -> list[Case]:
 BAD_OPTIONS = {
     **{
         name: [0, -1, 2.5, "4", True, NAN]
-        for name in ("steps", "length", "block_length", "num_return_sequences", "top_k", "min_tokens", "max_tokens")
+        for name in (
+            "steps",
+            "length",
+            "block_length",
+            "num_return_sequences",
+            "top_k",
+            "min_tokens",
+            "max_tokens",
+            "max_steps",
+            "suppress_above",
+        )
     },
     **{
         name: [-1, NAN, INFINITY, "hot", True]
@@ -272,6 +282,7 @@ BAD_OPTIONS = {
     **{name: [-0.1, 1.1, NAN, "half"] for name in ("threshold", "eta", "kappa")},
     **{name: [0, 1, NAN, "late"] for name in ("t_on", "t_off", "alpha_on")},
     "top_p": [0, 1.5, NAN, "most"],
+    "eos_after": [-0.1, 1, NAN, "late"],
     **{name: ["best", 3] for name in ("sampler", "locking", "last_step", "remasking", "precision")},
     **{name: ["yes", 2] for name in ("stop_at_eos", "return_dict_in_generate", "output_reveal_steps", "compile")},
     "suppress_tokens": [3, "ab", [1.5], [True]],

@@ -11,7 +11,7 @@ from laws import p_value
 from safetensors.torch import load_file, save_file
 from small_model import assert_same_weights
 from tiny_run import mcd_arguments, write_inputs
-from toy_backbones import LENGTH, MASK, SHIFT, K, make_network, shifted, tokens
+from toy_backbones import LENGTH, MASK, SHAPE, SHIFT, K, make_network, shifted, tokens
 from toy_distillers import METHODS, blocks, make_trainer, prompted
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -463,6 +463,18 @@ def test_a_run_distils_a_native_folder(run_inputs, tmp_path):
         student.get_output_embeddings().weight, load_model(run_inputs / "native").get_output_embeddings().weight
     )
     assert load_tokenizer(run_inputs / "native").mask_token_id == MASK
+
+
+@pytest.mark.parametrize("layout", ["native", "ours"])
+def test_ids_beyond_the_tokenizer_are_never_drawn(layout, run_inputs, tmp_path):
+    """The converter counts the tokenizer that it brings along: a vocabulary of 60 with a tokenizer of 48."""
+    network = hf.Qwen2ForCausalLM(hf.Qwen2Config(**SHAPE | {"vocab_size": 60}, num_key_value_heads=2))
+    as_masked_diffusion(network, MASK).save_pretrained(tmp_path / "wide")
+    load_tokenizer(run_inputs / "tokenizer").save_pretrained(tmp_path / "wide")
+    convert(tmp_path / "wide", tmp_path / "out", layout)
+    model = load_model(tmp_path / "out")
+    options = {"length": 32, "steps": 2, "seed": 0, "num_return_sequences": 4}
+    assert model.generate(**options).max() < 48 <= model.generate(**options, suppress_above=60).max()
 
 
 @pytest.mark.parametrize("shift", [0, 1])
