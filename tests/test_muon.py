@@ -77,3 +77,11 @@ def test_resume_with_muon_is_bitwise(build, tmp_path):
     assert not torch.equal(
         once["model.layers.0.mlp.up_proj.weight"], build().state_dict()["model.layers.0.mlp.up_proj.weight"]
     )
+
+
+def test_muon_with_sharded_matrices_or_another_optimizer_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="optim is 'sgd', but muon brings its own optimizer"):
+        MDLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, muon=True, optim="sgd")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="muon is true, but DeepSpeed shards"):
+        MDLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, muon=True)

@@ -1,6 +1,9 @@
 """Pre-training of a diffusion language model by its continuous-time NELBO: MDLM (arXiv 2406.07524), Duo (2506.10892)."""
 
+import os
 from dataclasses import dataclass, field
+
+from transformers.training_args import OptimizerNames
 
 from modeling_mcd.checks_mdlm import INSIDE_0_1, check_numbers
 from modeling_mcd.forward_process_mdlm import at_positions
@@ -21,7 +24,15 @@ class MDLMTrainingArguments(DiffusionTrainingArguments):
     )
 
     def __post_init__(self):
+        if self.muon and (self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"):
+            raise ValueError(
+                "muon is true, but DeepSpeed shards the matrices that Muon needs in one piece: leave it out"
+            )
         super().__post_init__()
+        if self.muon and self.optim != OptimizerNames(type(self).__dataclass_fields__["optim"].default):
+            raise ValueError(
+                f"optim is {self.optim.value!r}, but muon brings its own optimizer: leave one of them out"
+            )
         check_numbers(self, sampling_epsilon=INSIDE_0_1)
 
 
