@@ -1,6 +1,6 @@
 """What teaching on spread paths gives, judged by the N-step bound on held-out text: no judge, no temperature, no samples.
 
-    python -m benchmarks.spread_teaching [--seeds 1] [--rounds 3] [--steps_per_round 25] [--blocks 24]
+    python -m benchmarks.spread_teaching [--seeds 1] [--rounds 3] [--steps_per_round 25] [--blocks 16]
 
 From the tiny teacher, with one budget of trunk forwards for every training: MCD on independent and on spread
 paths, MCD whose gap is the sampler's own step of 1/8 on both, and the control that goes on with the NELBO on both. From
@@ -31,11 +31,10 @@ from trainers import run_mcd, run_mdlm
 LOCKINGS = ("independent", "spread")
 NELBO_CELL = ("NELBO", 0)  # beside (locking, N)
 RECIPES = ROOT / "recipes"
-RESULTS = ROOT / "benchmarks" / "results" / "spread_teaching"
 NELBO_COST = 3  # trunk forwards of a step
 MCD = {"MCD": (), "MCD, delta 1/8": ("--delta", 1 / 8, "--delta_growth", 1)}
 NELBO, SCRATCH = "NELBO goes on", "from scratch"
-SMALL = ("--hidden_size", 96, "--num_hidden_layers", 3, "--num_attention_heads", 3, "--learning_rate", 2e-3)
+SMALL = ("--hidden_size", 64, "--num_hidden_layers", 2, "--num_attention_heads", 2, "--learning_rate", 2e-3)
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def train(options: argparse.Namespace, method: str, locking: str, seed: int) -> 
     folder = options.output_dir / f"{method}-{locking}-{seed}".replace(" ", "_").replace(",", "").replace("/", "_")
     recipe = yaml.safe_load((RECIPES / "tiny.yaml").read_text(encoding="utf-8"))
     words = ["--seed", seed, "--locking", locking, "--output_dir", folder, "--disable_tqdm", True]
-    words += ["--save_steps", 25, "--logging_steps", 1]
+    words += ["--save_steps", 25, "--logging_steps", 1, "--block_length", options.block_length, "--bf16", False]
     if method in MCD:
         main, words = run_mcd.main, [RECIPES / "tiny.yaml", "--judge", "null", *MCD[method], *words]
         words += ["--num_rounds", options.rounds, "--steps_per_round", options.steps_per_round]
@@ -77,7 +76,7 @@ def train(options: argparse.Namespace, method: str, locking: str, seed: int) -> 
             run_mdlm.main,
             [RECIPES / "tiny_teacher.yaml", "--lr_scheduler_type", "constant_with_warmup", *words],
         )
-        words += ["--validation_text", "null", "--eval_strategy", "no"]
+        words += ["--validation_text", "null", "--max_validation_blocks", "null", "--eval_strategy", "no"]
         if method == SCRATCH:
             words += [*SMALL, "--ema_decay", "null", "--save_total_limit", "null", "--warmup_steps", 50]
             words += ["--max_steps", options.scratch_steps, "--save_steps", options.scratch_steps // 3]
@@ -108,63 +107,70 @@ def judge(options: argparse.Namespace, network: Network, blocks: torch.LongTenso
             continue
         model = model or load_model(network.folder).float().eval()
         if cell == NELBO_CELL:
-            bound = block_nelbo(model, blocks, batch_size=8)
+            bound = block_nelbo(model, blocks, batch_size=16)
         else:
-            bound = step_bound(model, blocks, steps=cell[1], locking=cell[0], batch_size=8)
+            bound = step_bound(model, blocks, steps=cell[1], locking=cell[0], batch_size=16)
         measured[key] = [round(nats, 4) for nats in bound.nats.tolist()]
         write_json(options.output_dir / "measured.json", measured)
         print(f"{network.name}, {cell[0]}, {cell[1]}: {bound.mean:.4f} nats per token", flush=True)
 
 
-def report(options: argparse.Namespace, networks: list[Network], length: int, measured: dict):
-    """Tables of means over seeds, and of differences from the teacher under the same locking of the sampler."""
+def report(options: argparse.Namespace, networks: list[Network], measured: dict):
+    """Tables of the bounds, of what teaching adds to the teacher, and of what spread paths add to independent ones.
+
+    Means over seeds, each sampler by itself; a difference is that of the same blocks and plans.
+    """
 
     def bound(network: Network, cell: tuple[str, int]) -> Bound:
         nats = torch.tensor(measured[key_of(network, cell, options.blocks)], dtype=torch.float64)
-        return Bound(nats, torch.full((len(nats),), length))
+        return Bound(nats, torch.full((len(nats),), options.block_length))
 
-    rows, teacher = {}, networks[0]
+    rows = {}
     for network in networks:
-        rows.setdefault(network.row, []).append(network)
+        rows.setdefault((network.method, network.locking), []).append(network)
     lines, content = [], []
     for sampler in LOCKINGS:
-        cells = [*((sampler, n) for n in options.steps), NELBO_CELL]
-        plain, differences = [], []
-        for row, seeds in rows.items():
-            of_row = {"network": row, "sampler": sampler, "seeds": [network.seed for network in seeds]}
-            for cell in cells:
-                of_seeds = [bound(network, cell) for network in seeds]
-                pairs = [of_seed.minus(bound(teacher, cell)) for of_seed in of_seeds]
-                of_row["NELBO" if cell == NELBO_CELL else f"N = {cell[1]}"] = {
-                    "nats": statistics.fmean(of_seed.mean for of_seed in of_seeds),
-                    "error": of_seeds[0].error,
-                    "difference": statistics.fmean(difference for difference, _ in pairs),
-                    "difference_error": max(error for _, error in pairs),
-                    "differences": [difference for difference, _ in pairs],
-                }
-            content.append(of_row)
-            measures = [of_row[name] for name in of_row if isinstance(of_row[name], dict)]
-            plain.append(line(row, [f"{measure['nats']:.3f}" for measure in measures]))
-            if seeds[0] is not teacher and not row.startswith(SCRATCH):
-                shown = [f"{measure['difference']:+.3f} ± {measure['difference_error']:.3f}" for measure in measures]
-                differences.append(line(row, shown))
-        head = ["NELBO" if cell == NELBO_CELL else f"N = {cell[1]}" for cell in cells]
-        for title, table in (("the bound", plain), ("less the teacher's", differences)):
+        cells = {f"N = {n}": (sampler, n) for n in options.steps} | {"NELBO": NELBO_CELL}
+        tables = {"": [], ", less the teacher's": [], ", taught spread less taught independent": []}
+
+        def add(title: str, row: str, pairs: list, sampler=sampler, cells=cells, tables=tables):
+            """A line of a table: the mean of the first networks of `pairs`, less that of the second if there are any."""
+            measures = {}
+            for name, cell in cells.items():
+                if pairs[0][1] is None:
+                    values, error = [bound(one, cell).mean for one, _ in pairs], None
+                else:
+                    values, errors = zip(
+                        *(bound(one, cell).minus(bound(two, cell)) for one, two in pairs), strict=True
+                    )
+                    error = max(errors)
+                measures[name] = {"nats": statistics.fmean(values), "error": error, "of_seeds": values}
+            content.append({"network": row, "sampler": sampler, "what": f"bound{title}"} | measures)
+            shown = [
+                f"{m['nats']:+.3f} ± {m['error']:.3f}" if title else f"{m['nats']:.3f}" for m in measures.values()
+            ]
+            tables[title].append(line(row, shown))
+
+        for (method, locking), of_seeds in rows.items():
+            add("", of_seeds[0].row, [(network, None) for network in of_seeds])
+            if locking is not None and not method.startswith(SCRATCH):
+                teacher = rows["teacher", None][0]
+                add(", less the teacher's", of_seeds[0].row, [(network, teacher) for network in of_seeds])
+            if locking == "spread":
+                plain = {network.seed: network for network in rows[method, "independent"]}
+                pairs = [(network, plain[network.seed]) for network in of_seeds]
+                add(", taught spread less taught independent", method, pairs)
+        for title, table in tables.items():
             if table:
-                lines += [
-                    f"Sampler {sampler}, {title}:",
-                    "",
-                    line("", head),
-                    "| --- |" + " ---: |" * len(head),
-                    *table,
-                    "",
-                ]
+                lines += [f"Sampler {sampler}, the bound{title}:", "", line("", list(cells))]
+                lines += ["| --- |" + " ---: |" * len(cells), *table, ""]
     about = (
-        f"Nats per token on {options.blocks} blocks of {length} held-out tokens; seeds {options.seeds}; MCD: {options.rounds} "
-        f"rounds of {options.steps_per_round} steps. ± is the standard error of the paired difference over blocks."
+        f"Nats per token on {options.blocks} blocks of {options.block_length} held-out tokens; seeds {options.seeds}; MCD: "
+        f"{options.rounds} rounds of {options.steps_per_round} steps. ± is the standard error of the difference over blocks, "
+        "the largest of the seeds'."
     )
-    write_atomically(RESULTS.with_suffix(".md"), "\n".join([*lines, about]) + "\n")
-    write_json(RESULTS.with_suffix(".json"), {"about": about, "rows": content})
+    write_atomically(options.results.with_suffix(".md"), "\n".join([*lines, about]) + "\n")
+    write_json(options.results.with_suffix(".json"), {"about": about, "rows": content})
     print("\n".join([*lines, about]), flush=True)
 
 
@@ -174,26 +180,30 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps_per_round", type=int, default=25)
     parser.add_argument("--scratch_steps", type=int, default=300)
-    parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--block_length", type=int, default=256)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--methods", nargs="+", default=[NELBO, *MCD, SCRATCH], choices=[NELBO, *MCD, SCRATCH])
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "spread_teaching")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "spread_teaching")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     place = options.output_dir / "measured.json"
     measured = read_object(place) if place.exists() else {}
     tokenizer = AutoTokenizer.from_pretrained(RECIPES / "tiny" / "tokenizer")
-    length = tokenizer.model_max_length
-    blocks = text_blocks(read_texts(RECIPES / "tiny" / "text" / "validation"), tokenizer, length, options.blocks)
-    networks = [Network("teacher", None, 0, RECIPES / "tiny" / "teacher")]
-    judge(options, networks[0], blocks, measured)
+    text = read_texts(RECIPES / "tiny" / "text" / "validation")
+    blocks = text_blocks(text, tokenizer, options.block_length, options.blocks)
+    networks = []
+    if set(options.methods) != {SCRATCH}:
+        networks.append(Network("teacher", None, 0, RECIPES / "tiny" / "teacher"))
+        judge(options, networks[0], blocks, measured)
     for seed in options.seeds:
         for method in options.methods:
             for locking in LOCKINGS:
                 for network in train(options, method, locking, seed):
                     judge(options, network, blocks, measured)
                     networks.append(network)
-                report(options, networks, length, measured)
+            report(options, networks, measured)
 
 
 if __name__ == "__main__":
