@@ -27,7 +27,6 @@ needs_compiler = pytest.mark.skipif(
     reason="DeepSpeed builds its gloo extension with g++ and ninja",
 )
 LAUNCHES = {
-    "one process": (None, {}),
     "ddp": ("ddp_cpu.yaml", {}),
     "ddp, accumulating": ("ddp_cpu.yaml", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
     "zero2": ("zero2_cpu.yaml", {}),
@@ -41,12 +40,13 @@ def inputs(tmp_path_factory):
 
 
 def launch(inputs, output, config, **changes):
+    """A run under `accelerate launch` with one of our configurations, or in one process when `config` is None."""
     changes = {"save_steps": 12, **({"per_device_train_batch_size": 4} if config else {}), **changes}
     arguments = mcd_arguments(inputs, output, **changes)
-    launcher = ["--config_file", str(ROOT / "recipes/accelerate" / config)] if config else []
-    return run_python(
-        "accelerate.commands.launch", *launcher, str(ROOT / "trainers/run_mcd.py"), *arguments, launcher=("-m",)
-    )
+    if config is None:
+        return run_python(RUN, *arguments)
+    launcher = ["--config_file", str(ROOT / "recipes/accelerate" / config), str(ROOT / "trainers/run_mcd.py")]
+    return run_python("accelerate.commands.launch", *launcher, *arguments, launcher=("-m",))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def losses(output, names=("loss", "divergence", "reveal")):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=needs_compiler if "zero" in name else ()) for name in LAUNCHES if name != "one process"],
+    [pytest.param(name, marks=needs_compiler if "zero" in name else ()) for name in LAUNCHES],
 )
 def test_same_losses_and_same_networks(name, inputs, reference, tmp_path):
     config, changes = LAUNCHES[name]
@@ -94,7 +94,7 @@ def test_a_student_that_is_its_own_teacher(config, inputs, tmp_path):
 def judged_alone(inputs, tmp_path_factory):
     output = tmp_path_factory.mktemp("judged") / "run"
     judge = save_judge(output.parent / "judge")
-    result = run_python(RUN, *mcd_arguments(inputs, output, judge=judge, **judged(inputs)))
+    result = launch(inputs, output, None, judge=judge, **judged(inputs))
     assert result.returncode == 0, result.stderr
     return output, judge
 
@@ -114,7 +114,8 @@ def test_a_judged_launch_has_the_figures_of_one_process(config, inputs, judged_a
     assert list(rows) == list(expected) == ["held-out text", "teacher", "round-1", "round-2"]
     for name, row in rows.items():
         for figure in ("gen_ppl", "entropy", "nfe", "samples"):
-            assert row[figure] == pytest.approx(expected[name][figure], rel=1e-4), (name, figure)
+            value = expected[name][figure]
+            assert row[figure] == (value if value is None else pytest.approx(value, rel=1e-4)), (name, figure)
     assert (tmp_path / "run" / "eval.md").read_text().strip() in result.stdout
 
 
@@ -144,7 +145,7 @@ def test_a_wrapped_network_with_a_tied_head(config, inputs, tmp_path):
 def test_stopped_and_resumed_is_the_same_run(config, inputs, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert launch(inputs, whole, config, save_steps=6).returncode == 0
-    assert launch(inputs, halves, config, save_steps=6).returncode == 0
+    shutil.copytree(whole, halves)
     shutil.rmtree(halves / "checkpoint-12")
     result = launch(inputs, halves, config, save_steps=6)
     assert result.returncode == 0 and "resuming from" in result.stderr, result.stderr

@@ -256,7 +256,6 @@ def snippet_of(card) -> str:
     return re.search(r"```python\n(.*?)```", card.read_text(), re.DOTALL)[1]
 
 
-@pytest.mark.slow
 def test_the_snippet_of_the_card_runs_and_never_asks(tmp_path, model, tokenizer):
     """It runs inside the folder, in a process without the package and without a terminal to ask on, and continues its
     prompt.
