@@ -9,8 +9,6 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -56,10 +54,8 @@ class MDLMBackboneForMaskedDiffusion(MDLMGenerationMixin, PreTrainedModel):
 
     def __init__(self, config: MDLMBackboneConfig, network: PreTrainedModel | None = None):
         super().__init__(config)
-        if network is None:
-            masked = type(config.backbone_config) in MODEL_FOR_MASKED_LM_MAPPING
-            auto_class = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-            network = auto_class.from_config(config.backbone_config, dtype=torch.get_default_dtype())
+        if network is None:  # by its class: under ZeRO-3, `from_config` would partition a teacher too
+            network = language_model_class(config.backbone_config)(config.backbone_config)
         self.network = network
         self.takes_positions = "position_ids" in inspect.signature(network.base_model.forward).parameters
         self.post_init()
