@@ -51,6 +51,7 @@ setup(
             "mcd-pretrain=trainers.run_mdlm:main",
             "mcd-judge=trainers.run_judge:main",
             "mcd-evaluate=evaluation.run_eval:main",
+            "mcd-plan=evaluation.search_plan:main",
             "mcd-generate=modeling_mcd.generate_text:main",
             "mcd-convert=modeling_mcd.convert_checkpoints:main",
         ]

@@ -116,8 +116,8 @@ class EvaluationProtocol:
             for temperature in temperatures:
                 for n in steps:
                     self.generation_config(n, temperature, config.max_position_embeddings, 1, locking)
-        if bound:
-            check_bound(self.generation_config(1, 1.0, config.max_position_embeddings, 1))
+            if bound:
+                check_bound(self.generation_config(1, 1.0, 2, 1, locking), config.diffusion_kind)
 
     def generation_config(
         self, steps: int, temperature: float, length: int, count: int, locking: str = FIRST_LOCKING

@@ -228,13 +228,8 @@ def step_bound(
     check_number("batch_size", batch_size, COUNT)
     blocks = torch.as_tensor(blocks, dtype=torch.long)
     scored = _scored(model.config, blocks, prompt_mask)
-    options = _options_of(generation_config, options, blocks.shape[1])
+    options = _options_of(generation_config, options, model.config.diffusion_kind, blocks.shape[1])
     uniform = model.config.diffusion_kind == "uniform"
-    if uniform and options.locking not in (None, "independent"):
-        raise ValueError(
-            f"locking ({options.locking!r}) has no bound for a uniform-state model, where it ties the draws of a step "
-            "together: give locking='independent'"
-        )
     seeds = None if isinstance(seed, int) else list(seed)
     generator = torch.Generator().manual_seed(seed) if seeds is None else None
     nats, was_training = [], model.training
@@ -287,8 +282,13 @@ def _scored(config, blocks: torch.LongTensor, prompt_mask: torch.Tensor | None) 
     return scored
 
 
-def check_bound(options: MDLMGenerationConfig):
-    """Raises ValueError, naming it, for an option of a sampler that has no N-step bound."""
+def check_bound(options: MDLMGenerationConfig, kind: str):
+    """Raises ValueError, naming it, for an option of a sampler that has no N-step bound under this `diffusion_kind`."""
+    if kind == "uniform" and options.locking not in (None, "independent"):
+        raise ValueError(
+            f"locking {options.locking!r} has no N-step bound under uniform diffusion, where it joins the tokens of a draw: "
+            "take 'independent'"
+        )
     for name, allowed in PLAIN.items():
         value = getattr(options, name)
         if value is not None and value not in allowed:
@@ -301,11 +301,13 @@ def check_bound(options: MDLMGenerationConfig):
         )
 
 
-def _options_of(generation_config: MDLMGenerationConfig | None, given: dict, length: int) -> MDLMGenerationConfig:
+def _options_of(
+    generation_config: MDLMGenerationConfig | None, given: dict, kind: str, length: int
+) -> MDLMGenerationConfig:
     """The options of the sampler, checked, with the length of the blocks."""
     named = {} if generation_config is None else {k: v for k, v in vars(generation_config).items() if k in DEFAULTS}
     options = MDLMGenerationConfig(**named | given)
-    check_bound(options)
+    check_bound(options, kind)
     for name in LENGTHS:
         setattr(options, name, None)
     options.length = length

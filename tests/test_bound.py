@@ -23,6 +23,11 @@ LOG_P = TABLE.double()[:, :, :3].log_softmax(-1)  # of the denoiser, [canvas, po
 TEXT = torch.tensor([2, 0, 1])
 CASES = [
     ("ancestral", {"steps": 2}),
+    ("ancestral", {"steps": 2, "locking": "spread"}),
+    ("ancestral", {"steps": 3, "locking": "spread", "reveal_counts": {"3": [0.2, 0.5, 1.0]}}),
+    ("ancestral", {"steps": 2, "locking": "interleaved"}),
+    ("random", {"steps": 2, "locking": "spread"}),
+    ("first_hitting", {"locking": "spread"}),
     ("ancestral", {"steps": 2, "last_step": "ancestral"}),
     ("random", {"steps": 2}),
     ("random", {"steps": 3}),
@@ -303,8 +308,8 @@ def test_the_last_step_of_the_uniform_chain_is_a_draw_of_the_text():
     assert posterior_divergence(log_p, z_t, x_0, 0.4, 1.0).item() == pytest.approx(-math.log(at_x))
 
 
-def test_a_locked_uniform_chain_has_no_bound(uniform):
-    with pytest.raises(ValueError, match=r"locking \('spread'\) has no bound for a uniform-state model"):
+def test_a_locked_uniform_chain_is_refused_by_name(uniform):
+    with pytest.raises(ValueError, match="locking 'spread' has no N-step bound under uniform diffusion"):
         step_bound(uniform, torch.ones(3, 4, dtype=torch.long), steps=5, locking="spread")
 
 

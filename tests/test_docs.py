@@ -46,6 +46,7 @@ SMALL = {
     "trainers.run_mcd": f"{TRAINING} --steps_per_round 1 --evaluation_samples 1 --evaluation_steps 2",
     "trainers.run_mdlm": f"{TRAINING} --max_steps 1 --eval_steps 1 --num_hidden_layers 1",
     "trainers.run_judge": f"{TRAINING} --max_steps 1 --num_layers 1",
+    "evaluation.search_plan": "--steps 2 --blocks 4 --grid 4",
     "evaluation.run_eval": "--samples 2 --seeds 1 --batch_size 2 --steps 2",
 }
 
@@ -183,7 +184,7 @@ NOT_RUN = 14
 
 def test_console_scripts_start_functions_that_exist():
     scripts = console_scripts()
-    assert {"mcd-distill", "mcd-pretrain", "mcd-judge", "mcd-evaluate", "mcd-generate", "mcd-convert"} == set(scripts)
+    assert {"mcd-distill", "mcd-pretrain", "mcd-judge", "mcd-evaluate", "mcd-generate", "mcd-convert", "mcd-plan"} == set(scripts)
     for target in scripts.values():
         module, function = target.split(":")
         assert callable(getattr(importlib.import_module(module), function))
