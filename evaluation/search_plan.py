@@ -250,12 +250,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None):
     """The command line. A mistake of the user ends in one line on standard error, see `command_line.py`."""
-    commands = parser()
-    options = commands.parse_args(arguments)
-    try:
-        run(options)
-    except Exception as error:
-        commands.fail(error)
+    parser().run(run, arguments)
 
 
 def run(options: argparse.Namespace):

@@ -184,7 +184,8 @@ NOT_RUN = 14
 
 def test_console_scripts_start_functions_that_exist():
     scripts = console_scripts()
-    assert {"mcd-distill", "mcd-pretrain", "mcd-judge", "mcd-evaluate", "mcd-generate", "mcd-convert", "mcd-plan"} == set(scripts)
+    names = ("distill", "pretrain", "judge", "evaluate", "plan", "generate", "convert")
+    assert {f"mcd-{name}" for name in names} == set(scripts)
     for target in scripts.values():
         module, function = target.split(":")
         assert callable(getattr(importlib.import_module(module), function))
