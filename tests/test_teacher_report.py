@@ -8,6 +8,7 @@ from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 
 from benchmarks.teacher_report import figures_of, main
 from evaluation import causal_loss, text_blocks, validation_nelbo
+from trainers.subword_tokenizer import subword_tokenizer
 
 
 TEXT = "it was the best of times, it was the worst of times. " * 12
@@ -32,6 +33,15 @@ def test_figures_are_those_of_the_library(model, judge, tokenizer):
     assert figures["nelbo_over_judge_loss"] == pytest.approx(
         validation_nelbo(model, blocks) / causal_loss(judge, blocks)
     )
+
+
+def test_a_figure_per_character_counts_the_characters_of_the_tokens(build):
+    words = subword_tokenizer([TEXT], 270, 32)
+    model = build(vocab_size=270, bos_token_id=268, eos_token_id=268, mask_token_id=269)
+    figures, blocks = figures_of(model, None, words, [TEXT], 4), text_blocks([TEXT], words, 32, 4)
+    characters = len("".join(words.batch_decode(blocks[:, 1:-1])))
+    ratio = figures["nelbo_nats_per_character"] / figures["nelbo_nats_per_token"]
+    assert ratio == pytest.approx(30 * len(blocks) / characters) and ratio < 0.9
 
 
 def test_what_ships_is_rounded_and_is_what_was_measured(model, judge, tokenizer, tmp_path):
