@@ -588,11 +588,13 @@ def test_resized_vocabulary_keeps_the_old_logits_and_the_mask(model, tmp_path):
 # --- The tools of the house
 
 
-def test_lora_generates_saves_and_loads(build, tmp_path):
+@pytest.mark.parametrize("targets, layers", [(["qkv_proj"], 2), ("all-linear", 13)])
+def test_lora_generates_saves_and_loads(build, tmp_path, targets, layers):
+    """Also with every linear layer inside the network, the modulations among them; the head stays as it is."""
     base = build().generate(seed=0, steps=8)
-    adapted = get_peft_model(build(), LoraConfig(target_modules=["qkv_proj"], r=2))
+    adapted = get_peft_model(build(), LoraConfig(target_modules=targets, r=2))
     names = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    assert len(names) == 4 and all("qkv_proj.lora_" in name for name in names)
+    assert len(names) == 2 * layers and all(".lora_" in name and "lm_head" not in name for name in names)
     assert torch.equal(adapted.generate(seed=0, steps=8), base), "a fresh adapter is the identity"
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
