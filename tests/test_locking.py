@@ -48,7 +48,7 @@ def locked(locking, rows=1, length=16, steps=None, seed=0) -> torch.Tensor:
 
 @pytest.mark.parametrize("locking, steps", [("spread", None), ("spread", 4), ("interleaved", 3), ("interleaved", 8)])
 def test_each_uniform_is_uniform(locking, steps):
-    u = locked(locking, rows=20_000, length=21, steps=steps)
+    u = locked(locking, rows=5000, length=21, steps=steps)
     assert u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1
     for place in range(21):
         assert stats.kstest(u[:, place].numpy(), "uniform").pvalue > FALSE_ALARM, place
@@ -196,7 +196,7 @@ def independent_plans(steps: int, masks: int) -> dict:
     ],
 )
 def test_a_locked_sampler_has_its_own_exact_law(locking, steps, start):
-    counts = counts_of(sample(ancestral, TABLE, start, draws=100_000, steps=steps, locking=locking))
+    counts = counts_of(sample(ancestral, TABLE, start, draws=40_000, steps=steps, locking=locking))
     masks = start.count(MASK)
     assert p_value(counts, law_of(plans(locking, steps, masks), start)) > FALSE_ALARM
     assert p_value(counts, law_of(independent_plans(steps, masks), start)) < 1e-9, "the law of independent tokens"
@@ -210,7 +210,7 @@ def test_generate_has_the_law_of_the_locked_sampler(build):
         parameter.data *= 3
     with torch.no_grad():
         tokens = model(canvases).logits.double()[:, :, :3].softmax(-1)
-    sequences = model.generate(locking="spread", num_return_sequences=10_000, length=3, steps=2, seed=0)
+    sequences = model.generate(locking="spread", num_return_sequences=6000, length=3, steps=2, seed=0)
     counts = index_of(sequences).bincount(minlength=64)
     assert p_value(counts, law_of(plans("spread", 2, 3), [3, 3, 3], tokens)) > FALSE_ALARM
     assert p_value(counts, law_of(independent_plans(2, 3), [3, 3, 3], tokens)) < 1e-9, "the law of independent tokens"
