@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := modeling_mcd trainers evaluation tests benchmarks setup.py
 
-.PHONY: setup distill evaluate test test-slow quality style bench clean
+.PHONY: setup distill evaluate test test-slow quality style bench gpu-day gpu-wheels clean
 
 setup: $(VENV)/installed
 
@@ -50,6 +50,27 @@ bench: setup
 	$(BIN)/python -m benchmarks.load_checkpoint
 	$(BIN)/python -m benchmarks.divergence
 	$(BIN)/python -m benchmarks.distillation_step
+
+# What only a GPU can show: docs/gpu_day.md. On a borrowed machine there is no .venv, and its own Python does it.
+STAGE ?= all
+gpu-day:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_day $(STAGE) $(OPTIONS)
+
+# What such a machine lacks, for Python 3.12 on Linux, at the versions of a file; and which commit travels. With NOVELS=FILE
+# the weight of everything that is carried is checked.
+WHEELS := .wheels
+MOST_MB ?= 64
+gpu-wheels: setup
+	rm -rf $(WHEELS)
+	$(BIN)/pip download --disable-pip-version-check --quiet --no-deps --only-binary=:all: --python-version 3.12 \
+		--implementation cp $(foreach tag,2_28 2_27 2_24 2_17,--platform manylinux_$(tag)_x86_64) --platform manylinux2014_x86_64 \
+		-r benchmarks/gpu_day/wheels.txt -d $(WHEELS)
+	DS_BUILD_OPS=0 $(BIN)/pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation -c constraints.txt \
+		-w $(WHEELS) deepspeed
+	git rev-parse HEAD > $(WHEELS)/COMMIT
+	@bytes=$$(($$(git ls-files -z | du -cb --files0-from=- | tail -1 | cut -f1) + $$(du -sb $(WHEELS) | cut -f1) \
+		+ $$(if [ -n "$(NOVELS)" ]; then stat -c %s "$(NOVELS)"; else echo 0; fi))); \
+	echo "checkout, wheels$(if $(NOVELS), and novels,): $$((bytes / 1000000)) MB"; [ $$bytes -lt $$(($(MOST_MB) * 1000000)) ]
 
 # Not the runs: they take hours to make again.
 clean:

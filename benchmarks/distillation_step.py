@@ -19,6 +19,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -118,7 +119,8 @@ def measure_floor(options: argparse.Namespace, trainer: MCDTrainer, x_0: torch.T
     return {"seconds": sum(seconds.values()), "parts": seconds}
 
 
-def measure_step(options: argparse.Namespace, trainer: MCDTrainer, x_0: torch.Tensor, side: str) -> dict:
+def make_step(trainer: MCDTrainer, x_0: torch.Tensor, side: str) -> tuple[Callable[[], None], list[torch.Tensor]]:
+    """A step of a side, to be called again and again, and the losses of its calls."""
     model = trainer.model
     if side != "ours, nothing recomputed":
         # The name that transformers before 5.20 has.
@@ -135,6 +137,11 @@ def measure_step(options: argparse.Namespace, trainer: MCDTrainer, x_0: torch.Te
         optimizer.zero_grad()
         losses.append(loss.detach())
 
+    return step, losses
+
+
+def measure_step(options: argparse.Namespace, trainer: MCDTrainer, x_0: torch.Tensor, side: str) -> dict:
+    step, losses = make_step(trainer, x_0, side)
     for _ in range(options.warmup):
         step()
     synchronize()

@@ -198,6 +198,8 @@ class Tables:
         else:
             words += ["--teacher", self.teachers[run.teacher], "--judge", "null"]
             words += ["--num_rounds", rounds, "--steps_per_round", steps]
+            if "tau" in self.read_recipe(run.recipe):  # one for each round: more are refused
+                words += ["--tau", *self.recipe["tau"][:rounds]]
             self.train("run_mcd.py", folder, *words)
         self.save(trainings={folder.name: self.measured_in(folder)})
 

@@ -127,7 +127,12 @@ def judge_arguments(inputs: Path, output: Path) -> list[str]:
 
 def environment() -> dict[str, str]:
     """This checkout on the path, one thread, and nothing from the network."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
 
 
 def start_python(code: str, *arguments: str, plain: bool = False, cwd: Path | None = None) -> Process:

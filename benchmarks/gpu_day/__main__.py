@@ -1,0 +1,4 @@
+from benchmarks.gpu_day import main
+
+
+main()
