@@ -22,7 +22,10 @@ class EvaluationArguments:
     """How models are judged: the teacher and every round's student in a recipe, finished models with `run_eval.py`."""
 
     judge: str | None = field(
-        default=None, metadata={"help": "Causal language model, folder or Hub name; null: no evaluation."}
+        default=None,
+        metadata={
+            "help": "Causal language model that reads the samples, folder or Hub name; without one, nothing is judged."
+        },
     )
     judge_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Precision of the judge's weights."}
@@ -42,7 +45,7 @@ class EvaluationArguments:
     evaluation_samples: int = field(default=64, metadata={"help": "Samples for each seed."})
     evaluation_seeds: int = field(default=1, metadata={"help": "Number of seeds: 0, 1, ..."})
     evaluation_length: int | None = field(
-        default=None, metadata={"help": "Tokens in a sample; null: the model's context."}
+        default=None, metadata={"help": "Tokens in a sample; the model's context by default."}
     )
     evaluation_sampler: Literal[WITH_STEPS] = field(
         default="ancestral", metadata={"help": "One of the samplers that take a number of steps."}

@@ -8,7 +8,9 @@ import argparse
 import difflib
 import errno
 import functools
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 
 from safetensors import SafetensorError
@@ -29,6 +31,25 @@ class OneLineParser(argparse.ArgumentParser):
             )
         return options
 
+    def format_help(self) -> str:
+        """A usage line with what is required, and a line for each option, under its shortest name."""
+        width = help_width()
+        actions = [action for action in self._actions if action.help is not argparse.SUPPRESS]
+        needed = [action for action in actions if not action.option_strings or action.required]
+        usage = " ".join(word for action in needed for word in _words(action))
+        lines = textwrap.wrap(
+            f"usage: {self.prog} {usage} [--option value ...]",
+            width,
+            subsequent_indent=" " * 7,
+            break_on_hyphens=False,
+        )
+        lines += ["", *textwrap.wrap(self.description, width), ""]
+        for action in actions:
+            note = "required" if action in needed else action.default
+            note = None if note in (None, False, argparse.SUPPRESS) else words_of(note)
+            lines += option_lines(_words(action)[0], action.help, action.choices, note, width)
+        return "\n".join(lines) + "\n"
+
     def error(self, message: str):
         """Exits with status 2 for a mistake in the command line."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -43,6 +64,38 @@ class OneLineParser(argparse.ArgumentParser):
             if line is None:
                 raise
             self.exit(1, f"{self.prog}: error: {line}\n")
+
+
+def _words(action: argparse.Action) -> list[str]:
+    """How a command line holds an argument: its name, and its value unless it has none."""
+    name = min((name for name in action.option_strings if name.startswith("--")), key=len, default="")
+    value = action.metavar or name.removeprefix("--").upper()
+    values = [] if action.nargs == 0 else [value, f"[{value} ...]"] if action.nargs == "+" else [value]
+    return [name, *values] if name else values
+
+
+def help_width() -> int:
+    return max(shutil.get_terminal_size((110, 24)).columns - 1, 60)
+
+
+def words_of(value) -> str:
+    """A value as it is written on a command line or in a recipe."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def option_lines(name: str, text: str, choices: Iterable | None, note: str | None, width: int) -> list[str]:
+    """The lines of an option in a help: its name, what it is, its choices and, in parentheses, a note."""
+    text = " ".join((text or "").split()).replace("%%", "%")
+    text = text if text.endswith("...") else text.removesuffix(".")
+    if choices:
+        names = [str(choice) for choice in choices if choice is not None]
+        text += f" [{('|' if len(names) < 8 else ' | ').join(names)}]"  # a long list can be wrapped
+    if note is not None:
+        text += f" ({note})"
+    options = {"subsequent_indent": " " * 34, "break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(f"  {name} ".ljust(34) + text, width, **options)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_run import run_python
 
+from evaluation import run_eval
+from modeling_mcd import convert_checkpoints, generate_text
 from modeling_mcd.command_line import line_of, one_line_errors
 
 
@@ -55,6 +58,27 @@ def test_a_fault_of_ours_keeps_its_traceback():
     error = ValueError("a\nb")
     with pytest.raises(SystemExit, match="^error: a b$"):
         main([])
+
+
+@pytest.mark.parametrize(
+    ("parser", "required"),
+    [
+        (generate_text.parser, ["MODEL"]),
+        (convert_checkpoints.parser, ["SOURCE", "OUT"]),
+        (run_eval.parser, ["MODEL", "--judge", "--steps"]),
+    ],
+    ids=["mcd-generate", "mcd-convert", "mcd-evaluate"],
+)
+def test_help_is_short_and_says_what_is_required(parser, required, capsys):
+    """A line or two for each option; those of the recipes' commands: test_recipe.py."""
+    with pytest.raises(SystemExit, match="0"):
+        parser().parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 50 and max(map(len, lines)) < 120
+    assert all(name in lines[0] for name in required)
+    text = re.sub(r"\n {30,}", " ", "\n".join(lines))  # an option is one line again
+    marked = [line.split()[0] for line in text.splitlines() if line.endswith("(required)")]
+    assert marked == required and "EVALUATION_" not in text
 
 
 @pytest.mark.parametrize("name", ["evaluation", "modeling_mcd"])

@@ -187,7 +187,7 @@ def test_every_recipe_of_the_library_is_read_by_its_entry_point(recipe, tmp_path
         ("", ("--width", "wide"), "argument --width: invalid int value: 'wide'"),
         ("", ("stray",), "unexpected argument 'stray' on the command line"),
         ("width: [1, 2", (), "recipe '{recipe}' is not valid YAML: "),
-        ("width: 3\nrate: 1\nwidth: 4", (), "recipe '{recipe}' is not valid YAML: key 'width' stands twice"),
+        ("width: 3\nrate: 1\nwidth: 4", (), "recipe '{recipe}' is not valid YAML: key 'width' appears twice"),
         ("width: 3\n\tkind: x", (), "recipe '{recipe}' is not valid YAML: "),
         ("width:", (), "'width' in recipe '{recipe}' cannot be null: give a value, or leave the key out"),
         ("rate: ~", (), "'rate' in recipe '{recipe}' cannot be null"),

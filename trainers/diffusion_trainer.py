@@ -90,14 +90,14 @@ class DiffusionTrainingArguments(ExactResumeArguments):
 
 
 def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch of rows: `input_ids` [B, L], with `labels` and `attention_mask` [B, L] where the rows call for them.
+    """Makes a batch of rows: `input_ids` [B, L] and, where the rows need them, `labels` and `attention_mask` [B, L].
 
     Rows may hold `labels` (-100: neither noised nor scored), `completion_mask` (0: the same) and `attention_mask` (0: not
-    seen either). Shorter rows are padded on the right, and the padding is neither seen nor noised.
+    seen either). Shorter rows are padded on the right; padding is neither seen nor noised.
 
     Raises:
-        ValueError: names a column that is missing or does not fit, or one with a value for each token that has no meaning
-            here, such as `position_ids`.
+        ValueError: a column is missing or does not fit, or has a value for each token but no meaning here, such as
+            `position_ids`; names the column.
     """
     if not rows:
         raise ValueError("a batch must hold at least one row")
@@ -143,10 +143,10 @@ def _length_of(row: dict) -> int:
 
 
 def maskable_tokens(inputs: dict[str, torch.Tensor], process: Process | None = None) -> torch.BoolTensor:
-    """The tokens [B, L] that noise and loss are for.
+    """A mask [B, L] of the tokens that noise may change and that the loss counts.
 
-    Not the prompt, whose `labels` are -100, not the padding, and not what the process itself cannot noise: a [MASK] that
-    the text already holds stays where it is, and nothing is to be learnt about it.
+    It excludes the prompt, whose `labels` are -100, the padding, and what the process cannot noise: a [MASK] that the text
+    already holds stays as it is, since there is nothing to learn about it.
     """
     input_ids = inputs["input_ids"]
     maskable = torch.ones_like(input_ids, dtype=torch.bool) if process is None else process.maskable(input_ids)
@@ -158,7 +158,7 @@ def maskable_tokens(inputs: dict[str, torch.Tensor], process: Process | None = N
 
 
 def check_training_batch(arguments: TrainingArguments, dataset):
-    """Raises ValueError for less text than one global batch: with `dataloader_drop_last`, nothing at all would be trained."""
+    """Raises ValueError if the text is less than one global batch: with `dataloader_drop_last`, nothing would be trained."""
     processes, accumulation = arguments.world_size, arguments.gradient_accumulation_steps
     batch = arguments.train_batch_size * processes * accumulation
     blocks = len(dataset) if isinstance(dataset, Sized) else sum(1 for _ in islice(dataset, batch))
@@ -171,13 +171,13 @@ def check_training_batch(arguments: TrainingArguments, dataset):
 
 
 class DiffusionTrainer(ExactResumeTrainer):
-    """A Trainer whose loss is drawn from keyed noise, and whose checkpoints hold every network that the run needs.
+    """A Trainer whose noise is keyed by seed, step and place, and whose checkpoints hold every network of the run.
 
     A subclass writes `compute_loss`, calling `noise_of_batch` for its randomness and `record` for what it logs, and puts
     each network that follows the student into `self.companions`.
 
-    One network is judged, saved and pushed: the EMA of the student if one is kept (`args.ema_decay`), else the student. It
-    is what `evaluate`, `predict`, `save_model`, `push_to_hub`, early stopping and `load_best_model_at_end` act on.
+    One network is handed on: the EMA of the student if there is one (`args.ema_decay`), otherwise the student. `evaluate`,
+    `predict`, `save_model`, `push_to_hub`, early stopping and `load_best_model_at_end` all act on it.
 
     Raises:
         ValueError: names an argument that would do nothing (`compute_metrics`, ...), an optimizer that cannot be built, or
@@ -210,14 +210,14 @@ class DiffusionTrainer(ExactResumeTrainer):
         self.reset_noise()
 
     def whole_student(self) -> torch.nn.Module:
-        """The network that the run hands on, unsharded on every rank: the EMA if one is kept, else a copy of the student."""
+        """The network that the run hands on, complete on every rank: the EMA if there is one, otherwise a copy of the student."""
         self.check_pending()
         if "ema" in self.companions:
             return self.companions["ema"].model
         return Follower(self.accelerator.unwrap_model(self.model)).model
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Saves the network that is handed on, see the class, into `output_dir` or `args.output_dir`."""
+        """Saves the network that is handed on (see the class) into `output_dir` or `args.output_dir`."""
         checkpoint = _internal_call and output_dir is not None
         if checkpoint or "ema" not in self.companions:
             return super().save_model(output_dir, _internal_call)
@@ -230,7 +230,7 @@ class DiffusionTrainer(ExactResumeTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def reset_noise(self):
-        """Forgets which micro-batches of the current step have had their noise: the next batch is the step's first again."""
+        """Restarts the count of micro-batches: the next batch gets the noise of the first one of its step."""
         self._noise_step, self._micro_step = None, 0
 
     @property
@@ -265,7 +265,11 @@ class DiffusionTrainer(ExactResumeTrainer):
     def compute_rows(
         self, network, positions: torch.Tensor, z: torch.Tensor, gamma: torch.Tensor, inputs: dict
     ) -> HeadRows:
-        """Runs a network on the canvas z [B, L] at noise level gamma [B]; returns its rows at `positions` (a mask [B, L])."""
+        """Runs a network on the canvas z [B, L] at noise level gamma [B].
+
+        Returns:
+            Its head rows [R] at `positions`, a boolean mask [B, L].
+        """
         return network(
             hidden_rows=positions,
             input_ids=z,
@@ -274,7 +278,7 @@ class DiffusionTrainer(ExactResumeTrainer):
         )
 
     def record(self, **values: torch.Tensor | float):
-        """Notes scalars of this micro-batch; their mean over micro-batches and ranks joins the next log line."""
+        """Records scalars of this micro-batch; their mean over micro-batches and ranks appears in the next log line."""
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=torch.float64).detach()
             self._recorded.setdefault(name, []).append(value)  # still on its device: a look would wait for it
@@ -309,7 +313,7 @@ class DiffusionTrainer(ExactResumeTrainer):
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def check_evaluation_batch(self, dataset):
-        """Raises ValueError for fewer rows than one batch: only full batches are evaluated, so there would be no loss."""
+        """Raises ValueError if there are fewer rows than one batch: only full batches are evaluated, so there would be no loss."""
         batch = self.args.eval_batch_size * self.args.world_size
         if isinstance(dataset, Sized) and len(dataset) < batch:
             raise ValueError(
@@ -319,7 +323,7 @@ class DiffusionTrainer(ExactResumeTrainer):
 
 
 def train_in_float32(model: torch.nn.Module):
-    """Makes the weights float32, in place, if any that is trained has half precision: bfloat16 loses steps below 0.4 %.
+    """Converts the weights to float32, in place, if any trained one has half precision: bfloat16 loses steps below 0.4 %.
 
     transformers loads a network in the precision of its file (`dtype="auto"`). ZeRO-3 keeps float32 weights of its own.
     """

@@ -11,7 +11,7 @@ from trainers.teacher import Follower
 
 @dataclass
 class DistillationArguments(DiffusionTrainingArguments):
-    """Rounds of equal length. After each, the student is exported and judged; what else changes depends on the method."""
+    """Rounds of equal length. After each, the student is exported and judged; what else happens depends on the method."""
 
     num_rounds: int = field(default=5, metadata={"help": "Number of rounds N."})
     steps_per_round: int = field(
@@ -63,7 +63,7 @@ class WideningGapArguments(DistillationArguments):
 
 
 def check_same_tokens(teacher, student, diffusion_kind: str = "absorbing"):
-    """Raises ValueError unless both configurations are of that diffusion kind, with one vocabulary and one mask."""
+    """Raises ValueError unless both configurations have this diffusion kind, the same vocabulary and the same mask."""
     for name, config in (("teacher", teacher), ("student", student)):
         if config.diffusion_kind != diffusion_kind:
             raise ValueError(
@@ -100,7 +100,7 @@ def decisive_fields(config) -> dict:
 
 
 def check_same_network(teacher, student):
-    """Raises ValueError, which names every differing field, unless the student can become the next round's teacher."""
+    """Raises ValueError, naming every field that differs, unless the student can become the next round's teacher."""
     theirs, ours = decisive_fields(teacher), decisive_fields(student)
     names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
     names = ["model_type"] if "model_type" in names else names  # nothing else can be compared
@@ -113,7 +113,7 @@ def check_same_network(teacher, student):
 
 
 def check_same_parameters(teacher: nn.Module, student: nn.Module):
-    """Raises ValueError, which names a parameter, unless one network's weights can be copied into the other."""
+    """Raises ValueError, naming a parameter, unless one network's weights can be copied into the other."""
     theirs, ours = (dict(network.named_parameters()).keys() for network in (teacher, student))
     if theirs != ours:
         name, owner = min(
@@ -131,11 +131,11 @@ class DistillationTrainer(DiffusionTrainer):
 
     Args:
         model: the student; usually a copy of the teacher.
-        teacher: of the same architecture and vocabulary; a copy of the student when not given.
+        teacher: a network of the same architecture and vocabulary; a copy of the student by default.
 
     Raises:
-        ValueError: the networks are of another diffusion kind, or differ in vocabulary, mask, architecture or parameters;
-            or a teacher is given to a method that has none.
+        ValueError: the networks have another diffusion kind than the method needs, differ in vocabulary, mask, architecture
+            or parameters, or a teacher is given to a method that has none.
     """
 
     diffusion_kind = "absorbing"

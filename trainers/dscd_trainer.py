@@ -27,7 +27,7 @@ from trainers.trajectories import most_masked
 
 @dataclass
 class DSCDTrainingArguments(DistillationArguments):
-    """The released settings but for the length of the run: AdamW 5e-6, weight decay 0.01, 200 warm-up steps, batch 64."""
+    """The released settings, except for the length of the run: AdamW 5e-6, weight decay 0.01, 200 warm-up steps, batch 64."""
 
     num_rounds: int = field(
         default=1, metadata={"help": "Equal parts of the run; the student is exported after each."}

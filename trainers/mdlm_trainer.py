@@ -14,7 +14,7 @@ from trainers.muon import build_muon
 
 @dataclass
 class MDLMTrainingArguments(DiffusionTrainingArguments):
-    """The published settings of MDLM on OpenWebText, but for the batch and the number of steps."""
+    """The published settings of MDLM on OpenWebText, except for the batch and the number of steps."""
 
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=2500, metadata={"help": "Steps of linear warm-up."})
@@ -37,7 +37,7 @@ class MDLMTrainingArguments(DiffusionTrainingArguments):
 
 
 class MDLMTrainer(DiffusionTrainer):
-    """Minimises the bound of the model's kind of diffusion, in nats per token: the mean over all but prompt and padding.
+    """Minimises the NELBO of the model's kind of diffusion, in nats per token: the mean over all tokens but prompt and padding.
 
     Absorbing: E_t [ -gamma'(t) / (1 - gamma(t)) sum_masked -log p(x_0 | z_t) ] / L (MDLM, Eq. 10). Under the log-linear
     schedule the weight is exactly 1/t. Uniform: E_t [ sum_i `uniform_nelbo` ] / L (Duo, Eq. 17, on discrete tokens).

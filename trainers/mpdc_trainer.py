@@ -30,7 +30,7 @@ ANCHOR_EPSILON = 1e-3  # times of the NELBO are drawn from (this, 1], as in pre-
 
 @dataclass
 class MPDCTrainingArguments(DistillationArguments):
-    """One stage; the optimiser's settings are those of MCD, the rest is our own."""
+    """One stage. The optimizer's settings are those of MCD, the others are our own."""
 
     num_rounds: int = field(
         default=1, metadata={"help": "Equal parts of the run; the student is exported after each."}
@@ -89,7 +89,7 @@ class MPDCTrainer(DistillationTrainer):
         return (loss, {}) if return_outputs else loss
 
     def compute_own_rows(self, model, *canvas):
-        """The student as its own target, without dropout."""
+        """The student's rows without dropout, as its own target. Arguments are those of `compute_rows`."""
         was_training = model.training
         model.eval()
         try:

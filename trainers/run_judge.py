@@ -1,8 +1,8 @@
-"""Trains a small autoregressive judge (GPT-2 architecture) from text, for generative perplexity where none can be had.
+"""Trains a small autoregressive judge (GPT-2 architecture) from text, for generative perplexity where none is available.
 
     accelerate launch trainers/run_judge.py recipes/tiny_judge.yaml [--key value ...]
 
-Killed and started again with the same command, it goes on from the last complete checkpoint.
+If it is killed, the same command resumes from the last complete checkpoint.
 """
 
 from dataclasses import dataclass, field

@@ -2,7 +2,7 @@
 
     accelerate launch trainers/run_mcd.py recipes/tiny.yaml [--key value ...]
 
-Killed and started again with the same command, it goes on from the last complete checkpoint.
+If it is killed, the same command resumes from the last complete checkpoint.
 """
 
 from dataclasses import dataclass, field

@@ -2,7 +2,7 @@
 
     accelerate launch trainers/run_mdlm.py recipes/tiny_teacher.yaml [--key value ...]
 
-Killed and started again with the same command, it goes on from the last complete checkpoint.
+If it is killed, the same command resumes from the last complete checkpoint.
 """
 
 from dataclasses import dataclass, field
@@ -33,14 +33,14 @@ from trainers.runs.text_blocks import TextArguments
 
 @dataclass
 class ModelArguments:
-    """The network: a saved one to go on from, or the shape of a new one.
+    """The network: a saved one to continue training, or the shape of a new one.
 
     Raises:
-        ValueError: names the field; also when both are given.
+        ValueError: a value is out of range, or both are given; names the field.
     """
 
     model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of the network to go on from; null: a new one."}
+        default=None, metadata={"help": "Folder or Hub name of a network to continue training; null: a new one."}
     )
     hidden_size: int = field(default=768, metadata={"help": "Width."})
     num_hidden_layers: int = field(default=12, metadata={"help": "Blocks."})
@@ -49,7 +49,7 @@ class ModelArguments:
     hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout."})
     noise_schedule: Literal["log_linear", "cosine"] = field(
         default="log_linear",
-        metadata={"help": "Noise schedule gamma(t): the part of the tokens that is still visible at time t."},
+        metadata={"help": "Noise schedule gamma(t): the fraction of tokens that is still visible at time t."},
     )
     diffusion_kind: Literal["absorbing", "uniform"] | None = field(
         default=None,

@@ -63,11 +63,11 @@ class SDTTTrainingArguments(WideningGapArguments):
 
 
 def step_starts(t: torch.Tensor, delta: float, steps: int, time_grid: str) -> list[torch.Tensor]:
-    """Times [B] from which each of the teacher's steps goes, not yet cut off below.
+    """The times [B] at which the teacher's steps start, not yet limited from below.
 
-    "paper": t - i delta (Algorithm 1). "released": the code's t a_i + (1 - t) (t - k delta) with a_i from 1 down to 0,
-    where (1 - a_i) was meant. For k = 2 it goes from 2t - t^2 and from t - t^2, so that far more, or far fewer, tokens are
-    revealed than in a step of that length from t.
+    "paper": t - i delta (Algorithm 1). "released": t a_i + (1 - t) (t - k delta) with a_i from 1 down to 0, as in the code,
+    where (1 - a_i) was probably meant. For k = 2 and small delta its steps start at 2t - t^2 and t - t^2, so far more, or far
+    fewer, tokens are revealed than in a step of the same length from t.
     """
     if time_grid == "paper":
         return [t - i * delta for i in range(steps)]
@@ -75,10 +75,10 @@ def step_starts(t: torch.Tensor, delta: float, steps: int, time_grid: str) -> li
 
 
 def reveal_thresholds(starts: list[torch.Tensor], delta: float, epsilon: float, schedule: NoiseSchedule, gamma_t):
-    """The visible probability [B] after each step: a token is masked while its locking scalar u is above it.
+    """The probability [B] of being visible after each step: a token stays masked while its locking scalar u is above it.
 
     An ancestral step from t to s keeps a masked token masked with probability (1 - gamma_s) / (1 - gamma_t), whatever the
-    others are. On a grid without gaps the thresholds are gamma at its points.
+    other tokens are. On a grid without gaps the thresholds are gamma at its points.
     """
     masked, thresholds = 1 - gamma_t, []
     for t in starts:
@@ -89,7 +89,7 @@ def reveal_thresholds(starts: list[torch.Tensor], delta: float, epsilon: float, 
 
 
 def draw(rows: HeadRows, uniforms: torch.Tensor) -> torch.Tensor:
-    """One token for each row, [R], drawn in float64 by the uniforms [R]."""
+    """Draws one token for each row, [R], in float64, by the uniforms [R]."""
     return rows.map(functools.partial(draw_tokens, mask_token_id=rows.mask_token_id), uniforms)
 
 
@@ -129,7 +129,7 @@ class SDTTTrainer(DistillationTrainer):
         second: torch.Tensor,
         inputs: dict,
     ) -> tuple[HeadRows, torch.Tensor]:
-        """The teacher's row for every token masked in z_t, and the fraction of them that it revealed on its way.
+        """The teacher's row for every token masked in z_t, and the fraction of them that the teacher revealed.
 
         Every step overwrites the rows of the tokens that are still masked: the last value written is the target.
         """

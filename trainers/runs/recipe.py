@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from modeling_mcd.command_line import nearest
+from modeling_mcd.command_line import help_width, nearest, option_lines, words_of
 
 
 RECIPE_FOLDER = Path(__file__).resolve().parents[2] / "recipes"
@@ -28,7 +27,7 @@ class RecipeLoader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         twice = [key for key in keys if keys.count(key) > 1]
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} appears twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -90,7 +89,7 @@ class RecipeParser(HfArgumentParser):
 
     def describe(self, everything: bool) -> str:
         """The text of `--help`, or of `--help-all`."""
-        width = max(shutil.get_terminal_size((110, 24)).columns - 1, 60)
+        width = help_width()
         lines = self.format_usage().splitlines()
         lines += textwrap.wrap(
             "RECIPE.yaml is a file, or the name of a shipped recipe. Its keys are options of the command line too, which "
@@ -114,9 +113,12 @@ class RecipeParser(HfArgumentParser):
                 helps = {key: text for key, text in helps.items() if key in keys and key not in seen}
                 seen |= helps.keys()
                 if helps:
-                    lines += ["", f"{title.removesuffix('Arguments')}:"]
+                    title = title.removesuffix("Arguments").replace("Training", " training").strip()
+                    lines += ["", f"{title[0].upper()}{title[1:]}:"]
                 for key, text in helps.items():
-                    lines += _option_lines(keys[key], key, text, width, everything)
+                    text = text or "" if everything else " ".join((text or "").split()).split(". ")[0]
+                    note = "required" if keys[key].required else words_of(keys[key].default)
+                    lines += option_lines(f"--{key}", text, keys[key].choices, note, width)
         if not everything:
             lines += ["", "--help-all lists all other settings of transformers' TrainingArguments."]
         return "\n".join(lines) + "\n"
@@ -129,22 +131,6 @@ class _Help(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         print(parser.describe(everything=option_string == "--help-all"), end="")
         parser.exit()
-
-
-def _option_lines(action: argparse.Action, key: str, text: str, width: int, everything: bool) -> list[str]:
-    """An option with the first sentence of its help, or with all of it."""
-    text = " ".join((text or "").split()).replace("%%", "%")
-    text = text if everything else text.split(". ")[0]
-    text = text if text.endswith("...") else text.removesuffix(".")
-    if action.choices:
-        text += f" [{'|'.join(str(choice) for choice in action.choices if choice is not None)}]"
-    default = action.default
-    if default is None or isinstance(default, bool):
-        default = {None: "null", True: "true", False: "false"}[default]
-    elif isinstance(default, list):
-        default = " ".join(map(str, default))
-    text = f"  --{key} ".ljust(34) + f"{text} ({'required' if action.required else default})"
-    return textwrap.wrap(text, width, subsequent_indent=" " * 34)
 
 
 def parse_recipe(
