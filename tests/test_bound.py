@@ -12,7 +12,8 @@ from toy import MASK as TOY_MASK
 from toy import finish, index_of, table_of_logits, toy_canvas
 
 from evaluation import Bound, step_bound, validation_nelbo
-from evaluation.likelihood import TeacherForcedCanvas, posterior_divergence
+from evaluation.likelihood import TeacherForcedCanvas, posterior_divergence, prior_divergence
+from modeling_mcd import head_mdlm
 from modeling_mcd.forward_process_mdlm import process_of, uniform_nelbo
 from modeling_mcd.reveal_grid_mdlm import TAIL
 from modeling_mcd.sampling_mdlm import SAMPLERS
@@ -146,8 +147,10 @@ def test_it_costs_the_samplers_own_forwards(network, monkeypatch):
     forwards, rows = [], []
     network.model.register_forward_hook(lambda *unused: forwards.append(1))
     network.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    monkeypatch.setitem(head_mdlm.CHUNK, "cpu", 10 * 48)
     step_bound(network, text(), steps=4)
     assert len(forwards) == 4 and sum(rows) == text().numel(), "N forwards, and the head once for each token"
+    assert max(rows) <= 10, "in chunks: no logits of a batch"
 
 
 def test_a_blocks_figure_depends_on_nothing_but_block_and_seed(network):
@@ -306,6 +309,12 @@ def test_the_last_step_of_the_uniform_chain_is_a_draw_of_the_text():
     log_p, z_t, x_0 = torch.tensor([[0.2, 0.3, 0.5]]).double().log(), torch.tensor([1]), torch.tensor([2])
     at_x = (1 - 0.4) * 0.5 / (3 * 0.4 * 0.3 + 1 - 0.4)
     assert posterior_divergence(log_p, z_t, x_0, 0.4, 1.0).item() == pytest.approx(-math.log(at_x))
+
+
+def test_the_first_noise_of_the_uniform_chain_is_compared_with_its_prior():
+    law = torch.full((5,), 0.7 / 5, dtype=torch.float64)
+    law[2] += 0.3
+    assert prior_divergence(0.3, 5) == pytest.approx((law * (law / 0.2).log()).sum().item())
 
 
 def test_a_locked_uniform_chain_is_refused_by_name(uniform):
