@@ -52,9 +52,10 @@ def write_tables(
         f"{target['gen_ppl']:.2f} ({target['entropy']:.2f}; trigrams {target['trigram_entropy']:.2f}). Matched: log Gen-PPL "
         f"interpolated over temperatures {[1.0, *options.temperatures]} to the entropy of held-out text. Teacher like X: the "
         "control, the teacher at the temperature where its trigram entropy is that of X at temperature 1. A cell entirely in "
-        "brackets is the nearest point of a sweep that does not reach the entropy. Bound: nats per token that N steps need for "
-        f"{options.bound_blocks} blocks of held-out text."
+        "brackets is the nearest point of a sweep that does not reach the entropy."
     )
+    if options.spread:
+        caption += f" Bound: nats per token of {options.bound_blocks} held-out blocks in N steps (`step_bound`)."
     text = ["## Table 1", "", *table(first, cells, options.steps), "", caption, "", "## Table 2", ""]
     text += [*table(ablation, cells, options.steps), "", "MCD R1 is the hybrid.", ""]
     if explosions:

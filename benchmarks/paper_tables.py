@@ -8,6 +8,7 @@ know goes to every training, as in `--train_text NOVELS/train`.
 
 The budget is counted in trunk forwards of a batch: 3 for a step of the student (its backward is 2), 1 for each forward of a teacher.
 All methods get the same number, so SDTT makes fewer steps than MCD, and the control that goes on with the NELBO more.
+`--spread` adds lines for samples under spread locking, and the N-step bound of everything.
 
 The command stops after `--minutes` and says so; started again it goes on where it was, as often as needed: a training is
 killed and resumes from its last checkpoint, an evaluation loses at most one cell. Seed by seed it writes
@@ -102,10 +103,6 @@ class Network:
         if self.run is None:
             return self.teacher
         return f"{self.run.label} R{self.round}" if self.run.has_rounds else self.run.label
-
-    @property
-    def variants(self) -> list[str]:
-        return list(VARIANTS) if self.teacher == "teacher" and self.sweep else [""]
 
     @property
     def label(self) -> str:
@@ -239,6 +236,11 @@ class Tables:
             for i in range(1 if run.has_rounds else last, last + 1)
         ]
 
+    def variants(self, network: Network) -> list[str]:
+        if network.teacher != "teacher" or not network.sweep:
+            return [""]
+        return [suffix for suffix in VARIANTS if suffix != SPREAD or self.options.spread]
+
     def grid(self, network: Network, suffix: str) -> dict[float, list[int]]:
         """Temperature -> the numbers of steps to judge a network at."""
         options = self.options
@@ -248,11 +250,12 @@ class Tables:
 
     def is_judged(self, network: Network) -> bool:
         rows = [row for row in self.report["results"] if row["samples"] == self.options.samples]
-        rows = [row for row in rows if row["temperature"] != 1 or row["precision"] != "float64" or "bound" in row]
+        if self.options.spread:
+            rows = [row for row in rows if row["temperature"] != 1 or row["precision"] != "float64" or "bound" in row]
         known = {(row["model"], row["steps"], row["temperature"]) for row in rows}
         return all(
             (network.label + suffix, n, temperature) in known
-            for suffix in network.variants
+            for suffix in self.variants(network)
             for temperature, steps in self.grid(network, suffix).items()
             for n in steps
         )
@@ -293,9 +296,9 @@ class Tables:
         blocks = text_blocks(text, tokenizer, recipe["block_length"], options.bound_blocks)
         for network in networks:
             model = load_model(str(network.folder)).to(device)
-            for suffix in network.variants:
+            for suffix in self.variants(network):
                 settings, locking = VARIANTS[suffix]
-                bound = {} if suffix == LEGACY else {"bound_blocks": blocks}  # whose draws have another law
+                bound = {"bound_blocks": blocks} if options.spread and suffix != LEGACY else {}  # whose law is another
                 # A teacher is one network: its spread is over seeds of sampling, that of students over seeds of training.
                 how = replace(protocol, seeds=3 if network.run is None else 1, **settings)
                 for temperature, steps in self.grid(network, suffix).items():
@@ -324,7 +327,7 @@ class Tables:
         options = argparse.Namespace(**vars(self.options) | {"seeds": seeds})
         write_tables(
             options,
-            [(n.method + s, n.label + s, n.teacher + s) for n in networks for s in n.variants],
+            [(n.method + s, n.label + s, n.teacher + s) for n in networks for s in self.variants(n)],
             self.report["results"],
             compute=options.rounds * options.steps_per_round * MCD_COST,
             second={f"{run.label} R1" for run in RUNS if run.first_round_only},
@@ -351,6 +354,7 @@ def main():
         help="N of the sweeps, the original code's draws, spread locking, Table 2 and the rounds before the last.",
     )
     parser.add_argument("--samples", type=int, default=16, help="For each network, N and temperature.")
+    parser.add_argument("--spread", action="store_true", help="Lines for spread locking and for the N-step bound too.")
     parser.add_argument("--bound_blocks", type=int, default=16, help="Held-out blocks of the bound.")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=18.0, help="Stop after so many; start again to go on.")

@@ -26,6 +26,7 @@ def tables(tmp_path):
             temperatures=[0.5],
             samples=64,
             batch_size=8,
+            spread=True,
             bound_blocks=16,
             minutes=1.0,
             output_dir=str(tmp_path / "run"),
@@ -40,7 +41,7 @@ def tables(tmp_path):
 def rows_of(network: Network, tables: Tables, gen_ppl: float, entropy: float) -> list[dict]:
     """Everything that a network is judged at. Its temperature moves the entropy along `line`."""
     rows = []
-    for suffix in network.variants:
+    for suffix in tables.variants(network):
         for temperature, steps in tables.grid(network, suffix).items():
             for n in steps:
                 at = entropy - (1 - temperature)
