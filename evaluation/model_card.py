@@ -22,7 +22,7 @@ BESIDE = "eval_card.md"  # the card where README.md is the user's
 def write_model_card(folder: str | Path, report: dict, name: str | None = None) -> Path:
     """Writes the card of a folder from a report (see `save_results`); without results a card that says so.
 
-    It goes to README.md if there is none, or one of ours that nobody has changed since; otherwise to `eval_card.md`.
+    It is written to README.md if there is none, or if it is a card of ours that nobody has changed; otherwise to `eval_card.md`.
 
     The figures of the folder's own model, the rows that the report's `label` names, go into the `model-index` too. The
     snippet loads the report's `repository`, or the folder from within where there is none: no path of this machine.

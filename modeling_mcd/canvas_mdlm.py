@@ -1,4 +1,4 @@
-"""The canvas of a generation: the one place where the network is asked, tokens are written and forwards are counted.
+"""The canvas of a generation: the one place where the network is run, tokens are written and forwards are counted.
 
 `generate` fills canvases block by block; so can any code that wants samples without the argument parsing of `generate`:
 
@@ -55,7 +55,7 @@ class Canvas:
         tokens: [B, L] int64, on the network's device; changed in place.
         fillable: [B, L] bool, CPU: the positions to fill. The others stay as they are.
         noise: the uniforms of the rows: draw 0 is the locked noise, the step with number k has draw k + 1.
-        denoiser: what is asked.
+        denoiser: the network, see `Denoiser`.
         first_step: the number of the first step.
 
     Attributes:
@@ -92,7 +92,7 @@ class Canvas:
         return self.denoiser.process.mask_token_id
 
     def fresh_noise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two uniforms of each token for this step alone, [B, L] float64 on the CPU."""
+        """Two uniforms for each token, for this step only: [B, L] float64 on the CPU."""
         return self.noise.uniforms(self.step + 1)
 
     def ask(self, where: torch.BoolTensor, time: float | torch.Tensor, sparing: bool = False) -> "Answer":
@@ -126,7 +126,7 @@ class Canvas:
             self.ask(where, time, sparing=True).reveal(where, **options)
 
     def write(self, where: torch.BoolTensor, tokens: torch.LongTensor):
-        """Puts tokens [n] into the positions [B, L], in row-major order. A -1 marks logits that gave no token."""
+        """Writes tokens [n] into the positions [B, L], in row-major order. A -1 stands for logits from which no token could be drawn."""
         rows, columns = where.nonzero().unbind(dim=1)
         index = self.send(rows), self.send(columns)
         self.broken[index] = tokens < 0

@@ -21,7 +21,7 @@ ABOVE_0_TO_1 = "lie in (0, 1]", lambda value: 0 < value <= 1
 def check_numbers(settings, **rules: tuple[str, Callable]):
     """Raises ValueError, naming field and value, when a field of `settings` breaks its rule. None breaks no rule.
 
-    What is no number at all (a string, True, False) breaks every rule.
+    Anything that is not a number (a string, True, False) breaks every rule.
     """
     for name, rule in rules.items():
         if getattr(settings, name) is not None:
@@ -37,19 +37,19 @@ def check_number(name: str, value: float, rule: tuple[str, Callable]):
 
 
 def check_choices(settings):
-    """Raises ValueError, naming field and value, when a field of a dataclass is none of those that its `Literal` lists."""
+    """Raises ValueError, naming field and value, when a field of a dataclass is not one of those that its `Literal` lists."""
     for name, hint in get_type_hints(type(settings)).items():
         if get_origin(hint) is Literal and getattr(settings, name) not in get_args(hint):
             raise ValueError(f"{name} must be one of {get_args(hint)}, not {getattr(settings, name)!r}")
 
 
 def may_look(tensor: torch.Tensor) -> bool:
-    """Whether the values of a tensor may be checked: an accelerator would be waited for, and a compiled graph broken."""
+    """Whether a tensor's values may be checked: on an accelerator that would wait for the device, and it breaks a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]):
-    """Raises ValueError for what is no tensor of this shape."""
+    """Raises ValueError for anything but a tensor of this shape."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a tensor of the shape {tuple(shape)}, not {tensor!r}")
     if tensor.shape != shape:

@@ -105,7 +105,7 @@ def load_both(
 
 
 def encode(prompt: str, tokenizer: PreTrainedTokenizerBase, model: MDLMForMaskedDiffusion) -> torch.LongTensor | None:
-    """The prompt's ids [1, width] behind the token that begins a text in training; None for an empty prompt."""
+    """The prompt's ids [1, width], after the token with which texts begin in training; None for an empty prompt."""
     if not prompt:
         return None
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -117,7 +117,7 @@ def encode(prompt: str, tokenizer: PreTrainedTokenizerBase, model: MDLMForMasked
 def readable(
     sequence: torch.LongTensor, ids: torch.LongTensor | None, tokenizer: PreTrainedTokenizerBase, highlight: bool
 ) -> str:
-    """The text without special tokens, its prompt in bold where it is to be highlighted."""
+    """The text without special tokens; with `highlight`, the prompt in bold."""
     text = tokenizer.decode(sequence, skip_special_tokens=True)
     if ids is None or not highlight:
         return text
@@ -126,7 +126,7 @@ def readable(
 
 
 class Drafts:
-    """Shows a canvas on a terminal, each draft in place of the one before.
+    """Shows a canvas on a terminal; each draft replaces the one before.
 
     Args:
         tokenizer: turns ids into text.
@@ -158,7 +158,7 @@ class Drafts:
             self.lines = 0
 
     def text_of(self, ids: list[int]):
-        """The text between masks, a run at a time: bytes of one character may be shared by several tokens."""
+        """Yields the text between masks and a blank for each mask. A run is decoded at once: tokens may share a character."""
         run = []
         for token in [*ids, None]:
             if token is not None and token != self.mask_token_id:

@@ -1,4 +1,4 @@
-"""What `generate` is given, checked and laid out: options, canvas, noise, in one `Request`."""
+"""The inputs of `generate`, checked and put into one `Request`: options, canvas and noise."""
 
 import copy
 import functools
@@ -138,7 +138,7 @@ def merge_options(
 
 
 def check_options(options: MDLMGenerationConfig, asked: set[str], config: MDLMConfig):
-    """Refuses what the model cannot do, and what was asked for but would not be used."""
+    """Raises ValueError for options that the model does not have, or that would have no effect."""
     samplers = SAMPLERS[config.diffusion_kind]
     if options.sampler not in samplers:
         raise ValueError(
@@ -277,7 +277,7 @@ def lay_out(
 
 
 def keys_of(seed: int | Sequence[int] | None, generator: torch.Generator | None, rows: int) -> torch.LongTensor:
-    """The keys of the rows' noise: one after the other from a seed or a generator, or each from a seed of its own."""
+    """The keys of the rows' noise: all drawn from one seed or generator, or each from a seed of its own."""
     if seed is not None and generator is not None:
         raise ValueError("give a seed or a generator, not both")
     if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
@@ -298,6 +298,6 @@ def is_index(value, end: int) -> bool:
 
 
 def shown(value) -> str:
-    """A value in a message: on one line, and not longer than one."""
+    """A value for a message, shortened to one line."""
     words = " ".join(repr(value).split())
     return words if len(words) <= 100 else words[:100] + " ..."

@@ -1,4 +1,4 @@
-"""`generate` for diffusion language models: block after block of a canvas, and what comes back."""
+"""`generate` for diffusion language models: fills a canvas block by block and returns the result."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -249,7 +249,7 @@ class MDLMGenerationMixin:
 
 @dataclass(frozen=True)
 class Watchers:
-    """Whoever follows a generation: a streamer of transformers, and a callback."""
+    """What follows a generation: a streamer of transformers and a callback."""
 
     streamer: object | None
     callback: Callable[[int, torch.LongTensor], None] | None
@@ -328,7 +328,7 @@ def blocks_of(request: Request, config: MDLMConfig) -> Iterator[Block]:
 def end_rows(
     tokens: torch.LongTensor, fillable: torch.BoolTensor, reveal_steps: torch.LongTensor, request: Request
 ) -> bool:
-    """Pads the rows in which an end of sequence was revealed, from there on, and fills them no further.
+    """Ends the rows in which an end-of-sequence token was revealed: what follows it becomes padding.
 
     All three tensors are changed in place. Returns whether there is such a row.
     """

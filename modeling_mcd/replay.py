@@ -67,7 +67,7 @@ class Replay:
         self.canvases.append(canvas[self.row].tolist())
 
     def save(self, path: str | Path) -> Path:
-        """Writes the page, which needs nothing but a browser, all or nothing. Returns its path."""
+        """Writes the page, completely or not at all, and returns its path. It needs only a browser."""
         texts = {token: self.tokenizer.decode([token]) for token in {t for canvas in self.canvases for t in canvas}}
         texts[self.tokenizer.mask_token_id] = None
         frames = [

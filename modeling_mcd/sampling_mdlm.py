@@ -1,4 +1,4 @@
-"""The samplers of diffusion language models, one short function each: who is revealed when, and which token is drawn.
+"""The samplers of diffusion language models, one short function each: which positions are revealed when, and which tokens are drawn.
 
 A sampler takes a `Canvas` and its own options, by keyword; `generate` refuses options that are not in its signature. It does
 one step, yields, and goes on when it is asked for the next (`Canvas.denoise` is the loop). A row costs as many forwards as
@@ -118,7 +118,7 @@ def goals_of(masked: torch.BoolTensor, steps: int) -> torch.LongTensor:
 def legacy_ancestral(canvas: Canvas, *, steps: int, last_step: str | None = None) -> Iterator[None]:
     """`ancestral` as the original code of MDLM and SDTT draws it, with its truncated noise (see `draw_truncated`).
 
-    There [MASK] competes with the tokens, so the truncation changes who is revealed as well: every masked position needs
+    There [MASK] competes with the tokens, so the truncation also changes which positions are revealed: every masked position needs
     the head in every step, and fresh noise of the size of the vocabulary.
     """
     # Seeded with the first step's number too: each block has its own noise.
