@@ -68,8 +68,8 @@ class ForkServer:
 
     def __init__(self, environment: dict[str, str]):
         command = [sys.executable, str(Path(__file__).resolve())]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, **quiet)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}  # some modules print when they are imported
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
         atexit.register(self.close)
 
     def start(self, code: str, *arguments: str, cwd: str | None = None, plain: bool = False) -> Process:
@@ -110,8 +110,12 @@ def next_order(orders, plain: bool) -> dict | None:
                 read, write = os.pipe()
                 if os.fork() == 0:
                     os.close(write)
-                    import_all(LIBRARY)
-                    import_all(IF_INSTALLED, missing_is_fine=True)
+                    try:
+                        import_all(LIBRARY)
+                        import_all(IF_INSTALLED, missing_is_fine=True)
+                    except BaseException:
+                        os.kill(os.getppid(), signal.SIGKILL)  # or the test would wait for ever
+                        raise
                     return next_order(open(read), plain=False)
                 os.close(read)
                 library = open(write, "w")
