@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import math
 import os
 import pkgutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from tiny_run import ROOT
 
 import benchmarks
-from benchmarks import distillation_step, divergence, load_checkpoint, measuring, sampling, workloads
+from benchmarks import distillation_step, divergence, load_checkpoint, measuring, pretraining, sampling, workloads
 
 
 TINY = {"batch_size": 2, "length": 16, "layers": 1, "hidden_size": 32, "vocab_size": 48, "steps": 4, "device": "cpu"}
@@ -86,3 +87,10 @@ def test_before_and_after_compares_two_trees(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     assert output.count("the same results") == 2 and len(list(tmp_path.glob("before_after_*.json"))) == 2
+
+
+@pytest.mark.slow
+def test_ways_to_pre_train_differ_and_learn(monkeypatch):
+    monkeypatch.setattr(pretraining, "SHAPE", pretraining.SHAPE | {"num_hidden_layers": 1, "hidden_size": 48})
+    nelbo = {name: pretraining.measure(5, 0.01, way)["nelbo"] for name, way in pretraining.WAYS.items()}
+    assert len(set(nelbo.values())) == 3 and max(nelbo.values()) < math.log(3071)
