@@ -238,7 +238,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("model", metavar="MODEL", help="Folder or Hub name (`@revision`).")
     result.add_argument("--text", required=True, help="Held-out text: a file, or a folder of .txt.")
     result.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16], help="Numbers of steps to plan for.")
-    result.add_argument("--lockings", nargs="+", choices=LOCKINGS, default=list(LOCKINGS), help="To choose from.")
+    result.add_argument("--lockings", nargs="+", choices=LOCKINGS, help="To choose from; all by default.")
     result.add_argument("--blocks", type=int, default=64, help="Blocks of text; half of them choose, half report.")
     result.add_argument("--length", type=int, help="Tokens of a block; the model's context by default.")
     result.add_argument("--grid", type=int, default=GRID, help="Mask fractions at which the loss is measured.")
@@ -273,13 +273,15 @@ def run(options: argparse.Namespace):
             f"the model's generation_config.json has sampler {saved.sampler!r} and last_step {saved.last_step!r}: counts are "
             "for ancestral and random without a last step"
         )
+    sampler = saved.sampler or "ancestral"
+    lockings = [locking for locking in LOCKINGS if locking != "interleaved" or sampler == "ancestral"]
     blocks = text_blocks(texts, tokenizer, options.length or model.config.max_position_embeddings, options.blocks)
     search = search_plan(
         model,
         blocks,
         options.steps,
-        options.lockings,
-        saved.sampler or "ancestral",
+        options.lockings or lockings,
+        sampler,
         options.grid,
         options.batch_size,
         progress=True,

@@ -175,6 +175,15 @@ def test_a_saved_sampler_without_counts_is_refused(folder, network, capsys):
     assert "has sampler 'confidence' and last_step None" in capsys.readouterr().err
 
 
+def test_a_saved_order_of_fixed_counts_is_planned_without_interleaving(folder, network, capsys):
+    network.generation_config = MDLMGenerationConfig(sampler="random")
+    network.save_pretrained(folder / "model")
+    plan(folder, "--steps", "2")
+    out = capsys.readouterr().out
+    assert "| spread, counts |" in out and "interleaved" not in out
+    assert json.loads((folder / "model" / "generation_config.json").read_text())["sampler"] == "random"
+
+
 def test_a_uniform_model_has_no_plan(build):
     with pytest.raises(ValueError, match="this model is of uniform diffusion, and has none"):
         search_plan(build(diffusion_kind="uniform", mask_token_id=None), text(), steps=[2])
