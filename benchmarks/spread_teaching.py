@@ -143,7 +143,7 @@ def report(options: argparse.Namespace, networks: list[Network], measured: dict)
                     values, errors = zip(
                         *(bound(one, cell).minus(bound(two, cell)) for one, two in pairs), strict=True
                     )
-                    error = max(errors)
+                    error = statistics.stdev(values) if len(values) > 1 else errors[0]
                 measures[name] = {"nats": statistics.fmean(values), "error": error, "of_seeds": values}
             content.append({"network": row, "sampler": sampler, "what": f"bound{title}"} | measures)
             shown = [
@@ -164,10 +164,11 @@ def report(options: argparse.Namespace, networks: list[Network], measured: dict)
             if table:
                 lines += [f"Sampler {sampler}, the bound{title}:", "", line("", list(cells))]
                 lines += ["| --- |" + " ---: |" * len(cells), *table, ""]
+    seeds = sorted({network.seed for network in networks if network.locking is not None})
     about = (
-        f"Nats per token on {options.blocks} blocks of {options.block_length} held-out tokens; seeds {options.seeds}; MCD: "
-        f"{options.rounds} rounds of {options.steps_per_round} steps. ± is the standard error of the difference over blocks, "
-        "the largest of the seeds'."
+        f"Nats per token on {options.blocks} blocks of {options.block_length} held-out tokens; seeds {seeds}; MCD: "
+        f"{options.rounds} rounds of {options.steps_per_round} steps. ± is the spread of the difference over seeds; of a "
+        "single one its standard error over blocks, which says nothing of another training."
     )
     write_atomically(options.results.with_suffix(".md"), "\n".join([*lines, about]) + "\n")
     write_json(options.results.with_suffix(".json"), {"about": about, "rows": content})
