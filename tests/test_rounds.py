@@ -15,6 +15,7 @@ from tiny_run import mcd_arguments, run_python, save_judge, start_python, write_
 
 from evaluation import load_report, results
 from trainers import run_judge, run_mcd, run_mdlm
+from trainers.runs.rounds import TrainingReport
 
 
 RUN = "import sys; from trainers.run_mcd import main; main(sys.argv[1:])"
@@ -159,6 +160,15 @@ def test_a_report_that_cannot_be_written_ends_no_training(inputs, tmp_path, monk
     assert said and all("training goes on" in line and "File too large" in line for line in said)
     assert (output / "model.safetensors").exists() and "Saved in" in printed and "\nround-2, " in printed
     assert not list(output.glob(".*.tmp"))
+
+
+def test_a_report_that_cannot_be_read_ends_no_training(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("trainers.runs.rounds.logger.warning", said.append)
+    (tmp_path / "eval.json").write_text("{")
+    report = TrainingReport(tmp_path, None, [2])
+    assert report.known_rows() == [] and report.write() == "" and (tmp_path / "eval.json").read_text() == "{"
+    assert said and all("eval.json is not a report of this library" in line for line in said)
 
 
 KILL_WHILE_JUDGING = """
