@@ -124,6 +124,37 @@ def probability_of(
     return scores.softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]
 
 
+def draw_and_score(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    mask_token_id: int | None,
+    order: str,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """`draw_tokens`, and how certain each draw is by the very distribution that it comes from (Dream, arXiv 2508.15487).
+
+    Args:
+        order: "confidence", the probability of the drawn token; "margin", the gap between the two likeliest tokens; or
+            "entropy", sum p log p. At temperature 0 of the distribution at temperature 1, after top_k and top_p.
+
+    Returns:
+        [rows, 2] float64: token, and score; -1 and infinity where the logits give no token.
+    """
+    scores = keep_likeliest(substitute(logits, mask_token_id, dtype), temperature, top_k, top_p)
+    tokens = draw_tokens(scores, uniforms, None, temperature, dtype=dtype)
+    p = scores.sub_(scores.amax(dim=-1, keepdim=True)).div_(temperature or 1).softmax(dim=-1)
+    if order == "confidence":
+        certain = p.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]
+    elif order == "margin":
+        certain = p.topk(2, dim=-1).values.diff(dim=-1)[:, 0].neg()
+    else:
+        certain = -torch.special.entr(p).sum(dim=-1)
+    return torch.stack([tokens.double(), certain.double().where(tokens >= 0, torch.inf)], dim=1)
+
+
 def draw_posterior(
     logits: torch.Tensor,
     z_t: torch.Tensor,

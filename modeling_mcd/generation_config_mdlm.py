@@ -9,7 +9,7 @@ from .checks_mdlm import ABOVE_0_TO_1, BELOW_1, COUNT, INSIDE_0_1, NOT_NEGATIVE,
 from .draws_mdlm import PRECISIONS
 from .locking_mdlm import LOCKINGS
 from .reveal_grid_mdlm import LAST_STEPS
-from .sampling_mdlm import LOOP_FROM, LOOP_TO, REMASKING, SAMPLERS
+from .sampling_mdlm import LOOP_FROM, LOOP_TO, ORDERS, REMASKING, SAMPLERS
 
 
 CHOICES = {
@@ -17,6 +17,7 @@ CHOICES = {
     "locking": LOCKINGS,
     "last_step": LAST_STEPS,
     "remasking": REMASKING,
+    "order": ORDERS,
     "precision": (*PRECISIONS, "legacy_float32"),
 }
 LENGTHS = ("length", "max_length", "max_new_tokens")
@@ -35,6 +36,25 @@ DEFAULTS = {"sampler": "ancestral", "steps": 64, "temperature": 1.0, "precision"
 DEFAULTS = (
     dict.fromkeys((*CHOICES, *NUMBERS, "suppress_tokens", "reveal_counts")) | dict.fromkeys(SWITCHES, False) | DEFAULTS
 )
+DREAM_LENGTH = {"steps": 256, "max_new_tokens": 256}  # a step for each token, as on GSM8K
+# Published settings by name, see `MDLMGenerationConfig.preset`.
+PRESETS = {
+    # LLaDA's generate.py (arXiv 2502.09992): low-confidence remasking without randomness, in one block.
+    "llada_low_confidence": {
+        **{"sampler": "confidence", "temperature": 0.0},
+        **{"steps": 128, "max_new_tokens": 128, "block_length": 128},
+    },
+    # CD4LM's evaluation of it: all tokens above a threshold, no early end, a capped number of steps.
+    "cd4lm_adaptive": {
+        **{"sampler": "adaptive", "temperature": 0.0, "threshold": 0.95, "max_tokens": 32},
+        **{"block_length": 32, "max_steps": 32, "eos_after": 0.3},
+    },
+    # Dream's evaluation of its instruction model (arXiv 2508.15487), and the two other orders of its code.
+    **{
+        f"dream_{name}": {"sampler": "dream", "order": order, "temperature": 0.1, "top_p": 0.9} | DREAM_LENGTH
+        for name, order in (("entropy", "entropy"), ("maskgit_plus", "confidence"), ("topk_margin", "margin"))
+    },
+}
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -57,6 +77,7 @@ class MDLMGenerationConfig(GenerationConfig):
             (`"greedy"`) or `"none"`. By default masked diffusion has no last step, since its steps end at t = 0, and
             uniform diffusion has an `"ancestral"` one.
         order_temperature (`float`, *optional*): Randomness of an order that comes from the network.
+        order (`str`, *optional*): See `dream`.
         threshold, min_tokens, max_tokens, max_steps (*optional*): See `adaptive`.
         entropy_bound (`float`, *optional*): See `entropy_bound`; nats.
         remasking, eta, t_on, t_off, alpha_on (*optional*): See `remdm`.
@@ -98,6 +119,17 @@ class MDLMGenerationConfig(GenerationConfig):
         if kwargs:
             raise ValueError(f"unknown generation arguments {sorted(kwargs)}; generate() takes {sorted(DEFAULTS)}")
         self.validate()
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "MDLMGenerationConfig":
+        """The settings that a paper's code publishes, one of `PRESETS`, with some changed.
+
+        Raises:
+            ValueError: for an unknown name, or a change that is refused.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {list(PRESETS)}, not {name!r}")
+        return cls(**PRESETS[name] | changes)
 
     def validate(self, **unused_kwargs):
         check_numbers(self, **NUMBERS)

@@ -13,11 +13,13 @@ row hang together (`locking_mdlm.py`).
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 
 import torch
 
 from .canvas_mdlm import Answer, Canvas
 from .draws_mdlm import (
+    draw_and_score,
     draw_posterior,
     draw_truncated,
     log_confidence,
@@ -29,6 +31,8 @@ from .locking_mdlm import locked_uniforms
 from .reveal_grid_mdlm import TAIL, ancestral_reveal_steps, reveal_grid, shares_of, step_times, steps_of
 
 
+ORDERS = ("entropy", "confidence", "margin")  # of `dream`
+DREAM_END = 1e-3  # the time at which its steps end
 REMASKING = ("cap", "rescale", "confidence", "loop")
 LOOP_FROM, LOOP_TO = 0.55, 0.05  # the times between which ReMDM-loop remasks unless told otherwise
 
@@ -191,6 +195,32 @@ def by_score(canvas: Canvas, measure: Callable, steps: int, order_temperature: f
                 gumbel = -(-canvas.fresh_noise()[0].clamp(min=2**-53).log()).log()
                 scores = scores + order_temperature * gumbel
             answer.reveal(where & (rank(-scores, where) < counts[:, None]))
+        yield
+
+
+def dream(canvas: Canvas, *, steps: int, order: str = "entropy", order_temperature: float = 0.0) -> Iterator[None]:
+    """Dream's decoding (arXiv 2508.15487, `diffusion_generate`): draws a token for every mask and keeps the surest.
+
+    Unlike in `confidence`, `entropy` and `margin`, the score is that of the distribution after temperature, top_k and top_p,
+    and "confidence" (`maskgit_plus` there; "margin" is `topk_margin`) is the probability of the token that was drawn. Of n
+    masks floor(n (1 - s/t)) are revealed between t and s, on a grid from 1 to 1e-3, and all that is left in the last step.
+    With `order_temperature` T the kept positions are drawn with weight exp(score / T). At most `steps` forwards a row.
+    """
+    draw = functools.partial(draw_and_score, mask_token_id=canvas.mask_token_id, order=order, **canvas.denoiser.draw)
+    times = torch.linspace(1, DREAM_END, steps + 1, dtype=torch.float64).tolist()
+    for step, (t, s) in enumerate(pairwise(times)):
+        left = canvas.masked.sum(dim=1)
+        counts = left if step + 1 == steps else (left * (1 - s / t)).long()
+        where = canvas.masked & (counts > 0)[:, None]
+        if where.any():
+            noise, uniforms = canvas.fresh_noise()
+            tokens, certain = canvas.ask(where, t).map(draw, uniforms[where]).unbind(dim=1)
+            scores = torch.full(where.shape, -torch.inf, dtype=torch.float64)
+            scores = scores.masked_scatter(where, certain.cpu().round(decimals=4))
+            if order_temperature:
+                scores = scores - order_temperature * (-noise.clamp(min=2**-53).log()).log()
+            chosen = where & (rank(-scores, where) < counts[:, None])
+            canvas.write(chosen, tokens[canvas.send(chosen[where])].long())
         yield
 
 
@@ -416,7 +446,7 @@ SAMPLERS = {
         sampler.__name__: sampler
         for sampler in (
             *(ancestral, first_hitting, random, confidence, entropy),
-            *(margin, adaptive, entropy_bound, remdm, psi),
+            *(margin, dream, adaptive, entropy_bound, remdm, psi),
         )
     },
     "uniform": {"ancestral": uniform_ancestral},

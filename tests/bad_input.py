@@ -283,7 +283,7 @@ BAD_OPTIONS = {
     **{name: [0, 1, NAN, "late"] for name in ("t_on", "t_off", "alpha_on")},
     "top_p": [0, 1.5, NAN, "most"],
     "eos_after": [-0.1, 1, NAN, "late"],
-    **{name: ["best", 3] for name in ("sampler", "locking", "last_step", "remasking", "precision")},
+    **{name: ["best", 3] for name in ("sampler", "locking", "last_step", "remasking", "order", "precision")},
     **{name: ["yes", 2] for name in ("stop_at_eos", "return_dict_in_generate", "output_reveal_steps", "compile")},
     "suppress_tokens": [3, "ab", [1.5], [True]],
     "reveal_counts": [

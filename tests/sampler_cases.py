@@ -13,6 +13,8 @@ CASES = {
     "confidence": {"steps": 2},
     "entropy": {"steps": 3, "order_temperature": 0.5},
     "margin": {"steps": 2, "order_temperature": 1.0},
+    "dream": {"steps": 4, "order": "confidence"},
+    "dream, margin": {"steps": 3, "order": "margin", "order_temperature": 0.5},
     "adaptive": {"threshold": 0.5, "max_tokens": 2},
     "entropy_bound": {"entropy_bound": 0.8},
     "remdm": {"steps": 6, "eta": 0.3},

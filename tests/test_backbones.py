@@ -15,7 +15,7 @@ from toy_backbones import LENGTH, MASK, SHAPE, SHIFT, K, make_network, shifted, 
 from toy_distillers import METHODS, blocks, make_trainer, prompted
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from modeling_mcd import MDLMBackboneForMaskedDiffusion, as_masked_diffusion
+from modeling_mcd import MDLMBackboneForMaskedDiffusion, MDLMGenerationConfig, as_masked_diffusion
 from modeling_mcd.backbones import shift_losses, warn_of_wrong_shift
 from modeling_mcd.convert_checkpoints import convert, main
 from modeling_mcd.forward_process_mdlm import process_of
@@ -568,6 +568,38 @@ def test_guidance_is_that_of_the_two_forwards(models):
         )
     best = (without + 2 * (given - without))[:, 4:, :MASK].argmax(-1)
     assert torch.equal(model.generate(canvas, steps=1, temperature=0, guidance_scale=2.0, seed=0)[:, 4:], best)
+
+
+@torch.no_grad()
+def llada_generate(network, prompt, steps: int, length: int, block_length: int) -> torch.LongTensor:
+    """LLaDA's low-confidence decoding at temperature 0, as its authors describe it; [MASK] is never predicted."""
+    canvas = torch.nn.functional.pad(prompt, (0, length), value=MASK)
+    blocks = length // block_length
+    for block in range(blocks):
+        end = prompt.shape[1] + (block + 1) * block_length
+        for _ in range(steps // blocks):
+            logits = network(input_ids=canvas).logits.index_fill(-1, torch.tensor([MASK]), -torch.inf)
+            confidence, best = logits.softmax(-1).max(-1)
+            confidence = confidence.masked_fill(canvas != MASK, -1)
+            confidence[:, end:] = -1
+            for row in range(len(canvas)):
+                surest = confidence[row].topk(block_length * blocks // steps).indices
+                canvas[row, surest] = best[row, surest]
+    return canvas
+
+
+def test_the_llada_preset_decodes_as_its_authors_do(models):
+    """Our `steps` are those of each block. With the published settings there is one."""
+    model, prompt = models["llama"], tokens(3, 6)
+    published = MDLMGenerationConfig.preset("llada_low_confidence")
+    assert (published.steps, published.max_new_tokens, published.block_length) == (128, 128, 128)
+    for blocks in (1, 2):
+        settings = {"steps": 4, "max_new_tokens": 16, "block_length": 16 // blocks}
+        options = MDLMGenerationConfig.preset("llada_low_confidence", **settings)
+        expected = llada_generate(model.network, prompt, 4 * blocks, 16, 16 // blocks)
+        assert torch.equal(model.generate(prompt, generation_config=options, seed=0), expected)
+    with pytest.raises(ValueError, match="preset must be one of .*'llada_low_confidence'.* not 'llada'"):
+        MDLMGenerationConfig.preset("llada")
 
 
 def test_the_linear_schedule_is_one_minus_t(models):

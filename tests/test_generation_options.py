@@ -123,7 +123,7 @@ def test_a_seed_for_each_row(model):
 def test_one_seed_gives_related_texts_under_every_order_and_steps(model):
     """A network that ignores its canvas gives one text whatever the order; so the noise of a token is its own."""
     model.lm_head.weight.data.zero_()
-    cases = [case for case in CASES if "greedy" not in case and case.split(",")[0] not in ("remdm", "psi")]
+    cases = [case for case in CASES if "greedy" not in case and case.split(",")[0] not in ("dream", "remdm", "psi")]
     texts = [model.generate(seed=4, **arguments_of(case)).sequences for case in cases]
     texts += [model.generate(seed=4, steps=n) for n in (1, 7, 64)]
     assert len(texts) > 10 and all(torch.equal(text, texts[0]) for text in texts)
