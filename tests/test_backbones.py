@@ -593,10 +593,10 @@ def test_the_llada_preset_decodes_as_its_authors_do(models):
     model, prompt = models["llama"], tokens(3, 6)
     published = MDLMGenerationConfig.preset("llada_low_confidence")
     assert (published.steps, published.max_new_tokens, published.block_length) == (128, 128, 128)
-    for blocks in (1, 2):
-        settings = {"steps": 4, "max_new_tokens": 16, "block_length": 16 // blocks}
+    for parts in (1, 2):
+        settings = {"steps": 4, "max_new_tokens": 16, "block_length": 16 // parts}
         options = MDLMGenerationConfig.preset("llada_low_confidence", **settings)
-        expected = llada_generate(model.network, prompt, 4 * blocks, 16, 16 // blocks)
+        expected = llada_generate(model.network, prompt, 4 * parts, 16, 16 // parts)
         assert torch.equal(model.generate(prompt, generation_config=options, seed=0), expected)
     with pytest.raises(ValueError, match="preset must be one of .*'llada_low_confidence'.* not 'llada'"):
         MDLMGenerationConfig.preset("llada")

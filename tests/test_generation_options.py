@@ -427,7 +427,7 @@ def test_whoever_watches_sees_the_padding_behind_an_end_of_sequence(model):
             r"guidance_scale \(2.0\) needs a prompt in every row",
         ),
         ({"suppress_tokens": "all"}, "suppress_tokens must be a list of token ids, not 'all'"),
-        ({"eta": 0.1}, r"eta \(0.1\) is not used by the sampler 'ancestral', which takes \['steps', 'last_step'\]"),
+        ({"eta": 0.1}, r"eta \(0.1\) is not used by the sampler 'ancestral', which takes \['steps', 'last_step', "),
         ({"sampler": "first_hitting", "steps": 4}, r"steps \(4\) is not used by the sampler 'first_hitting'"),
         ({"sampler": "random", "last_step": "greedy"}, r"last_step \('greedy'\) is not used by the sampler 'random'"),
         (
