@@ -337,7 +337,7 @@ class Tables:
         )
 
 
-def main():
+def options_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--recipes", default="tiny", help="Common beginning of the recipes' names.")
     parser.add_argument("--methods", nargs="+", choices=[run.label for run in RUNS], help="All by default.")
@@ -361,7 +361,11 @@ def main():
     parser.add_argument("--output_dir", help="Where the runs go; runs/paper_tables_NAME by default.")
     parser.add_argument("--no_tables", action="store_true", help="Only train and judge.")
     parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="Where the tables go.")
-    options, extra = parser.parse_known_args()
+    return parser
+
+
+def main():
+    options, extra = options_parser().parse_known_args()
     tables = Tables(options, extra)
     tables.make_judge()
     for number, seed in enumerate(options.seeds, start=1):

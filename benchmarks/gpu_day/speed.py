@@ -57,7 +57,15 @@ def ceilings(day: Day) -> dict:
 def shape(day: Day) -> Namespace:
     if day.small:
         return Namespace(
-            hidden_size=64, layers=2, length=64, vocab_size=512, rows=64, batches=[1, 2], steps=[4, 8], batch_size=2
+            hidden_size=64,
+            layers=2,
+            length=64,
+            vocab_size=512,
+            rows=64,
+            batches=[1, 2],
+            steps=[4, 8],
+            batch_size=2,
+            compiled=[1],
         )
     sizes = {"hidden_size": 768, "layers": 12, "length": 1024, "vocab_size": 50258, "rows": 16384}
     return Namespace(**sizes, batches=[1, 8, 32], steps=[8, 16, 64], compiled=[1, 8, 32], batch_size=16)
