@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from evaluation.likelihood import Bound, step_bound
 from evaluation.text import read_texts, text_blocks
@@ -24,7 +23,7 @@ from modeling_mcd.command_line import OneLineParser
 from modeling_mcd.files import write_atomically
 from modeling_mcd.forward_process_mdlm import process_of, sigma_of
 from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig
-from modeling_mcd.loading import check_tokens, load_model, load_pretrained
+from modeling_mcd.loading import check_tokens, load_model, load_tokenizer
 from modeling_mcd.locking_mdlm import LOCKINGS, locked_uniforms
 from modeling_mcd.noise_mdlm import RowNoise, row_keys
 
@@ -265,7 +264,7 @@ def run(options: argparse.Namespace):
     texts = read_texts(options.text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(options.model).to(device).eval()
-    tokenizer = load_pretrained(AutoTokenizer, "tokenizer", options.tokenizer or options.model)
+    tokenizer = load_tokenizer(options.tokenizer or options.model)
     check_tokens(tokenizer, model.config)
     saved = model.generation_config
     if saved.sampler not in (None, "ancestral", "random") or saved.last_step is not None:

@@ -35,7 +35,7 @@ class OneLineParser(argparse.ArgumentParser):
         """A usage line with what is required, and a line for each option, under its shortest name."""
         width = help_width()
         actions = [action for action in self._actions if action.help is not argparse.SUPPRESS]
-        needed = [action for action in actions if not action.option_strings or action.required]
+        needed = [action for action in actions if action.required]
         usage = " ".join(word for action in needed for word in _words(action))
         lines = textwrap.wrap(
             f"usage: {self.prog} {usage} [--option value ...]",

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_run import run_python
 
-from evaluation import run_eval
+from evaluation import run_eval, search_plan
 from modeling_mcd import convert_checkpoints, generate_text
 from modeling_mcd.command_line import line_of, one_line_errors
 
@@ -66,8 +66,9 @@ def test_a_fault_of_ours_keeps_its_traceback():
         (generate_text.parser, ["MODEL"]),
         (convert_checkpoints.parser, ["SOURCE", "OUT"]),
         (run_eval.parser, ["MODEL", "--judge", "--steps"]),
+        (search_plan.parser, ["MODEL", "--text"]),
     ],
-    ids=["mcd-generate", "mcd-convert", "mcd-evaluate"],
+    ids=["mcd-generate", "mcd-convert", "mcd-evaluate", "mcd-plan"],
 )
 def test_help_is_short_and_says_what_is_required(parser, required, capsys):
     """A line or two for each option; those of the recipes' commands: test_recipe.py."""
