@@ -26,7 +26,7 @@ from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.trajectories import step_noise
 
 
-KNOWN = ("llama", "qwen2", "qwen3", "gemma", "modernbert", "bert", "roberta")
+KNOWN = ("llama", "qwen2", "qwen3", "gemma", "modernbert", "bert", "roberta", "eurobert")
 FOUND = ("gpt2", "distilbert")  # of kinds that are in no table
 CAUSAL = ("llama", "qwen2", "qwen3", "gemma")
 
@@ -160,7 +160,7 @@ def test_only_a_language_model_of_transformers_is_wrapped(models):
 # --- Saving, loading, converting
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "bert", "distilbert"])
+@pytest.mark.parametrize("name", ["qwen2", "bert", "distilbert"])
 def test_a_wrapped_network_is_saved_and_loaded(models, name, tmp_path):
     """By the Auto classes and by `load_model`, with its shift, head and options of `generate`; tied weights stay tied."""
     model, ids = wrapped(name, dtype=torch.float32), tokens(2, 6)
@@ -240,8 +240,7 @@ def published(folder: Path, kind: str, dtype: torch.dtype = torch.float32, drop:
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind, dtype", [*((kind, torch.float32) for kind in SETTINGS), ("llada", torch.bfloat16)])
 def test_published_weights_become_a_native_folder_bitwise(kind, dtype, tmp_path):
     """Plain transformers loads it, bidirectional; so does `load_model`, with the mask, the shift and the context."""
     convert(published(tmp_path / "theirs", kind, dtype), tmp_path / "native", dtype=dtype)

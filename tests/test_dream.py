@@ -45,7 +45,7 @@ def law_of_two_steps(order: str) -> torch.Tensor:
 @pytest.mark.parametrize("order", ORDERS)
 def test_dream_has_its_law(order):
     law = law_of_two_steps(order)
-    canvas = sample(dream, TABLE, draws=50_000, temperature=HEAT, steps=2, order=order)
+    canvas = sample(dream, TABLE, draws=30_000, temperature=HEAT, steps=2, order=order)
     assert p_value(counts_of(canvas), law) > 1e-5
     others = [law_of_two_steps(other) for other in ORDERS if other != order]
     assert all((law - other).abs().max() > 1e-3 for other in others), "a table that tells the orders apart"

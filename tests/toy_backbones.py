@@ -25,6 +25,9 @@ NETWORKS = {
         )
     ),
     "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SHAPE, **NO_DROPOUT, max_position_embeddings=LENGTH)),
+    "eurobert": lambda: hf.EuroBertForMaskedLM(
+        hf.EuroBertConfig(**SHAPE, **TOKENS, num_key_value_heads=2, max_position_embeddings=LENGTH)
+    ),
     "roberta": lambda: hf.RobertaForMaskedLM(
         hf.RobertaConfig(**SHAPE, **NO_DROPOUT, max_position_embeddings=LENGTH + 2)
     ),
