@@ -165,10 +165,11 @@ def report(options: argparse.Namespace, networks: list[Network], measured: dict)
                 lines += [f"Sampler {sampler}, the bound{title}:", "", line("", list(cells))]
                 lines += ["| --- |" + " ---: |" * len(cells), *table, ""]
     seeds = sorted({network.seed for network in networks if network.locking is not None})
+    budget = f"{options.rounds} rounds of {options.steps_per_round} steps of MCD or their cost. "
     about = (
-        f"Nats per token on {options.blocks} blocks of {options.block_length} held-out tokens; seeds {seeds}; MCD: "
-        f"{options.rounds} rounds of {options.steps_per_round} steps. ± is the spread of the difference over seeds; of a "
-        "single one its standard error over blocks, which says nothing of another training."
+        f"Nats per token on {options.blocks} blocks of {options.block_length} held-out tokens; seeds {seeds}. "
+        f"{'' if set(options.methods) == {SCRATCH} else budget}± is the spread of the difference over seeds; of a single one its "
+        "standard error over blocks, which says nothing of another training."
     )
     write_atomically(options.results.with_suffix(".md"), "\n".join([*lines, about]) + "\n")
     write_json(options.results.with_suffix(".json"), {"about": about, "rows": content})
