@@ -19,7 +19,7 @@ def text(rows=8, length=12) -> torch.Tensor:
 
 @pytest.fixture
 def network(build):
-    model = build()
+    model = build(time_conditioning=True)
     make_context_matter(model)
     return model
 
