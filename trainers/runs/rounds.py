@@ -49,14 +49,16 @@ class Ranks(Team):
 @contextlib.contextmanager
 def without_partitioning(training: TrainingArguments) -> Iterator[None]:
     """A context in which networks are loaded completely in every process, even under ZeRO-3."""
-    if getattr(training, "hf_deepspeed_config", None) is None:
+    # Of `accelerate launch`, or of the argument `deepspeed`: the object that says "ZeRO-3" to `from_pretrained`.
+    config = getattr(training.deepspeed_plugin, "dschf", None) or getattr(training, "hf_deepspeed_config", None)
+    if config is None:
         yield
         return
     unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        set_hf_deepspeed_config(training.hf_deepspeed_config)
+        set_hf_deepspeed_config(config)
 
 
 def load_run_judge(
