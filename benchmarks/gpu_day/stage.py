@@ -197,6 +197,11 @@ def last_line(log: Path) -> str:
     return lines[-1][:160] if lines else ""
 
 
+def portable(word: str) -> str:
+    """A word of the command without what only this machine has of a path."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
 def commit() -> str | None:
     """The commit of this checkout, from git or as `make gpu-wheels` noted it; None where neither is there."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -243,7 +248,7 @@ class Stage:
                 **content,
                 "stage": self.name,
                 "scale": "a rehearsal on a CPU: no figure here says anything of a GPU" if self.day.small else "gpu",
-                "command": "python -m benchmarks.gpu_day " + " ".join(self.day.options.words),
+                "command": " ".join(["python -m benchmarks.gpu_day", *map(portable, self.day.options.words)]),
                 "commit": commit(),
                 **circumstances(),
                 "seconds": sum(piece["seconds"] for piece in known.values()),
