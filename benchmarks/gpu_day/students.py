@@ -4,6 +4,7 @@ Both are `benchmarks.paper_tables`, a network at a time: all that was judged is 
 figures there is neither trained nor judged again, on another machine either.
 """
 
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,12 @@ from benchmarks.paper_tables import LEGACY, RUNS, Network, Run, Tables, options_
 class DayTables(Tables):
     """The tables with the recipes that were written for this machine."""
 
+    def __init__(self, options: Namespace, recipes: Path):
+        self.recipes = recipes
+        super().__init__(options, [])
+
     def recipe_path(self, pattern: str) -> Path:
-        return self.options.recipe_folder / pattern.format("novels")
+        return self.recipes / pattern.format("novels")
 
     def variants(self, network: Network) -> list[str]:
         """Without the original code's draws: noise of the size of the vocabulary, made on the CPU, takes minutes."""
@@ -41,12 +46,12 @@ def tables_of(day: Day) -> DayTables:
     large |= {"swept_steps": [4, 8, 16], "temperatures": [0.9, 0.8, 0.7], "samples": options.samples}
     given = options_parser().parse_args([])
     given.__dict__ |= small if day.small else large
-    given.recipes, given.recipe_folder, given.seeds = "gpu_novels", folder, options.seeds
+    given.recipes, given.seeds = "gpu_novels", options.seeds
     given.spread = True
     given.batch_size, given.bound_blocks = (4, 4) if day.small else (250, 512)
     given.minutes, given.output_dir = day.left() / 60, str(day.runs / "tables")
     given.results = str(day.runs / "results" if day.small else day.results)
-    return DayTables(given, [])
+    return DayTables(given, folder)
 
 
 def write_recipes(day: Day, folder: Path):
