@@ -554,9 +554,7 @@ def test_no_room_for_a_dataset(refusal, tmp_path, monkeypatch, moment):
 
     Dataset.from_dict({"text": ["hello world"]}).to_parquet(tmp_path / "novels.parquet")
     options = {"data_files": {"train": str(tmp_path / "novels.parquet")}, "cache_dir": str(tmp_path / "cache")}
-    monkeypatch.setattr(
-        "evaluation.text_sources.load_dataset", lambda *_, split, **__: load_dataset("parquet", **options)
-    )
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, split, **__: load_dataset("parquet", **options))
     if moment == "before it is written":
         monkeypatch.setattr("datasets.builder.has_sufficient_disk_space", lambda *_, **__: False)
     else:
