@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add_evaluation_arguments(result, required=("judge", "evaluation_steps"), evaluation_seeds=3)
     result.add_argument(
         "--reference_text",
-        help="Held-out text (file, or folder of .txt): its row, the entropy to match, the text of --bound.",
+        help="Held-out text (a file, or a folder of them): its row, the entropy to match, the text of --bound.",
     )
     result.add_argument("--vocabulary_text", help="Training text: the words that count as known.")
     result.add_argument("--output_dir", help="Where the report goes; the first MODEL by default, if that is a folder.")
