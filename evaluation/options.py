@@ -24,7 +24,7 @@ class EvaluationArguments:
     judge: str | None = field(
         default=None,
         metadata={
-            "help": "Causal language model that reads the samples, folder or Hub name; without one, nothing is judged."
+            "help": "Causal language model that reads the samples, folder or Hub name; a run without one judges nothing."
         },
     )
     judge_dtype: Literal["float32", "bfloat16"] = field(

@@ -70,8 +70,9 @@ def test_a_fault_of_ours_keeps_its_traceback():
     ],
     ids=["mcd-generate", "mcd-convert", "mcd-evaluate", "mcd-plan"],
 )
-def test_help_is_short_and_says_what_is_required(parser, required, capsys):
+def test_help_is_short_and_says_what_is_required(parser, required, capsys, monkeypatch):
     """A line or two for each option; those of the recipes' commands: test_recipe.py."""
+    monkeypatch.setenv("COLUMNS", "110")
     with pytest.raises(SystemExit, match="0"):
         parser().parse_args(["--help"])
     lines = capsys.readouterr().out.splitlines()
