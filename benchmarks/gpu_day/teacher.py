@@ -22,7 +22,7 @@ from trainers import MDLMTrainer, MDLMTrainingArguments
 from trainers.exact_resume import ExactResumeTrainer
 from trainers.run_judge import JudgeTrainingArguments, ShapeArguments, build_judge, collate
 from trainers.run_mdlm import ModelArguments, build_model
-from trainers.runs.inputs import TokenizerArguments, load_tokenizer
+from trainers.runs.inputs import TokenizerArguments, load_run_tokenizer
 
 
 # Label -> the recipe that it is derived from, its minutes of training by default, and its NELBO's or loss's goal in nats.
@@ -124,7 +124,7 @@ class Clock(TrainerCallback):
 def pace(day: Day, label: str) -> float:
     """Seconds for a step of a training, the Trainer's own work included: measured on random blocks, after a warm-up."""
     recipe, steps = training_recipe(day, label), 4 if day.small else 40
-    tokenizer = load_tokenizer(TokenizerArguments(recipe["tokenizer"], recipe.get("add_mask_token", False)))
+    tokenizer = load_run_tokenizer(TokenizerArguments(recipe["tokenizer"], recipe.get("add_mask_token", False)))
     length, batch = recipe["block_length"], recipe["per_device_train_batch_size"]
     blocks = torch.randint(0, len(tokenizer) - 2, (batch, length), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [{"input_ids": row} for row in blocks] * steps
