@@ -26,7 +26,7 @@ from modeling_mcd.loading import check_tokens, load_model, load_tokenizer, read_
 
 
 def parser() -> argparse.ArgumentParser:
-    result = OneLineParser(prog="run_eval.py", description=__doc__.split("\n")[0])
+    result = OneLineParser(prog="mcd-evaluate", description=__doc__.split("\n")[0])
     result.add_argument(
         "models", nargs="+", metavar="MODEL", help="Folder or Hub name (`@revision`); `label=MODEL` names its rows."
     )

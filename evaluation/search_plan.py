@@ -8,7 +8,6 @@ N-step bound chooses among the lockings; the other half says what the choice is 
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from evaluation.likelihood import Bound, step_bound
 from evaluation.text import read_texts, text_blocks
 from modeling_mcd.checks_mdlm import COUNT, check_number
 from modeling_mcd.command_line import OneLineParser
-from modeling_mcd.files import write_atomically
+from modeling_mcd.files import lock_folder, write_atomically, write_json
 from modeling_mcd.forward_process_mdlm import process_of, sigma_of
 from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig
 from modeling_mcd.loading import check_tokens, load_model, load_tokenizer
@@ -163,12 +162,7 @@ def search_plan(
         raise ValueError(
             "a plan says when masked tokens are revealed; this model is of uniform diffusion, and has none"
         )
-    if len(blocks) < 4:
-        raise ValueError(
-            f"{len(blocks)} blocks of text are too few to choose by one half and report on the other: 4 at least"
-        )
-    if max(steps) > grid:
-        raise ValueError(f"steps ({max(steps)}) must be at most the grid's points ({grid})")
+    check_sizes(len(blocks), steps, grid)
     model.eval()
     first, second = blocks[::2], blocks[1::2]
     measured, curves, chosen_on, reported = {}, {}, {}, {}
@@ -212,6 +206,16 @@ def search_plan(
     return Search(winner, chosen_on, reported, curves)
 
 
+def check_sizes(blocks: int, steps: Sequence[int], grid: int):
+    """Raises ValueError for too few blocks, or for more steps than the grid has points."""
+    if blocks < 4:
+        raise ValueError(
+            f"blocks must be at least 4, not {blocks}: one half chooses the plan, the other reports on it"
+        )
+    if max(steps) > grid:
+        raise ValueError(f"steps must be at most grid ({grid}), not {max(steps)}")
+
+
 def table(search: Search, steps: Sequence[int]) -> str:
     """The bounds of every candidate on the first half, and what the winner gains on the second."""
     names = list(dict.fromkeys(name for name, _ in search.chosen_on))
@@ -235,7 +239,7 @@ def table(search: Search, steps: Sequence[int]) -> str:
 def parser() -> argparse.ArgumentParser:
     result = OneLineParser(prog="mcd-plan", description=__doc__.split("\n")[0])
     result.add_argument("model", metavar="MODEL", help="Folder or Hub name (`@revision`).")
-    result.add_argument("--text", required=True, help="Held-out text: a file, or a folder of .txt.")
+    result.add_argument("--text", required=True, help="Held-out text: a file, or a folder of them.")
     result.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16], help="Numbers of steps to plan for.")
     result.add_argument("--lockings", nargs="+", choices=LOCKINGS, help="To choose from; all by default.")
     result.add_argument("--blocks", type=int, default=64, help="Blocks of text; half of them choose, half report.")
@@ -258,36 +262,38 @@ def run(options: argparse.Namespace):
         check_number(name, getattr(options, name), COUNT)
     for n in options.steps:
         check_number("steps", n, COUNT)
+    check_sizes(options.blocks, options.steps, options.grid)
     if options.output_dir is None and not Path(options.model).is_dir():
         raise ValueError(f"{options.model!r} is not a folder: say with --output_dir where generation_config.json goes")
     folder = Path(options.output_dir or options.model)
-    texts = read_texts(options.text)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(options.model).to(device).eval()
-    tokenizer = load_tokenizer(options.tokenizer or options.model)
-    check_tokens(tokenizer, model.config)
-    saved = model.generation_config
-    if saved.sampler not in (None, "ancestral", "random") or saved.last_step is not None:
-        raise ValueError(
-            f"the model's generation_config.json has sampler {saved.sampler!r} and last_step {saved.last_step!r}: counts are "
-            "for ancestral and random without a last step"
+    with lock_folder(folder, "planning"):  # a folder that cannot be written to is refused before minutes of work
+        texts = read_texts(options.text)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(options.model).to(device).eval()
+        tokenizer = load_tokenizer(options.tokenizer or options.model)
+        check_tokens(tokenizer, model.config)
+        saved = model.generation_config
+        if saved.sampler not in (None, "ancestral", "random") or saved.last_step is not None:
+            raise ValueError(
+                f"the model's generation_config.json has sampler {saved.sampler!r} and last_step {saved.last_step!r}: counts are "
+                "for ancestral and random without a last step"
+            )
+        sampler = saved.sampler or "ancestral"
+        lockings = [locking for locking in LOCKINGS if locking != "interleaved" or sampler == "ancestral"]
+        blocks = text_blocks(texts, tokenizer, options.length or model.config.max_position_embeddings, options.blocks)
+        search = search_plan(
+            model,
+            blocks,
+            options.steps,
+            options.lockings or lockings,
+            sampler,
+            options.grid,
+            options.batch_size,
+            progress=True,
         )
-    sampler = saved.sampler or "ancestral"
-    lockings = [locking for locking in LOCKINGS if locking != "interleaved" or sampler == "ancestral"]
-    blocks = text_blocks(texts, tokenizer, options.length or model.config.max_position_embeddings, options.blocks)
-    search = search_plan(
-        model,
-        blocks,
-        options.steps,
-        options.lockings or lockings,
-        sampler,
-        options.grid,
-        options.batch_size,
-        progress=True,
-    )
-    print(table(search, options.steps))
-    write_plan(folder, saved, search)
-    print(f"\nSaved in {folder}: generation_config.json ({search.plan.name}), plan.json")
+        print(table(search, options.steps))
+        write_plan(folder, saved, search)
+        print(f"\nSaved in {folder}: generation_config.json ({search.plan.name}), plan.json")
 
 
 def write_plan(folder: Path, generation_config: MDLMGenerationConfig, search: Search):
@@ -308,7 +314,7 @@ def write_plan(folder: Path, generation_config: MDLMGenerationConfig, search: Se
         "reported_on_second_half": figures(search.reported),
         "loss_by_visible_fraction": search.curves,
     }
-    write_atomically(folder / "plan.json", json.dumps(content, indent=2) + "\n")
+    write_json(folder / "plan.json", content)
     write_atomically(folder / "generation_config.json", planned.to_json_string())
 
 

@@ -92,7 +92,7 @@ def pack(
     if blocks == 0:
         raise ValueError(
             f"{name!r} holds {tokens} tokens, less text than one block of {length} tokens: "
-            "give more text or a smaller block_length"
+            "give more text, or ask for shorter blocks"
         )
 
 

@@ -36,6 +36,15 @@ def check_number(name: str, value: float, rule: tuple[str, Callable]):
         raise ValueError(f"{name} must {words}, not {value!r}")
 
 
+def check_token_ids(config):
+    """Raises ValueError, naming field and value, when a special token of a model's configuration is none of its vocabulary."""
+    for name in ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
+        tokens = getattr(config, name)
+        for token in tokens if isinstance(tokens, list) else [tokens]:
+            if token is not None and not 0 <= token < config.vocab_size:
+                raise ValueError(f"{name} ({token}) must lie in [0, vocab_size = {config.vocab_size})")
+
+
 def check_choices(settings):
     """Raises ValueError, naming field and value, when a field of a dataclass is not one of those that its `Literal` lists."""
     for name, hint in get_type_hints(type(settings)).items():

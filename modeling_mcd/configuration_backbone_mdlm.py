@@ -10,7 +10,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-from .checks_mdlm import COUNT, check_numbers
+from .checks_mdlm import COUNT, check_numbers, check_token_ids
 
 
 # What lies between the trunk and the head of each kind of network, see `MDLMBackboneConfig.head_transform`.
@@ -23,7 +23,6 @@ HEAD_TRANSFORMS = {
 # Networks whose learned positions begin behind the padding token's id.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 WITHOUT_HEAD = "without_head"
-TOKENS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @strict
@@ -98,11 +97,7 @@ class MDLMBackboneConfig(PreTrainedConfig):
             raise ValueError(f"head_transform must be a list or {WITHOUT_HEAD!r}, not {self.head_transform!r}")
         if self.mask_token_id is None:
             raise ValueError("mask_token_id is missing: give the id of the network's mask token")
-        for name in TOKENS:
-            tokens = getattr(self, name)
-            for token in tokens if isinstance(tokens, list) else [tokens]:
-                if token is not None and not 0 <= token < self.vocab_size:
-                    raise ValueError(f"{name} ({token}) must lie in [0, vocab_size = {self.vocab_size})")
+        check_token_ids(self)
         # Replaced, never merged: an entry that names someone else's repository must not travel into what is saved.
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_backbone_mdlm.MDLMBackboneConfig",

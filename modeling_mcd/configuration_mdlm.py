@@ -11,7 +11,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .checks_mdlm import BELOW_1, COUNT, INSIDE_0_1, NOT_NEGATIVE, POSITIVE, check_numbers
+from .checks_mdlm import BELOW_1, COUNT, INSIDE_0_1, NOT_NEGATIVE, POSITIVE, check_numbers, check_token_ids
 
 
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -22,7 +22,6 @@ NUMBERS = dict.fromkeys((*COUNTS, "conditioning_size", "max_position_embeddings"
     "initializer_range": NOT_NEGATIVE,
     "noise_epsilon": INSIDE_0_1,
 }
-TOKENS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 # Keywords of other models that look like ours and are none of our business.
 FOREIGN = ("sep_token_id", "cls_token_id", "unk_token_id", "decoder_start_token_id")
 
@@ -103,11 +102,7 @@ class MDLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"mask_token_id ({self.mask_token_id}) must be null under uniform diffusion: nothing is masked"
             )
-        for name in TOKENS:
-            tokens = getattr(self, name)
-            for token in tokens if isinstance(tokens, list) else [tokens]:
-                if token is not None and not 0 <= token < self.vocab_size:
-                    raise ValueError(f"{name} ({token}) must lie in [0, vocab_size = {self.vocab_size})")
+        check_token_ids(self)
         # Replaced, never merged: an entry that names someone else's repository must not travel into what is saved.
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_mdlm.MDLMConfig",

@@ -101,7 +101,7 @@ def test_the_name_of_a_text_that_is_empty_is_not_the_current_folder(refusal, tmp
         (None, "text '{text}': no such file or folder"),
         (
             b"",
-            "'{text}' holds 1 tokens, less text than one block of 32 tokens: give more text or a smaller block_length",
+            "'{text}' holds 1 tokens, less text than one block of 32 tokens: give more text, or ask for shorter blocks",
         ),
         (b"\n \n", "less text than one block of 32 tokens"),
         (b"one short line", "less text than one block of 32 tokens"),

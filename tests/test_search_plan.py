@@ -124,7 +124,20 @@ def folder(network, tokenizer, tmp_path):
 
 
 def plan(folder, *words):
-    main([str(folder / "model"), "--text", str(folder / "text.txt"), "--blocks", "6", "--grid", "6", *words])
+    main(
+        [
+            str(folder / "model"),
+            "--text",
+            str(folder / "text.txt"),
+            "--blocks",
+            "6",
+            "--grid",
+            "6",
+            "--steps",
+            "2",
+            *words,
+        ]
+    )
 
 
 def test_the_winner_is_written_and_generate_uses_it(folder, capsys):
@@ -150,11 +163,12 @@ def test_the_winner_is_written_and_generate_uses_it(folder, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--steps", "7"], "steps (7) must be at most the grid's points (6)"),
+        (["--steps", "7"], "steps must be at most grid (6), not 7"),
         (["--steps", "0"], "steps must be an integer of at least 1, not 0"),
-        (["--blocks", "3"], "3 blocks of text are too few"),
+        (["--blocks", "3"], "blocks must be at least 4, not 3"),
         (["--text", "nowhere.txt"], "text 'nowhere.txt': no such file or folder"),
         (["--lockings", "golden"], "invalid choice: 'golden'"),
+        (["--output_dir", "/dev/null/plan"], "Not a directory"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_writes_nothing(folder, capsys, words, message):

@@ -9,11 +9,8 @@ from torch import Tensor, nn
 
 
 MOMENTUM = 0.95
-NEWTON_SCHULZ = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # x -> a x + b x^3 + c x^5, which five times brings (0, 1] to about 1 (0.7 to 1.2)
+# x -> a x + b x^3 + c x^5: five times in a row, it brings (0, 1] to between 0.7 and 1.2.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
