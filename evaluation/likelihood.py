@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from evaluation.generative_perplexity import sequence_nll
-from modeling_mcd.canvas_mdlm import Canvas
+from modeling_mcd.canvas_mdlm import Answer, Canvas
 from modeling_mcd.checks_mdlm import COUNT, check_number, check_shape
 from modeling_mcd.draws_mdlm import substitute
 from modeling_mcd.forward_process_mdlm import at_positions, posterior_weights, process_of, sigma_of
@@ -18,10 +18,9 @@ from modeling_mcd.generation_config_mdlm import DEFAULTS, LENGTHS, MDLMGeneratio
 from modeling_mcd.generation_inputs_mdlm import Request, prepare
 from modeling_mcd.generation_mdlm import blocks_of
 from modeling_mcd.reveal_grid_mdlm import step_times, steps_of
+from modeling_mcd.sampling_mdlm import PLANNED
 
 
-# The samplers whose reveals do not depend on the network: a plan that is drawn before the text is looked at.
-PLANNED = ("ancestral", "first_hitting", "random")
 # What changes the law of a draw, or the text after it, and the values under which it does not.
 PLAIN = {
     "temperature": (1,),
@@ -158,7 +157,8 @@ class TeacherForcedCanvas(Canvas):
         canvas: what a `Canvas` takes.
 
     Attributes:
-        nats: [B, L] float64, on the network's device: -log p(token | what was visible before its step); 0 elsewhere.
+        nats: [B, L] float64, on the network's device: -log p(token | what was visible before its step); 0 elsewhere. Under a
+            coupling a step's tokens share equally what it adds to their joint log-probability.
     """
 
     def __init__(self, text: torch.LongTensor, *canvas, **options):
@@ -171,12 +171,23 @@ class TeacherForcedCanvas(Canvas):
             raise ValueError("a greedy reveal has no likelihood: other texts than its own have probability zero")
         if not where.any():
             return
+        if self.denoiser.chains is None:
+            self.score(where, self.ask(where, time, sparing=True))
+            return
+        for answer, chain in self.ask_jointly(where, time):
+            chosen = where & answer.where
+            rows = chosen.any(dim=1)
+            revealed, text = self.send(chosen[rows]), self.text[self.send(rows)]
+            gain = chain.log_gain(*answer.evidence(chain), revealed, text)
+            self.score(chosen, answer.at(chosen), at_positions(gain / revealed.sum(dim=1), revealed))
+
+    def score(self, where: torch.BoolTensor, answer: Answer, gain: torch.Tensor | float = 0.0):
+        """Scores the text at the positions of an answer, plus what a chain adds to each log-probability, and writes it."""
         places = self.send(where)
         truth = self.text[places]
-        scores = self.ask(where, time, sparing=True).map(
-            partial(log_probability_of, mask_token_id=self.mask_token_id), truth
-        )
-        self.nats[places] = -scores.double()
+        log_p = partial(log_probability_of, mask_token_id=self.mask_token_id)
+        scores = answer.map(log_p, truth).double() + gain
+        self.nats[places] = -scores
         self.write(where, truth.where(scores.isfinite(), -1))
 
 
@@ -323,9 +334,10 @@ def log_probability_of(logits: torch.Tensor, tokens: torch.Tensor, mask_token_id
 def _of_plan(model, request: Request, text: torch.LongTensor, fillable: torch.BoolTensor) -> torch.DoubleTensor:
     """Nats of each token [B, L] under one plan a row: block after block, as `generate` fills them."""
     nats = torch.zeros(text.shape, dtype=torch.float64, device=text.device)
+    denoiser = model.denoiser(coupling=request.options.coupling)
     for block in blocks_of(request, model.config):
         to_fill = block.members & fillable  # the window of a row without padding, within the context, is the row
-        canvas = TeacherForcedCanvas(text, request.tokens, to_fill, request.noise, model.denoiser(), block.first_step)
+        canvas = TeacherForcedCanvas(text, request.tokens, to_fill, request.noise, denoiser, block.first_step)
         for _ in canvas.denoise(request.sampler(canvas)):
             pass
         nats += canvas.nats

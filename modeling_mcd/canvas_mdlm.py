@@ -14,12 +14,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .draws_mdlm import draw_tokens
+from .coupling_mdlm import Chain, Chains
+from .draws_mdlm import draw_tokens, substitute
 from .forward_process_mdlm import Process
 from .head_mdlm import in_chunks
 from .noise_mdlm import RowNoise
 from .noise_schedule_mdlm import NoiseSchedule
 from .transfer_mdlm import send
+
+
+STATES = 2**32 - 1  # the draw of the uniforms that choose the states of a coupling; no step has this number
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Denoiser:
         forwards: forwards of the network that one call of the trunk costs; 2 with guidance.
         static_shapes: every row takes part in every forward, as a compiled trunk needs it.
         barred: positions of the canvas [B, L] bool, on the CPU, and the tokens [V] bool that are not drawn there.
+        chains: of the coupling that joins the tokens of a reveal; None: they are drawn independently.
+        seen: positions of the canvas [B, L] bool, on the CPU, that are not padding, for the chains; all by default.
     """
 
     trunk: Callable
@@ -44,6 +50,8 @@ class Denoiser:
     forwards: int = 1
     static_shapes: bool = False
     barred: tuple[torch.BoolTensor, torch.BoolTensor] | None = None
+    chains: Chains | None = None
+    seen: torch.BoolTensor | None = None
 
 
 class Canvas:
@@ -82,6 +90,11 @@ class Canvas:
         self.reveal_steps = torch.full(tokens.shape, -1)
         self.broken = torch.zeros_like(tokens, dtype=torch.bool)
         self.step, self.changed = first_step, False
+
+    @functools.cached_property
+    def w(self) -> torch.Tensor:
+        """[B, L] float64, CPU: the locked uniform that decides a token's state, where there is a coupling."""
+        return self.noise.uniforms(STATES)[0]
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -122,8 +135,22 @@ class Canvas:
 
     def reveal(self, where: torch.BoolTensor, time: float | torch.Tensor, **options):
         """Asks for the positions [B, L] and fills them all; no position, no forward. `options`: see `Answer.reveal`."""
-        if where.any():
+        if where.any() and self.denoiser.chains is None:
             self.ask(where, time, sparing=True).reveal(where, **options)
+        elif where.any():
+            for answer, chain in self.ask_jointly(where, time):
+                answer.reveal_jointly(where & answer.where, chain, **options)
+
+    def ask_jointly(self, where: torch.BoolTensor, time: float | torch.Tensor) -> Iterator[tuple["Answer", Chain]]:
+        """One forward for a coupled draw at the positions `where` [B, L]: yields the rows of each noise level, with its chain.
+
+        It asks for all that is masked in these rows, since what is not revealed has to be summed out.
+        """
+        answer = self.ask(self.masked & where.any(dim=1, keepdim=True), time, sparing=True)
+        time = torch.as_tensor(time, dtype=torch.float64).expand(len(where))
+        levels = self.denoiser.chains.levels_of(self.schedule.gamma(time))
+        for level in levels[where.any(dim=1)].unique().tolist():
+            yield answer.at(answer.where & (levels == level)[:, None]), self.denoiser.chains.at(level)
 
     def write(self, where: torch.BoolTensor, tokens: torch.LongTensor):
         """Writes tokens [n] into the positions [B, L], in row-major order. A -1 stands for logits from which no token could be drawn."""
@@ -223,13 +250,60 @@ class Answer:
             greedy: take the likeliest tokens.
         """
         canvas = self.canvas
-        if chosen is not self.where:
-            picked = canvas.send(chosen[self.where].nonzero()[:, 0])
-            Answer(canvas, chosen, self.hidden[picked], self.tokens, self.row_of[picked]).reveal(chosen, v, greedy)
-            return
-        options = canvas.denoiser.draw | ({"temperature": 0} if greedy else {})
-        draw = functools.partial(draw_tokens, mask_token_id=canvas.mask_token_id, **options)
-        canvas.write(chosen, self.map(draw, (canvas.v if v is None else v)[chosen]))
+        draw = functools.partial(draw_tokens, mask_token_id=canvas.mask_token_id, **self.options(greedy))
+        canvas.write(chosen, self.at(chosen).map(draw, (canvas.v if v is None else v)[chosen]))
+
+    def options(self, greedy: bool) -> dict:
+        """The keyword arguments of a draw."""
+        return self.canvas.denoiser.draw | ({"temperature": 0} if greedy else {})
+
+    def at(self, chosen: torch.BoolTensor) -> "Answer":
+        """The answer at some [B, L] of the positions asked for."""
+        if torch.equal(chosen, self.where):
+            return self
+        picked = self.canvas.send(chosen[self.where].nonzero()[:, 0])
+        return Answer(self.canvas, chosen, self.hidden[picked], self.tokens, self.row_of[picked])
+
+    def reveal_jointly(self, chosen: torch.BoolTensor, chain: Chain, greedy: bool = False):
+        """Draws tokens for the chosen [B, L] from their joint law under a chain, and writes them.
+
+        The states are drawn first, then each token from p_i(v) W[v, s]. The temperature sharpens each of these draws by
+        itself, as that of an autoregressive model does; `top_k` and `top_p` are of a token's law given its state.
+        """
+        canvas, options = self.canvas, self.options(greedy)
+        rows = self.where.any(dim=1).nonzero()[:, 0]
+        places = tuple(map(canvas.send, chosen[rows].nonzero().unbind(dim=1)))
+        evidence, present = self.evidence(chain)
+        drawn, uniforms = canvas.send(chosen[rows]), canvas.send(canvas.w[rows])
+        states = chain.draw(evidence, present, drawn, uniforms, options.get("temperature", 1.0))[places]
+
+        def draw(logits: torch.Tensor, v: torch.Tensor, states: torch.LongTensor) -> torch.LongTensor:
+            told = chain.log_emission.T[states.clamp(min=0)].masked_fill(states[:, None] < 0, torch.nan)
+            return draw_tokens(logits + told, v, mask_token_id=canvas.mask_token_id, **options)
+
+        canvas.write(chosen, self.at(chosen).map(draw, canvas.v[chosen], states))
+
+    def evidence(self, chain: Chain) -> tuple[torch.Tensor, torch.BoolTensor]:
+        """What each position of the b rows with a position asked for says about its state, and where the chain runs.
+
+        It passes over padding, and over masks that were not asked for: those behind the block that is being filled.
+
+        Returns:
+            `evidence` [b, L, S] and `present` [b, L] of `Chain`.
+        """
+        canvas, rows = self.canvas, self.where.any(dim=1).nonzero()[:, 0]
+        places = tuple(map(canvas.send, self.where[rows].nonzero().unbind(dim=1)))
+        tokens = canvas.tokens[canvas.send(rows)]
+        evidence, present = chain.emission[tokens], tokens != canvas.mask_token_id
+
+        def summed_out(logits: torch.Tensor) -> torch.Tensor:
+            return substitute(logits, canvas.mask_token_id, evidence.dtype).softmax(dim=-1) @ chain.emission
+
+        evidence[places] = self.map(summed_out)
+        present[places] = True
+        if canvas.denoiser.seen is not None:
+            present &= canvas.send(canvas.denoiser.seen[rows])
+        return evidence, present
 
 
 def bad_logits(row: int, step: int) -> ValueError:

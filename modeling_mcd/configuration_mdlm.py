@@ -11,7 +11,16 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .checks_mdlm import BELOW_1, COUNT, INSIDE_0_1, NOT_NEGATIVE, POSITIVE, check_numbers, check_token_ids
+from .checks_mdlm import (
+    BELOW_1,
+    COUNT,
+    INSIDE_0_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_number,
+    check_numbers,
+    check_token_ids,
+)
 
 
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -22,6 +31,8 @@ NUMBERS = dict.fromkeys((*COUNTS, "conditioning_size", "max_position_embeddings"
     "initializer_range": NOT_NEGATIVE,
     "noise_epsilon": INSIDE_0_1,
 }
+COUPLING = {"states": 128, "levels": 4, "emission": "table", "window": None}
+EMISSIONS = ("table", "embedding")
 # Keywords of other models that look like ours and are none of our business.
 FOREIGN = ("sep_token_id", "cls_token_id", "unk_token_id", "decoder_start_token_id")
 
@@ -54,10 +65,14 @@ class MDLMConfig(PreTrainedConfig):
         noise_epsilon (`float`, *optional*, defaults to 1e-3): The schedule's epsilon, in (0, 1). Under `"log_linear"` it is
             gamma(1), the fraction still visible at full noise.
         mask_token_id (`int`, *optional*): Id of `[MASK]`; the last token when not given. Uniform noise has none.
+        coupling (`dict`, *optional*): A chain that joins the tokens of a step, see `coupling_mdlm.py`; none by default.
+            `states` (128 by default); `levels`, chains for as many parts of the noise levels (4); `emission`, `"table"` or,
+            for large vocabularies, `"embedding"`: of low rank, against the token embedding; `window`, positions after which
+            the chain begins anew (null: never).
 
     Raises:
         ValueError: names the field, its value and the rule: for a number out of range, heads that do not divide the width,
-            a token outside the vocabulary, a mask under uniform noise, or a misspelt field.
+            a token outside the vocabulary, a mask or a coupling under uniform noise, or a misspelt field.
     """
 
     model_type = "mdlm_mcd"
@@ -79,6 +94,7 @@ class MDLMConfig(PreTrainedConfig):
     noise_schedule: Literal["log_linear", "cosine"] = "log_linear"
     noise_epsilon: float = 1e-3
     mask_token_id: int | None = None
+    coupling: dict | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -103,6 +119,8 @@ class MDLMConfig(PreTrainedConfig):
                 f"mask_token_id ({self.mask_token_id}) must be null under uniform diffusion: nothing is masked"
             )
         check_token_ids(self)
+        if self.coupling is not None:
+            self.coupling = checked_coupling(self.coupling, self)
         # Replaced, never merged: an entry that names someone else's repository must not travel into what is saved.
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_mdlm.MDLMConfig",
@@ -110,6 +128,27 @@ class MDLMConfig(PreTrainedConfig):
             "AutoModelForMaskedLM": "modeling_mdlm.MDLMForMaskedDiffusion",
         }
         super().__post_init__(**kwargs)
+
+
+def checked_coupling(settings: dict, config: MDLMConfig) -> dict:
+    """The settings of a coupling for a model, complete. Raises ValueError, naming the one at fault and its value."""
+    unknown = sorted(set(settings) - set(COUPLING))
+    if unknown:
+        raise ValueError(f"coupling has no {unknown[0]!r}: it takes {list(COUPLING)}")
+    settings = COUPLING | settings
+    if config.diffusion_kind == "uniform":
+        raise ValueError(f"coupling ({settings}) must be null under uniform diffusion: it joins masked tokens")
+    for name in ("states", "levels", "window"):
+        if settings[name] is not None or name != "window":
+            check_number(f"coupling: {name}", settings[name], COUNT)
+    if settings["emission"] not in EMISSIONS:
+        raise ValueError(f"coupling: emission must be one of {list(EMISSIONS)}, not {settings['emission']!r}")
+    if (settings["window"] or 0) > config.max_position_embeddings:
+        raise ValueError(
+            f"coupling: window ({settings['window']}) must not exceed the context, {config.max_position_embeddings} "
+            "tokens; null is a chain along all of it"
+        )
+    return settings
 
 
 def check_keywords(keywords: dict):

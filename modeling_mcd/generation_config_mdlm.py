@@ -31,8 +31,9 @@ NUMBERS = (
     | dict.fromkeys(LOOP, INSIDE_0_1)
     | {"top_p": ABOVE_0_TO_1, "eos_after": BELOW_1}
 )
-SWITCHES = ("stop_at_eos", "return_dict_in_generate", "output_reveal_steps", "compile")
+SWITCHES = ("stop_at_eos", "return_dict_in_generate", "output_reveal_steps", "compile", "coupling")
 DEFAULTS = {"sampler": "ancestral", "steps": 64, "temperature": 1.0, "precision": "float64", "num_return_sequences": 1}
+DEFAULTS |= {"coupling": None}  # on where it can be
 DEFAULTS = (
     dict.fromkeys((*CHOICES, *NUMBERS, "suppress_tokens", "reveal_counts")) | dict.fromkeys(SWITCHES, False) | DEFAULTS
 )
@@ -102,6 +103,9 @@ class MDLMGenerationConfig(GenerationConfig):
             first mask on.
         stop_at_eos (`bool`, *optional*): After each block, a row that holds an end-of-sequence token is done, and what
             follows that token becomes padding. The ids are `eos_token_id` and `pad_token_id` here, or those of the model.
+        coupling (`bool`, *optional*): Draw the tokens of a step jointly, through the model's chain. By default where the model
+            has one and the sampler is one of `PLANNED`. The temperature sharpens the draw of each state and of each token
+            given its state; `top_k` and `top_p` are of the latter.
         compile (`bool`, *optional*): Run the trunk through `torch.compile`, with CUDA graphs on a GPU. Every row then
             takes part in every forward.
         num_return_sequences (`int`, *optional*): Samples for each canvas; 1 by default.

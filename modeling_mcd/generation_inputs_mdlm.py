@@ -13,7 +13,7 @@ from .forward_process_mdlm import process_of
 from .generation_config_mdlm import DEFAULTS, LENGTHS, TOKENS, MDLMGenerationConfig
 from .noise_mdlm import RowNoise, row_keys
 from .reveal_grid_mdlm import shares_of
-from .sampling_mdlm import SAMPLERS, legacy_ancestral, options_of
+from .sampling_mdlm import PLANNED, SAMPLERS, legacy_ancestral, options_of
 
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -138,7 +138,7 @@ def merge_options(
 
 
 def check_options(options: MDLMGenerationConfig, asked: set[str], config: MDLMConfig):
-    """Raises ValueError for options that the model does not have, or that would have no effect."""
+    """Raises ValueError for options that the model does not have, or that would have no effect; decides `coupling`."""
     samplers = SAMPLERS[config.diffusion_kind]
     if options.sampler not in samplers:
         raise ValueError(
@@ -154,6 +154,7 @@ def check_options(options: MDLMGenerationConfig, asked: set[str], config: MDLMCo
         )
     if options.locking == "interleaved" and "locking" in used:
         check_interleaved(options, config)
+    options.coupling = is_coupled(options, asked, config)
     if {"last_step", "reveal_counts"} <= set(used) and "last_step" in asked:
         if shares_of(options.steps, options.locking, options.reveal_counts) is not None:
             raise ValueError(
@@ -176,6 +177,23 @@ def check_options(options: MDLMGenerationConfig, asked: set[str], config: MDLMCo
         raise ValueError(f"{' and '.join(names)} hold all {len(suppressed)} tokens, but must leave one to draw")
     if options.output_reveal_steps and not options.return_dict_in_generate:
         raise ValueError("output_reveal_steps needs return_dict_in_generate=True: the ids alone have no place for it")
+
+
+def is_coupled(options: MDLMGenerationConfig, asked: set[str], config: MDLMConfig) -> bool:
+    """Whether the tokens of a step are drawn jointly. Raises ValueError if that is asked for and cannot be."""
+    has_one = getattr(config, "coupling", None) is not None
+    fits = options.sampler in PLANNED and options.precision != "legacy_float32"
+    if options.coupling and "coupling" in asked:
+        if not has_one:
+            raise ValueError(
+                "coupling (True) needs a model that has one, and this has none: `trainer: coupling` trains it"
+            )
+        if not fits:
+            raise ValueError(
+                f"coupling (True) does not go with the sampler {options.sampler!r} in {options.precision}, which scores or "
+                f"draws tokens one by one: take one of {list(PLANNED)}"
+            )
+    return has_one and fits and options.coupling is not False
 
 
 def check_interleaved(options: MDLMGenerationConfig, config: MDLMConfig):

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput, logging
 
 from .canvas_mdlm import Canvas, Denoiser
 from .configuration_mdlm import MDLMConfig
+from .coupling_mdlm import Chains
 from .forward_process_mdlm import process_of
 from .generation_config_mdlm import MDLMGenerationConfig
 from .generation_inputs_mdlm import Request, prepare
@@ -126,6 +127,7 @@ class MDLMGenerationMixin:
                         early=None if request.early is None else request.early.gather(1, block.columns),
                         eos_token_ids=request.eos_token_ids,
                         compile=options.compile,
+                        coupling=options.coupling,
                         **options.draw_options(),
                     ),
                     block.first_step,
@@ -175,6 +177,7 @@ class MDLMGenerationMixin:
         early: torch.BoolTensor | None = None,
         eos_token_ids: Sequence[int] = (),
         compile: bool = False,
+        coupling: bool = False,
         **draw,
     ) -> Denoiser:
         """What a `Canvas` asks of this model.
@@ -186,10 +189,15 @@ class MDLMGenerationMixin:
             processors: of the logits.
             early: [B, L] bool, CPU: the positions of the canvas at which none of `eos_token_ids` is drawn.
             compile: run the trunk through `torch.compile`.
+            coupling: draw through the model's chain, see `coupling_mdlm.py`.
             draw: temperature, top_k, top_p, dtype; see `draw_tokens`.
         """
         guided, padded = guidance_scale is not None, seen is not None and not seen.all()
-        seen, prompt = (None if mask is None else send(mask, self.device) for mask in (seen, prompt))
+        chains = None
+        if coupling:
+            weights = self.coupling(self.get_input_embeddings().weight)
+            chains = Chains(weights, self.config.coupling["window"], draw.get("dtype", torch.float64))
+        shown, prompt = (None if mask is None else send(mask, self.device) for mask in (seen, prompt))
         process, head = process_of(self.config), self.get_output_embeddings()
         network = self.trunk()
         if compile:
@@ -203,7 +211,7 @@ class MDLMGenerationMixin:
                 without = tokens.masked_fill(prompt[rows], process.mask_token_id)
                 tokens, rows, sigma = torch.cat([tokens, without]), rows.repeat(2), sigma.repeat(2)
                 wanted = None if wanted is None else wanted.repeat(2, 1)
-            attention_mask = self.padding_mask(seen[rows]) if padded else None
+            attention_mask = self.padding_mask(shown[rows]) if padded else None
             inputs = {"input_ids": tokens, "timesteps": sigma, "attention_mask": attention_mask}
             hidden = network(**inputs, hidden_rows=wanted).last_hidden_state
             return hidden.unflatten(0, (2, -1)).movedim(0, 2) if guided else hidden
@@ -228,6 +236,8 @@ class MDLMGenerationMixin:
             forwards=2 if guided else 1,
             static_shapes=compile,
             barred=barred,
+            chains=chains,
+            seen=seen,
         )
 
     def adjust_generation_fn(

@@ -67,12 +67,14 @@ class HeadRows(ModelOutput):
         weight, bias: the head's, [V, d] and [V].
         mask_token_id: the token that gets no probability (SUBS, see `log_probabilities`); None under uniform diffusion,
             where every token may be the right one.
+        coupling: the parameters of the network's chain, a `CouplingWeights`; None where it has none.
     """
 
     hidden: torch.FloatTensor | None = None
     weight: torch.FloatTensor | None = None
     bias: torch.FloatTensor | None = None
     mask_token_id: int | None = None
+    coupling: tuple[torch.Tensor | None, ...] | None = None
 
     def at(self, chosen: torch.Tensor | slice) -> "HeadRows":
         """The rows that a boolean mask [R], indices or a slice select. Raises ValueError if one does not exist."""

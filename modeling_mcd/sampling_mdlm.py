@@ -452,6 +452,10 @@ SAMPLERS = {
     "uniform": {"ancestral": uniform_ancestral},
 }
 
+# Those with a plan: each step's reveals are known before its forward, and no token is drawn twice. They alone have an N-step
+# bound (docs/likelihood.md), and draw through a coupling (docs/coupling.md).
+PLANNED = ("ancestral", "first_hitting", "random")
+
 
 def options_of(sampler: Callable) -> tuple[str, ...]:
     """The options that a sampler uses: its keyword arguments."""

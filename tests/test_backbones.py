@@ -359,7 +359,7 @@ def from_full_logits(network, positions, z, gamma, inputs):
 
 
 EYE = torch.eye(K, dtype=torch.float64)
-TRAINED = [("qwen2", method) for method in ("mdlm", *METHODS) if method != "dcd"]
+TRAINED = [("qwen2", method) for method in ("mdlm", *METHODS) if method not in ("dcd", "coupling")]
 TRAINED += [(name, "mcd") for name in ("llama", "qwen3", "bert", "modernbert")]
 
 

@@ -1,5 +1,6 @@
 """Small networks, data and trainers of every distillation method, for the tests."""
 
+import copy
 import math
 
 import torch
@@ -18,6 +19,7 @@ SETTINGS = {
     "sdtt": {"delta": 0.125},
     "dcd": {"delta": 0.125},
     "mpdc": {"anchor_fraction": 0.35},
+    "coupling": {"states": 4},
 }
 METHODS = {
     name: (trainer, arguments, SETTINGS.get(name, {})) for name, (trainer, arguments, _) in run_mcd.METHODS.items()
@@ -50,6 +52,12 @@ def make_trainer(method, networks, folder, **changes):
     settings = {"num_rounds": 2, "steps_per_round": 4, "ema_decay": None, "save_strategy": "no"} | settings
     settings |= {"per_device_train_batch_size": ROWS} | changes
     arguments = arguments_class(output_dir=str(folder), seed=SEED, **settings)
+    if method == "coupling":  # it would freeze the network that other tests train; and a new chain changes nothing
+        student = copy.deepcopy(student)
+        if student.coupling is None:
+            student.add_coupling(arguments.coupling())
+            for parameter in student.coupling.parameters():
+                parameter.data.normal_(generator=torch.Generator().manual_seed(3))
     teacher = {"teacher": teacher} if trainer_class.has_teacher else {}
     trainer = trainer_class(student, arguments, **teacher)
     trainer.model.train()

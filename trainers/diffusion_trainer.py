@@ -192,6 +192,7 @@ class DiffusionTrainer(ExactResumeTrainer):
                 raise ValueError(
                     f"{name} would do nothing: the loss is the method's own, and evaluation gives that loss alone"
                 )
+        self.choose_parameters(model, args)
         super().__init__(model, args, data_collator, **kwargs)
         train_in_float32(self.model)
         if self.train_dataset is not None:
@@ -208,6 +209,11 @@ class DiffusionTrainer(ExactResumeTrainer):
             self.add_callback(EMACallback(self.companions["ema"], args.ema_decay))
         self._recorded: dict[str, list[torch.Tensor]] = {}
         self.reset_noise()
+
+    def choose_parameters(self, model: torch.nn.Module, args: DiffusionTrainingArguments):
+        """Called first: freezes what is not trained. A coupling is trained by its own method alone, since no other uses it."""
+        if getattr(model, "coupling", None) is not None:
+            model.coupling.requires_grad_(False)
 
     def whole_student(self) -> torch.nn.Module:
         """The network that the run hands on, complete on every rank: the EMA if there is one, otherwise a copy of the student."""

@@ -410,12 +410,15 @@ class _CheckpointCallback(TrainerCallback):
 
 
 def register_head(model: torch.nn.Module):
-    """Tells ZeRO-3 that the model itself reads the head's parameters (`hidden_rows`), beside the head's own forward.
+    """Tells ZeRO-3 that the model itself reads the head's parameters (`hidden_rows`), beside the head's own forward, and the
+    coupling's.
 
     ZeRO-3 would discover this on the first partitioned access. On a resumed run that is after it has recorded the
     parameter order, and the next step fails against that record.
     """
     import deepspeed
 
-    for parameter in model.get_output_embeddings().parameters():
+    coupling = getattr(model, "coupling", None)
+    modules = (model.get_output_embeddings(), *([] if coupling is None else [coupling]))
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
         deepspeed.zero.register_external_parameter(model, parameter)

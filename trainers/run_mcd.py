@@ -15,6 +15,7 @@ from evaluation import load_report, write_report
 from evaluation.options import EvaluationArguments
 from modeling_mcd.command_line import one_line_errors
 from modeling_mcd.loading import load_model
+from trainers.coupling_trainer import CouplingTrainer, CouplingTrainingArguments
 from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
 from trainers.distillation_trainer import DistillationTrainer, check_same_network, check_same_tokens
 from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
@@ -43,6 +44,11 @@ METHODS = {
     "dcd": (DCDTrainer, DCDTrainingArguments, "Discrete Consistency Distillation"),
     "dscd": (DSCDTrainer, DSCDTrainingArguments, "Discrete-Space Consistency Distillation"),
     "mpdc": (MPDCTrainer, MPDCTrainingArguments, "Multi-Path Discrete Consistency"),
+    "coupling": (
+        CouplingTrainer,
+        CouplingTrainingArguments,
+        "Coupling: maximum likelihood of a hidden Markov chain over its frozen head",
+    ),
 }
 
 

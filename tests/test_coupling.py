@@ -1,0 +1,609 @@
+"""The coupled draw: normalisation and marginals by enumeration, its law by chi-squared, its gradient, toys that only it can do."""
+
+import copy
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from laws import FALSE_ALARM, p_value
+from small_model import MASK
+from toy import counts_of, finish, index_of, table_of_logits, toy_canvas
+from toy_distillers import blocks, make_trainer, prompted
+from transformers import AutoModel
+
+from evaluation import step_bound
+from evaluation.likelihood import TeacherForcedCanvas
+from modeling_mcd import MDLMConfig
+from modeling_mcd.coupling_mdlm import Chain, Chains, CouplingWeights
+from modeling_mcd.draws_mdlm import draw_tokens
+from modeling_mcd.loading import load_model
+from modeling_mcd.reveal_grid_mdlm import ancestral_reveal_steps
+from modeling_mcd.sampling_mdlm import PLANNED, SAMPLERS
+from trainers import CouplingTrainingArguments
+
+
+TOKENS, STATES = 3, 3
+
+
+def weights(states=STATES, tokens=TOKENS, levels=1, strength=2.0, seed=0) -> CouplingWeights:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (levels, states), (levels, states, states), (levels, states, tokens)
+    return CouplingWeights(
+        *(strength * torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
+    )
+
+
+def chain_of(window=None, **options) -> Chain:
+    return Chains(weights(**options), window).at(0)
+
+
+def chain_weight(chain: Chain, text) -> float:
+    """chain(x): the sum over all state paths, written out."""
+    total = 0.0
+    for path in itertools.product(range(len(chain.start)), repeat=len(text)):
+        weight = 1.0
+        for i, (token, state) in enumerate(zip(text, path, strict=True)):
+            fresh = i == 0 or (chain.window is not None and i % chain.window == 0)
+            weight *= (chain.start[state] if fresh else chain.transition[path[i - 1], state]).item()
+            weight *= chain.emission[token, state].item()
+        total += weight
+    return total
+
+
+def law_of(chain: Chain, p: torch.Tensor, given: dict[int, int] | None = None) -> dict[tuple[int, ...], float]:
+    """p(x) = chain(x) prod p_i(x_i) / Z by enumeration, for p [L, V]; `given` are the visible tokens."""
+    weights = {}
+    for text in itertools.product(range(p.shape[1]), repeat=len(p)):
+        if all(text[i] == token for i, token in (given or {}).items()):
+            alone = math.prod(p[i, token].item() for i, token in enumerate(text) if i not in (given or {}))
+            weights[text] = alone * chain_weight(chain, text)
+    total = sum(weights.values())
+    return {text: weight / total for text, weight in weights.items()}
+
+
+def distributions(length=4, tokens=TOKENS, seed=3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(length, tokens, dtype=torch.float64, generator=generator).softmax(-1)
+
+
+def evidence_of(chain: Chain, p: torch.Tensor, given: dict[int, int]) -> torch.Tensor:
+    evidence = p @ chain.emission
+    for i, token in given.items():
+        evidence[i] = chain.emission[token]
+    return evidence
+
+
+def check_marginals(chain: Chain, given: dict[int, int]):
+    """Every subset of the masked positions: its probabilities are those of the enumeration, and sum to one."""
+    p = distributions()
+    law, evidence = law_of(chain, p, given), evidence_of(chain, p, given)
+    masked = [i for i in range(4) if i not in given]
+    present = torch.ones(1, 4, dtype=torch.bool)
+    for count in range(1, len(masked) + 1):
+        for subset in itertools.combinations(masked, count):
+            revealed = torch.zeros(1, 4, dtype=torch.bool)
+            revealed[0, list(subset)] = True
+            total = 0.0
+            for values in itertools.product(range(TOKENS), repeat=count):
+                text = torch.zeros(1, 4, dtype=torch.long)
+                text[0, list(subset)] = torch.tensor(values)
+                found = chain.log_gain(evidence[None], present, revealed, text).exp().item()
+                found *= math.prod(p[i, v].item() for i, v in zip(subset, values, strict=True))
+                exact = sum(q for x, q in law.items() if all(x[i] == v for i, v in zip(subset, values, strict=True)))
+                assert found == pytest.approx(exact, abs=1e-12)
+                total += found
+            assert abs(total - 1) < 1e-10
+
+
+@pytest.mark.parametrize("window", [None, 2, 3])
+@pytest.mark.parametrize("given", [{}, {1: 2}, {0: 1, 3: 0}])
+def test_every_revealed_subset_has_its_marginal_law(given, window):
+    check_marginals(chain_of(window), given)
+
+
+def test_a_wrong_norm_is_seen(monkeypatch):
+    right = Chain.log_sum
+    monkeypatch.setattr(Chain, "log_sum", lambda self, evidence, present: right(self, evidence * 0.999, present))
+    check_marginals(chain_of(), {1: 2})  # a factor of all evidence cancels
+    monkeypatch.setattr(
+        Chain, "log_sum", lambda self, evidence, present: right(self, evidence.clamp(min=0.05), present)
+    )
+    with pytest.raises(AssertionError):
+        check_marginals(chain_of(), {1: 2})
+
+
+def test_the_chain_passes_over_what_is_not_present():
+    chain, evidence = chain_of(), torch.rand(2, 5, STATES, dtype=torch.float64)
+    present = torch.tensor([[True, False, True, True, False], [False, False, True, True, True]])
+    found = chain.log_sum(evidence, present)
+    for row in range(2):
+        kept = evidence[row, present[row]][None]
+        alone = chain.log_sum(kept, torch.ones(1, 3, dtype=torch.bool))
+        assert found[row].item() == pytest.approx(alone.item(), abs=1e-12)
+
+
+def test_windows_are_chains_of_their_own():
+    chain, evidence = chain_of(window=3), torch.rand(2, 8, STATES, dtype=torch.float64)
+    parts = evidence.split(3, dim=1)
+    alone = sum(chain_of().log_sum(part, torch.ones(part.shape[:2], dtype=torch.bool)) for part in parts)
+    torch.testing.assert_close(chain.log_sum(evidence, torch.ones(2, 8, dtype=torch.bool)), alone)
+
+
+def test_scaled_float32_is_right_to_1e_6():
+    many = weights(states=64, tokens=48)
+    wide, narrow = Chains(many, None).at(0), Chains(many, None, torch.float32).at(0)
+    tokens = torch.randint(48, (4, 256), generator=torch.Generator().manual_seed(0))
+    present = torch.ones(4, 256, dtype=torch.bool)
+    exact = wide.log_sum(wide.emission[tokens], present)
+    found = narrow.log_sum(narrow.emission[tokens], present).double()
+    assert exact.abs().min() > 100 and ((found - exact) / exact).abs().max() < 1e-6
+
+
+def test_gradients_are_those_of_finite_differences():
+    p, text = distributions(), torch.tensor([[0, 2, 1, 1], [2, 2, 0, 1]])
+    present = torch.tensor([[True] * 4, [True, True, False, True]])
+    revealed = torch.tensor([[True, False, True, False], [False, False, False, True]])
+
+    def gain(*values):
+        chain = Chains(CouplingWeights(*values), window=3).at(0)
+        return chain.log_gain((p @ chain.emission).expand(2, 4, -1), present, revealed, text)
+
+    assert torch.autograd.gradcheck(gain, tuple(value.requires_grad_() for value in weights()[:3]))
+
+
+def test_low_rank_emission_is_against_the_standardised_embedding():
+    embedding = torch.randn(TOKENS, 5, dtype=torch.float64) * 0.01 + 3
+    own = CouplingWeights(*weights()[:2], torch.randn(1, STATES, 5, dtype=torch.float64), embedding)
+    shown = (embedding - embedding.mean(0)) / embedding.std(0)
+    logits = [[sum(own.emission[0, s] * shown[v]).item() for s in range(STATES)] for v in range(TOKENS)]
+    torch.testing.assert_close(Chains(own, None).at(0).log_emission, torch.tensor(logits).double().log_softmax(-1))
+
+
+# --- The draw
+
+
+@pytest.mark.parametrize(("drawn", "given"), [((0, 1, 2, 3), {}), ((0, 3), {}), ((1, 2), {0: 2}), ((2,), {1: 0})])
+@pytest.mark.parametrize("window", [None, 3])
+def test_joint_draws_have_the_law(drawn, given, window):
+    """States right to left, then tokens: what is not drawn is summed out, with one uniform a position."""
+    chain, p, draws = chain_of(window), distributions(), 100_000
+    generator = torch.Generator().manual_seed(5)
+    wanted = torch.zeros(draws, 4, dtype=torch.bool)
+    wanted[:, list(drawn)] = True
+    w, v = torch.rand(2, draws, 4, dtype=torch.float64, generator=generator)
+    evidence = evidence_of(chain, p, given).expand(draws, -1, -1)
+    states = chain.draw(evidence, torch.ones(draws, 4, dtype=torch.bool), wanted, w)
+    places = [draw_tokens(p[i].log() + chain.log_emission.T[states[:, i]], v[:, i], mask_token_id=None) for i in drawn]
+    law, exact = law_of(chain, p, given), torch.zeros(TOKENS ** len(drawn), dtype=torch.float64)
+    base = [TOKENS**k for k in range(len(drawn))]
+    for text, q in law.items():
+        exact[sum(text[i] * b for i, b in zip(drawn, base, strict=True))] += q
+    counts = sum(tokens * b for tokens, b in zip(places, base, strict=True)).bincount(minlength=len(exact))
+    assert p_value(counts, exact) > FALSE_ALARM
+    alone = torch.ones((), dtype=torch.float64)  # and the marginals alone, without the coupling, are told apart
+    for i in drawn:
+        marginal = [sum(q for text, q in law.items() if text[i] == token) for token in range(TOKENS)]
+        alone = (torch.tensor(marginal, dtype=torch.float64)[:, None] * alone).flatten()
+    joined = len(drawn) > 1 and not (window == 3 and drawn == (0, 3))
+    assert not joined or p_value(counts, alone / alone.sum()) < FALSE_ALARM
+
+
+TABLE = table_of_logits()
+
+
+def coupled_toy(chains: Chains, draws: int, start=(3, 3, 3), text=None):
+    plain = toy_canvas(TABLE, list(start), draws)
+    denoiser = dataclasses.replace(plain.denoiser, chains=chains)
+    if text is None:
+        return type(plain)(plain.tokens, plain.fillable, plain.noise, denoiser)
+    return TeacherForcedCanvas(text, plain.tokens, plain.fillable, plain.noise, denoiser)
+
+
+def toy_chains(levels=1, **options) -> Chains:
+    """Of four tokens, the last of which is the mask, which has no probability."""
+    return Chains(weights(tokens=4, levels=levels, **options), None)
+
+
+def step_law(chains: Chains, canvas, revealed, gamma: float) -> dict[tuple[int, ...], float]:
+    """The law of the canvas after one step that reveals some positions, by enumeration."""
+    p = TABLE[index_of(torch.tensor(canvas))].double()[:, :3].softmax(-1)
+    given = {i: token for i, token in enumerate(canvas) if token != 3}
+    after = {}
+    for text, q in law_of(chains.at(int(chains.levels_of(torch.tensor(gamma)))), p, given).items():
+        key = tuple(text[i] if i in revealed else canvas[i] for i in range(3))
+        after[key] = after.get(key, 0) + q
+    return after
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_coupled_sampler_has_its_law(steps):
+    """All plans of one and two steps, each with its chain of the level: 64 canvases by chi-squared."""
+    chains = toy_chains(levels=2)
+    exact, plans = torch.zeros(64, dtype=torch.float64), list(itertools.product(range(steps), repeat=3))
+    for plan in plans:
+        states = {(3, 3, 3): 1.0}
+        for step in range(steps):
+            revealed, after = {i for i in range(3) if plan[i] == step}, {}
+            for canvas, q in states.items():
+                for text, r in step_law(chains, canvas, revealed, step / steps).items() if revealed else [(canvas, 1)]:
+                    after[text] = after.get(text, 0) + q * r
+            states = after
+        for text, q in states.items():
+            exact[index_of(torch.tensor(text))] += q / len(plans)
+    canvas = coupled_toy(chains, 100_000)
+    finish(canvas, SAMPLERS["absorbing"]["ancestral"](canvas, steps=steps))
+    assert p_value(counts_of(canvas), exact) > FALSE_ALARM
+    plain = toy_canvas(TABLE, [3, 3, 3], 100_000)
+    finish(plain, SAMPLERS["absorbing"]["ancestral"](plain, steps=steps))
+    assert p_value(counts_of(plain), exact) < FALSE_ALARM
+    assert torch.equal(plain.nfe, canvas.nfe) and torch.equal(plain.reveal_steps, canvas.reveal_steps)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"), [("ancestral", {"steps": 2}), ("random", {"steps": 2}), ("first_hitting", {})]
+)
+def test_the_bound_is_exact_given_the_plan(sampler, options):
+    """All texts under one plan sum to one, and each has the likelihood of its steps written out."""
+    chains, total = toy_chains(levels=3), 0.0
+    schedule = toy_canvas(TABLE, [3, 3, 3]).schedule
+    for text in itertools.product(range(3), repeat=3):
+        canvas = coupled_toy(chains, 1, text=torch.tensor([text]))
+        finish(canvas, SAMPLERS["absorbing"][sampler](canvas, **options))
+        total += (-canvas.nats.sum()).exp().item()
+        if text != (2, 0, 1):
+            continue
+        exact, plan = 0.0, canvas.reveal_steps[0].tolist()
+        for step in sorted(set(plan)):
+            before = tuple(text[i] if plan[i] < step else 3 for i in range(3))
+            after = tuple(text[i] if plan[i] <= step else 3 for i in range(3))
+            time = 1 - step / 2
+            if sampler == "first_hitting":
+                time = schedule.inverse(1e-3 + (1 - 1e-3) * canvas.u[0, plan.index(step)])
+            gamma = schedule.gamma(torch.as_tensor(time, dtype=torch.float64)).item()
+            exact -= math.log(step_law(chains, before, {i for i in range(3) if plan[i] == step}, gamma)[after])
+        assert canvas.nats.sum().item() == pytest.approx(exact, rel=1e-6)
+    assert total == pytest.approx(1, abs=1e-6)
+
+
+def test_nan_logits_are_reported_wherever_they_are():
+    """A masked token that is not revealed now has a NaN: its row must not be filled from it."""
+    broken = TABLE.clone()
+    broken[index_of(torch.tensor([3, 3, 3])), 2] = torch.nan
+    canvas = coupled_toy(toy_chains(), 4)
+    canvas.denoiser = dataclasses.replace(canvas.denoiser, trunk=toy_canvas(broken, [3, 3, 3]).denoiser.trunk)
+    first = torch.tensor([[True, False, False]]).expand(4, 3)
+    with pytest.raises(ValueError, match="NaN or infinite logits for row 0 in step 0"):
+        canvas.reveal(first, 1.0)
+        canvas.check()
+
+
+# --- Toys
+
+
+def trained(law: torch.Tensor, texts: torch.Tensor, states: int, iterations: int, rate: float) -> tuple[Chain, float]:
+    """A chain fitted to a law over texts [n, L], all masked, over its exact marginals; and KL(law || fill)."""
+    tokens = int(texts.max()) + 1
+    p = torch.stack([torch.stack([law[texts[:, i] == v].sum() for v in range(tokens)]) for i in range(texts.shape[1])])
+    values = [value.requires_grad_() for value in weights(states, tokens, strength=0.5)[:3]]
+    optimizer = torch.optim.Adam(values, lr=rate)
+    present = torch.ones(texts.shape, dtype=torch.bool)
+    alone = p.log().gather(1, texts.T).T.sum(dim=1)
+    for _ in range(iterations):
+        chain = Chains(CouplingWeights(*values), None).at(0)
+        gain = chain.log_gain((p @ chain.emission).expand(len(texts), -1, -1), present, present, texts)
+        kl = (law * (law.log() - alone - gain)).sum()
+        optimizer.zero_grad()
+        kl.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return Chains(CouplingWeights(*(value.detach() for value in values)), None).at(0), kl.item()
+
+
+def test_one_coupled_step_writes_one_of_two_sentences():
+    """ABAB.. or BABA.., equally likely. Every marginal is a half, so one independent step is wrong 31 times in 32."""
+    texts, draws = torch.tensor([[0, 1] * 3, [1, 0] * 3]), 2000
+    chain, kl = trained(torch.full((2,), 0.5, dtype=torch.float64), texts, states=2, iterations=150, rate=0.3)
+    assert kl < 1e-3
+    half, everything = torch.full((draws, 6, 2), 0.5, dtype=torch.float64), torch.ones(draws, 6, dtype=torch.bool)
+    w, v = torch.rand(2, draws, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    states = chain.draw(half @ chain.emission, everything, everything, w)
+    logits = half.log() + chain.log_emission.T[states]
+    coupled = draw_tokens(logits.flatten(0, 1), v.flatten(), None).view(draws, 6)
+    alone = draw_tokens(half.log().flatten(0, 1), v.flatten(), None).view(draws, 6)
+    right = [(tokens[:, None] == texts).all(dim=2).any(dim=1) for tokens in (coupled, alone)]
+    assert right[0].double().mean() > 0.998 and right[1].double().mean() < 0.06
+    assert abs((coupled[:, 0] == 0).double().mean() - 0.5) < 0.06
+
+
+def test_a_chain_takes_two_thirds_of_the_cost_of_one_step():
+    """Binary texts of an order-3 source: the law of a token depends on the three before it."""
+    generator = torch.Generator().manual_seed(1)
+    odds = (3 * torch.randn(8, dtype=torch.float64, generator=generator)).sigmoid()
+    texts = torch.tensor(list(itertools.product(range(2), repeat=8)))
+    law = torch.full((256,), 1 / 8, dtype=torch.float64)
+    for i in range(3, 8):
+        one = odds[texts[:, i - 3] * 4 + texts[:, i - 2] * 2 + texts[:, i - 1]]
+        law = law * torch.where(texts[:, i] == 1, one, 1 - one)
+    ones = (law[:, None] * texts).sum(dim=0)
+    alone = (law * (law.log() - torch.where(texts == 1, ones, 1 - ones).log().sum(dim=1))).sum().item()
+    _, coupled = trained(law, texts, states=16, iterations=200, rate=0.1)
+    assert alone > 0.8 and coupled < alone / 3
+
+
+# --- On a network
+
+
+@pytest.fixture
+def coupled(build):
+    """A small model with a strong chain of random weights."""
+    return build(coupling={"states": 5, "levels": 2})
+
+
+def test_one_state_is_the_factorised_draw(build):
+    """Bitwise, whatever the weights: a state that every token is in says nothing."""
+    model = build(coupling={"states": 1, "levels": 2})
+    for options in ({"steps": 1}, {"steps": 4, "locking": "spread", "temperature": 0.7}, {"steps": 3, "top_k": 5}):
+        both = [model.generate(seed=[0, 1], num_return_sequences=2, coupling=c, **options) for c in (True, False)]
+        assert torch.equal(*both), options
+
+
+def test_without_a_coupling_nothing_changes(build, coupled):
+    plain = build()
+    assert plain.config.coupling is None and not any("coupling" in key for key in plain.state_dict())
+    kept = {name: value for name, value in coupled.state_dict().items() if not name.startswith("coupling")}
+    plain.load_state_dict(kept)
+    off = coupled.generate(seed=0, steps=4, coupling=False)
+    assert torch.equal(plain.generate(seed=0, steps=4), off)
+    assert not torch.equal(coupled.generate(seed=0, steps=4), off)
+    for options in ({"sampler": "confidence", "steps": 4}, {"sampler": "remdm", "steps": 4}):
+        assert torch.equal(coupled.generate(seed=0, **options), plain.generate(seed=0, **options))
+
+
+def test_a_new_coupling_changes_no_likelihood(build):
+    model = build()
+    texts = torch.randint(0, 46, (3, 12), generator=torch.Generator().manual_seed(0))
+    before = step_bound(model, texts, steps=2, locking="spread")
+    model.add_coupling({"states": 7, "emission": "embedding"})
+    after = step_bound(model, texts, steps=2, locking="spread")
+    torch.testing.assert_close(before.nats, after.nats, rtol=1e-6, atol=0)
+    model.coupling.transition.data.normal_()
+    assert not torch.allclose(step_bound(model, texts, steps=2, locking="spread").nats, after.nats, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "coupling", [{"states": 5}, {"states": 5, "window": 3}, {"states": 5, "emission": "embedding"}]
+)
+def test_all_texts_under_one_plan_sum_to_one(build, coupling):
+    model = build(vocab_size=4, mask_token_id=3, bos_token_id=0, eos_token_id=0, coupling=coupling)
+    texts = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    given = torch.tensor([False, True, False, False]).expand(81, 4)
+    for steps in (1, 2, 3):
+        bound = step_bound(model, texts, steps=steps, locking="spread", seed=[7] * 81, batch_size=81)
+        assert (-bound.nats).exp().sum().item() == pytest.approx(1, abs=1e-5)
+    bound = step_bound(model, texts, steps=2, prompt_mask=given, seed=[7] * 81, batch_size=81)
+    assert (-bound.nats).exp().sum().item() == pytest.approx(3, abs=3e-5), "one for each prompt"
+
+
+@pytest.mark.parametrize("options", [{"steps": 3}, {"steps": 2, "sampler": "random"}, {"sampler": "first_hitting"}])
+def test_coupled_rows_do_not_depend_on_their_batch(coupled, options):
+    """Prompts of different lengths, blocks, guidance; and forwards are counted as without a coupling."""
+    prompt = torch.tensor([[46, 3, 4, 5], [46, 46, 46, 9]])
+    attention = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]])
+    for more in ({}, {"block_length": 5}, {"guidance_scale": 1.5}, {"suppress_tokens": [1, 2, 3]}):
+        call = {"return_dict_in_generate": True, "length": 14, **options, **more}
+        both = coupled.generate(prompt, attention_mask=attention, seed=[1, 2], **call)
+        assert torch.equal(both.sequences[:, :4], prompt)
+        single = coupled.generate(prompt[1:, 3:], seed=2, **call | {"length": 11})
+        assert torch.equal(both.sequences[1, 3:], single.sequences[0]), more
+        plain = coupled.generate(prompt, attention_mask=attention, seed=[1, 2], coupling=False, **call)
+        assert torch.equal(both.nfe, plain.nfe) and not (both.sequences == MASK).any()
+        assert not torch.isin(both.sequences[:, 4:], torch.tensor(more.get("suppress_tokens", [-1]))).any()
+
+
+def test_a_block_does_not_feel_the_masks_behind_it(coupled):
+    """The first block of 8 of 16 masks is drawn from the chain of 8 that the network's answer at these gives."""
+    seen = []
+    original = Chain.draw
+    call = {"length": 16, "steps": 1, "seed": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Chain, "draw", lambda self, e, present, *rest: (seen.append(present), original(self, e, present, *rest))[1]
+        )
+        coupled.generate(block_length=8, **call)
+        coupled.generate(**call)
+    assert [present.sum().item() for present in seen] == [8, 16, 16]
+
+
+def test_infills_use_the_text_on_both_sides(coupled):
+    hole = torch.tensor([[46, 5, MASK, MASK, 7, 8]])
+    other = torch.tensor([[46, 5, MASK, MASK, 9, 8]])
+    filled, again = (coupled.generate(x, steps=1, seed=[*range(64)], num_return_sequences=64) for x in (hole, other))
+    assert torch.equal(filled[:, [0, 1, 4, 5]], hole[:, [0, 1, 4, 5]].expand(64, 4))
+    assert not torch.equal(filled[:, 2:4], again[:, 2:4])
+
+
+def test_one_seed_gives_related_texts_at_every_number_of_steps(build):
+    model = build(coupling={"states": 5, "levels": 1})
+    model.coupling.transition.data *= 5
+    rows = {n: model.generate(seed=[*range(32)], num_return_sequences=32, steps=n) for n in (1, 2, 4)}
+    same = [(rows[a] == rows[b]).double().mean().item() for a, b in ((1, 2), (1, 4), (2, 4))]
+    strangers = (rows[1] == rows[2].roll(1, dims=0)).double().mean().item()
+    assert min(same) > 2 * strangers
+
+
+def test_temperature_0_is_one_text(coupled):
+    many = coupled.generate(seed=[0, 1, 2], num_return_sequences=3, steps=1, temperature=0.0)
+    assert (many == many[0]).all()
+    greedy = coupled.generate(seed=0, steps=4, last_step="greedy")
+    assert not (greedy == MASK).any()
+
+
+def test_a_coupling_is_saved_and_loaded(coupled, tmp_path):
+    coupled.generation_config.locking = "spread"
+    coupled.save_pretrained(tmp_path)
+    for again in (AutoModel.from_pretrained(tmp_path), load_model(tmp_path)):
+        assert again.config.coupling == coupled.config.coupling and again.generation_config.locking == "spread"
+        for name, value in coupled.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value), name
+        assert torch.equal(again.generate(seed=3, steps=2), coupled.generate(seed=3, steps=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"states": 0}, "coupling: states must be an integer of at least 1, not 0"),
+        ({"levels": 2.5}, "coupling: levels must be an integer of at least 1, not 2.5"),
+        ({"states": None}, "coupling: states must be an integer of at least 1, not None"),
+        ({"window": 33}, r"coupling: window \(33\) must not exceed the context, 32 tokens"),
+        ({"emission": "rank"}, "coupling: emission must be one of .*, not 'rank'"),
+        ({"state": 4}, "coupling has no 'state': it takes"),
+    ],
+)
+def test_a_wrong_coupling_is_refused_in_one_line(settings, says):
+    with pytest.raises(ValueError, match=says) as error:
+        MDLMConfig(vocab_size=48, hidden_size=32, num_attention_heads=2, max_position_embeddings=32, coupling=settings)
+    assert "\n" not in str(error.value)
+
+
+def test_couplings_that_do_not_fit_are_refused(build, coupled, tmp_path):
+    with pytest.raises(ValueError, match="coupling .* must be null under uniform diffusion"):
+        MDLMConfig(diffusion_kind="uniform", coupling={})
+    with pytest.raises(ValueError, match=r"coupling \(True\) needs a model that has one"):
+        build().generate(coupling=True)
+    for name in set(SAMPLERS["absorbing"]) - set(PLANNED):
+        with pytest.raises(ValueError, match=rf"coupling \(True\) does not go with the sampler '{name}'"):
+            coupled.generate(coupling=True, sampler=name)
+    with pytest.raises(ValueError, match="coupling must be True or False, not 'yes'"):
+        coupled.generate(coupling="yes")
+    with pytest.raises(ValueError, match="the model has a coupling already"):
+        coupled.add_coupling({})
+    coupled.save_pretrained(tmp_path / "x")
+    other = build(coupling={"states": 5, "levels": 2}, vocab_size=40, mask_token_id=39, eos_token_id=1, bos_token_id=1)
+    mixed = coupled.state_dict() | {"coupling.emission": other.state_dict()["coupling.emission"]}
+    coupled.save_pretrained(tmp_path / "x", state_dict=mixed)
+    with pytest.raises(ValueError, match=r"coupling.emission has the shape \(2, 5, 40\), not \(2, 5, 48\)"):
+        load_model(tmp_path / "x")
+    coupled.coupling.start.data[0, 0] = torch.nan
+    coupled.save_pretrained(tmp_path / "x")
+    with pytest.raises(ValueError, match="coupling.start holds NaN"):
+        load_model(tmp_path / "x")
+
+
+# --- The trainer
+
+
+def test_training_is_on_the_samplers_own_plans(networks, tmp_path):
+    """The plans of `plan_steps`, as `ancestral` makes them from the same rho; each step of each equally often."""
+    trainer = make_trainer("coupling", networks, tmp_path, plan_steps=[1, 2, 4], per_device_train_batch_size=4)
+    maskable = torch.ones(4, 16, dtype=torch.bool)
+    seen = set()
+    for step in range(30):
+        trainer.state.global_step = step
+        times, u = trainer.noise_of_batch(maskable)
+        masked, revealed, gamma, weights = trainer.plan(times, u, maskable)
+        rho = u[:, 0]
+        for row in range(4):
+            n = int(weights[row])
+            k = round((gamma[row].item() - 1e-3) / (1 - 1e-3) * n)
+            seen.add((n, k))
+            start = rho[row] * 2**32
+            bits = [int(f"{(i + int(start)) % 2**32:032b}"[::-1], 2) for i in range(16)]
+            locked = torch.tensor([(b + float(start) % 1) / 2**32 for b in bits], dtype=torch.float64)
+            plan = ancestral_reveal_steps(locked, n, trainer.schedule)
+            assert torch.equal(revealed[row], plan == k) and torch.equal(masked[row], plan >= k)
+    assert seen == {(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"plan_steps": None}, {"coupling_window": 5}, {"emission": "embedding"}, {"bf16": True}]
+)
+def test_only_the_chain_learns_and_it_learns(changes, networks, tmp_path):
+    changes = {"window" if name == "coupling_window" else name: value for name, value in changes.items()}
+    kept = copy.deepcopy(networks)
+    if changes.get("bf16"):
+        for network in kept["absorbing"]:
+            network.float()
+    trainer = make_trainer(
+        "coupling",
+        kept,
+        tmp_path,
+        steps_per_round=12,
+        num_rounds=1,
+        report_to="none",
+        disable_tqdm=True,
+        states=8,
+        learning_rate=0.1,
+        **changes,
+    )
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train_dataset = [{"input_ids": [1, 2] * 8}, {"input_ids": [2, 1] * 8}] * 24
+    losses = [trainer.compute_loss(trainer.model, {"input_ids": torch.tensor([[1, 2] * 8, [2, 1] * 8] * 2)}).item()]
+    trainer.reset_noise()
+    trainer.train()
+    trainer.state.global_step = 0
+    trainer.reset_noise()
+    trainer.model.train()
+    losses.append(
+        trainer.compute_loss(trainer.model, {"input_ids": torch.tensor([[1, 2] * 8, [2, 1] * 8] * 2)}).item()
+    )
+    assert losses[1] < losses[0] - 0.1
+    for name, value in trainer.model.state_dict().items():
+        assert name.startswith("coupling") != torch.equal(value, before[name]), name
+
+
+def test_the_trunk_is_taught_without_dropout(networks, tmp_path):
+    trainer = make_trainer("coupling", networks, tmp_path)
+    for layer in trainer.model.model.layers:
+        layer.dropout.p = 0.5
+    first = trainer.compute_loss(trainer.model, prompted()).item()
+    trainer.reset_noise()
+    assert trainer.compute_loss(trainer.model.train(), prompted()).item() == first
+
+
+def test_other_methods_leave_a_coupling_as_it_is(networks, tmp_path):
+    kept = copy.deepcopy(networks)
+    for network in kept["absorbing"]:
+        network.add_coupling({"states": 3})
+    trainer = make_trainer("mcd", kept, tmp_path)
+    trainer.compute_loss(trainer.model, {"input_ids": blocks()}).backward()
+    assert all(parameter.requires_grad == (parameter.grad is not None) for parameter in trainer.model.parameters())
+    assert not trainer.model.coupling.start.requires_grad
+
+
+def test_a_model_that_has_a_chain_goes_on_with_it(networks, tmp_path):
+    kept = copy.deepcopy(networks)
+    kept["absorbing"][1].add_coupling({"states": 3})
+    kept["absorbing"][1].coupling.start.data.fill_(2.0)
+    trainer = make_trainer("coupling", kept, tmp_path, states=3)
+    assert (trainer.model.coupling.start == 2).all()
+    with pytest.raises(ValueError, match="the model's coupling is .*'states': 3.*but the recipe says .*'states': 4"):
+        make_trainer("coupling", kept, tmp_path, states=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"plan_steps": []}, "plan_steps must be one or more numbers of steps"),
+        ({"plan_steps": [0]}, "plan_steps must be an integer of at least 1, not 0"),
+        ({"emission": "x"}, "emission must be one of"),
+        ({"spread_fraction": 0.5}, r"spread_fraction \(0.5\) is for teaching networks"),
+    ],
+)
+def test_wrong_arguments_of_the_trainer_are_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        CouplingTrainingArguments(output_dir="unused", **changes)
+
+
+def test_other_networks_are_refused(networks, tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    from trainers import CouplingTrainer
+
+    arguments = CouplingTrainingArguments(output_dir=str(tmp_path), ema_decay=None)
+    small = BertConfig(vocab_size=48, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    with pytest.raises(ValueError, match="a BertForMaskedLM cannot have a coupling"):
+        CouplingTrainer(BertForMaskedLM(small), arguments)
+    with pytest.raises(ValueError, match="coupling .* must be null under uniform diffusion"):
+        CouplingTrainer(copy.deepcopy(networks["uniform"][1]), arguments)
