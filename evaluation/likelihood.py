@@ -82,7 +82,8 @@ def _standard_error(residuals: torch.Tensor, tokens: torch.Tensor) -> float | No
 def block_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 32, seed: int = 0) -> Bound:
     """Continuous-time NELBO of a model (MDLM, Eq. 10; Duo, Eq. 17) for each block, in nats.
 
-    All tokens of a block are scored but for any [MASK] that it holds: it is neither noised nor scored nor counted.
+    All tokens of a block are scored but for any [MASK] that it holds: it is neither noised nor scored nor counted. A block
+    model's own blocks are each noised by themselves, given the clean ones before them (BD3-LM, arXiv 2503.09573, Eq. 6).
 
     Each block is noised at `draws` times, one in each of as many equal parts of (0, 1]; over all blocks the times of a
     part are stratified too, in random order, so that the estimate is unbiased. The noise depends on the seed and the
@@ -91,7 +92,7 @@ def block_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 3
 
     Args:
         model: an `MDLMForMaskedDiffusion`.
-        blocks: [n, L] token ids.
+        blocks: [n, L] token ids, with L a multiple of a block model's `block_size`.
 
     Raises:
         ValueError: when the blocks have another shape, or hold nothing but [MASK]; when a number is below 1.
@@ -101,13 +102,19 @@ def block_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 3
     blocks = torch.as_tensor(blocks, dtype=torch.long)
     if blocks.ndim != 2:
         raise ValueError(f"blocks must have the shape (n, L), not {tuple(blocks.shape)}")
-    count, length = blocks.shape
+    own = getattr(model.config, "block_size", None)
+    if own is not None and blocks.shape[1] % own:
+        raise ValueError(
+            f"blocks are {blocks.shape[1]} tokens long, which must be a multiple of the model's block_size ({own})"
+        )
+    parts = 1 if own is None else blocks.shape[1] // own  # of each block, with a time of its own
+    count, length = len(blocks) * parts, blocks.shape[1] // parts
     process, device = process_of(model.config), model.device
     maskable = process.maskable(blocks)
     if not maskable.any():
         raise ValueError(f"blocks {tuple(blocks.shape)} hold no token to score: nothing but [MASK], or nothing at all")
     generator = torch.Generator().manual_seed(seed)
-    total, was_training = torch.zeros(count, dtype=torch.float64), model.training
+    total, was_training = torch.zeros(len(blocks), dtype=torch.float64), model.training
     model.eval()
     try:
         for draw in range(draws):
@@ -117,11 +124,14 @@ def block_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 3
             t = (draw + stratum / count) / draws
             gamma, slope = process.schedule.gamma(t), process.schedule.derivative(t)
             u = torch.rand(count, length, dtype=torch.float64, generator=generator)
-            noised, scored = process.corrupt(blocks, gamma, u, maskable)
-            for rows in torch.arange(count).split(batch_size):
+            noised, scored = process.corrupt(blocks.reshape(count, length), gamma, u, maskable.reshape(count, length))
+            noised, scored = noised.view(blocks.shape), scored.view(blocks.shape)
+            gamma, slope = (values.view(-1, parts).repeat_interleave(length, dim=1) for values in (gamma, slope))
+            for rows in torch.arange(len(blocks)).split(batch_size):
                 z_t, x_0, positions = (tensor[rows].to(device) for tensor in (noised, blocks, scored))
-                head = model(input_ids=z_t, timesteps=sigma_of(gamma[rows]).to(device), hidden_rows=positions)
-                levels = (at_positions(values[rows].to(device), positions) for values in (gamma, slope))
+                given = {"timesteps": sigma_of(gamma[rows, 0]).to(device)} if own is None else {"clean_ids": x_0}
+                head = model(input_ids=z_t, hidden_rows=positions, **given)
+                levels = (values[rows].to(device)[positions] for values in (gamma, slope))
                 nats = head.map(process.nelbo, z_t[positions], x_0[positions], *levels)
                 of_tokens = torch.zeros(positions.shape, dtype=torch.float64, device=device)
                 of_tokens[positions] = nats.double()
@@ -211,6 +221,7 @@ def step_bound(
     The right side is what this returns, with one plan for each block: the sampler itself runs, on a canvas that reveals
     the text. So it costs the sampler's own forwards, the head runs on the revealed rows alone, in chunks, and every option
     of `generate` that shapes a plan (`steps`, `sampler`, `locking`, `block_length`, `last_step`, ...) has its meaning here.
+    So has `cache`: an approximate one makes another sampler, and the bound is that sampler's.
     Under the independent `ancestral` sampler the limit N -> infinity is the NELBO.
 
     For a uniform-state model the bound is the ELBO of its N-step chain: the divergences of the true posterior from the
@@ -332,11 +343,15 @@ def log_probability_of(logits: torch.Tensor, tokens: torch.Tensor, mask_token_id
 
 
 def _of_plan(model, request: Request, text: torch.LongTensor, fillable: torch.BoolTensor) -> torch.DoubleTensor:
-    """Nats of each token [B, L] under one plan a row: block after block, as `generate` fills them."""
+    """Nats of each token [B, L] under one plan a row: block after block, as `generate` fills them, and from its caches."""
     nats = torch.zeros(text.shape, dtype=torch.float64, device=text.device)
-    denoiser = model.denoiser(coupling=request.options.coupling)
+    cache = model.cached_trunk(request)
+    denoiser = model.denoiser(coupling=request.options.coupling, cache=cache)
     for block in blocks_of(request, model.config):
-        to_fill = block.members & fillable  # the window of a row without padding, within the context, is the row
+        if cache is not None:
+            cache.enter(block.first, block.end, block.seen.sum(dim=1))
+        # The window of a row without padding, within the context, is the row, or what a block model sees of it.
+        to_fill = block.members & fillable
         canvas = TeacherForcedCanvas(text, request.tokens, to_fill, request.noise, denoiser, block.first_step)
         for _ in canvas.denoise(request.sampler(canvas)):
             pass

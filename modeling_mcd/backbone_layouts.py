@@ -1,8 +1,10 @@
-"""Backbones on the disk: LLaDA, Dream and A2D under the names of the native class that each one is, and native folders.
+"""Backbones on the disk: published ones under the names of the native class that each one is, and native folders.
 
-    LLaDA  a Llama without its causal mask, under the names of OLMo           (github.com/ML-GSAI/LLaDA)
-    Dream  a Qwen2 without its causal mask, each token predicted from the one before it   (github.com/DreamLM/Dream)
-    A2D    a Qwen3, Qwen2 or Llama without its causal mask                    (github.com/ZHZisZZ/dllm)
+    LLaDA         a Llama without its causal mask, under the names of OLMo           (github.com/ML-GSAI/LLaDA)
+    Dream         a Qwen2 without its causal mask, each token predicted from the one before it   (github.com/DreamLM/Dream)
+    A2D           a Qwen3, Qwen2 or Llama without its causal mask, or causal between blocks      (github.com/ZHZisZZ/dllm)
+    SDAR          a Qwen3 that is causal between blocks                              (github.com/JetAstra/SDAR)
+    Fast-dLLM v2  a Qwen2 that is causal between blocks, with Dream's shift          (github.com/NVlabs/Fast-dLLM)
 
 So none of their own code is needed. The native configuration keeps in its entry `masked_diffusion` what makes a masked
 diffusion model of the network; plain transformers ignores it and writes it back.
@@ -53,7 +55,10 @@ LLADA_BUILT_IN = {
 LLADA_MASKS = {126464: 126336}  # of the published vocabularies
 DREAM_MASKS = {152064: 151666}
 DREAM_CONTEXT = 2048  # that it was trained with; its configuration says what Qwen2 was
-BLOCK_MODELS = ("sdar", "Fast_dLLM_Qwen", "llada2_moe")
+SDAR_MASKS = {151936: 151669}
+FAST_DLLM_MASKS = {151936: 151665, 152064: 151665}
+FAST_DLLM_BLOCK = 32  # where its configuration does not say
+UNSUPPORTED = ("llada2_moe",)  # mixtures of experts that transformers does not have
 
 
 def llada_names(layers: int, tied: bool) -> dict[str, str]:
@@ -128,14 +133,38 @@ def from_dream(settings: Mapping, state: Mapping[str, torch.Tensor]) -> tuple[Pr
 def from_a2d(settings: Mapping, state: Mapping[str, torch.Tensor]) -> tuple[PreTrainedConfig, dict, dict[str, str]]:
     """As `from_llada`; the names are native. The mask is the tokenizer's."""
     config = native_config(settings["model_type"].removeprefix("a2d-"), settings)
-    return config, {"mask_token_id": settings.get("mask_token_id")}, {}
+    return config, {"mask_token_id": settings.get("mask_token_id"), **in_blocks(settings.get("block_size"))}, {}
+
+
+def from_sdar(settings: Mapping, state: Mapping[str, torch.Tensor]) -> tuple[PreTrainedConfig, dict, dict[str, str]]:
+    """As `from_llada`; the names are native."""
+    config = native_config("qwen3", settings)
+    entry = {"mask_token_id": mask_of(settings, config.vocab_size, SDAR_MASKS)}
+    return config, entry | in_blocks(settings.get("block_size")), {}
+
+
+def from_fast_dllm(
+    settings: Mapping, state: Mapping[str, torch.Tensor]
+) -> tuple[PreTrainedConfig, dict, dict[str, str]]:
+    """As `from_llada`; the names are native."""
+    config = native_config("qwen2", settings)
+    entry = {"mask_token_id": mask_of(settings, config.vocab_size, FAST_DLLM_MASKS), "logits_shift": 1}
+    return config, entry | in_blocks(settings.get("bd_size", FAST_DLLM_BLOCK)), {}
 
 
 PUBLISHED: dict[str, Callable] = {
     "llada": from_llada,
     "Dream": from_dream,
     **dict.fromkeys(("a2d-qwen3", "a2d-qwen2", "a2d-llama"), from_a2d),
+    "sdar": from_sdar,
+    "Fast_dLLM_Qwen": from_fast_dllm,
 }
+BLOCK_SIZE_MISSING = ("sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama")  # whose configuration need not say it
+
+
+def in_blocks(size: int | None) -> dict:
+    """The fields of the entry that say how the network sees: in blocks of this size, or everything."""
+    return {} if size is None else {"attention": "block", "block_size": size}
 
 
 def needed(settings: Mapping, name: str):
@@ -151,6 +180,7 @@ def mask_of(settings: Mapping, vocab_size: int, published: Mapping[int, int]) ->
 def native_config(model_type: str, settings: Mapping) -> PreTrainedConfig:
     """The settings as those of a native class, without what points at other code."""
     dropped = ("model_type", "auto_map", "architectures", "mask_token_id", "use_mrope", "transformers_version")
+    dropped += ("block_size", "bd_size")
     return CONFIG_MAPPING[model_type].from_dict({key: value for key, value in settings.items() if key not in dropped})
 
 
@@ -158,11 +188,11 @@ def is_backbone(settings: Mapping) -> bool:
     """Whether a config.json is that of a network of transformers, native or as it was published, and not of ours."""
     kind = settings.get("model_type")
     known = kind in CONFIG_MAPPING and kind != "mdlm_mcd"
-    return known or kind in PUBLISHED or kind in BLOCK_MODELS
+    return known or kind in PUBLISHED or kind in UNSUPPORTED
 
 
 def read_backbone(
-    settings: Mapping, state: Mapping[str, torch.Tensor], folder: Path
+    settings: Mapping, state: Mapping[str, torch.Tensor], folder: Path, block_size: int | None = None
 ) -> tuple[MDLMBackboneConfig, dict[str, str], MDLMGenerationConfig | None]:
     """The wrapped network's configuration, the name in the file -> our name of each parameter, and options of `generate`.
 
@@ -170,16 +200,16 @@ def read_backbone(
         settings: the config.json.
         state: tensors by the name in the file.
         folder: where the file is; a tokenizer in it may say which token is the mask.
+        block_size: of a block model whose config.json does not say it.
 
     Raises:
         ValueError: in one line, what does not fit.
     """
     kind = settings["model_type"]
-    if kind in BLOCK_MODELS:
-        raise ValueError(
-            f"its model_type is {kind!r}: models whose attention is causal between blocks are not supported"
-        )
+    if kind in UNSUPPORTED:
+        raise ValueError(f"its model_type is {kind!r}, a mixture of experts that transformers does not have")
     if kind == MDLMBackboneConfig.model_type:
+        check_block_size(block_size, settings.get("block_size"))
         config = MDLMBackboneConfig.from_dict(settings)
         return config, matched(config, state, lambda ours: ours), None
     names = {}
@@ -196,6 +226,13 @@ def read_backbone(
         raise ValueError(f"the entry {ENTRY!r} of its config.json must be an object, not {entry!r}")
     entry = dict(entry or {})
     options = entry.pop("generation", None)
+    check_block_size(block_size, entry.get("block_size"), may_set=kind in BLOCK_SIZE_MISSING)
+    entry |= in_blocks(block_size)
+    if kind == "sdar" and entry.get("block_size") is None:
+        raise ValueError(
+            "its model_type is 'sdar', whose attention is causal between blocks, but its config.json does not say how long "
+            "they are: give block_size (mcd-convert --block-size), such as 4"
+        )
     if entry.get("mask_token_id") is None:
         entry["mask_token_id"] = mask_token_beside(folder)
     if entry["mask_token_id"] is None:
@@ -207,6 +244,13 @@ def read_backbone(
     theirs = {native: name for name, native in names.items()}
     names = matched(config, state, lambda ours: theirs.get(ours.removeprefix(PREFIX), ours.removeprefix(PREFIX)))
     return config, names, MDLMGenerationConfig(**options) if options else None
+
+
+def check_block_size(given: int | None, own: int | None, may_set: bool = False):
+    """Raises ValueError for a `block_size` that the call gives, unless it is the model's own or may be set."""
+    if given is not None and given != own and (own is not None or not may_set):
+        said = f"says block_size = {own}" if own is not None else "has no blocks"
+        raise ValueError(f"block_size is {given}, but its config.json {said}: leave it out")
 
 
 def matched(
@@ -255,6 +299,7 @@ def save_native(model: MDLMBackboneForMaskedDiffusion, folder: Path):
     """Writes the network as a folder of its own class: plain transformers loads it, and so does `load_model`."""
     config = model.config
     entry = {name: getattr(config, name) for name in ("mask_token_id", "logits_shift", "max_position_embeddings")}
+    entry |= in_blocks(config.block_size)
     options = {name: getattr(model.generation_config, name) for name in DEFAULTS}
     entry["generation"] = {name: value for name, value in options.items() if value is not None}
     model.network.save_pretrained(folder)

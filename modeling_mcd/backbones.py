@@ -18,7 +18,8 @@ def as_masked_diffusion(
 ) -> MDLMBackboneForMaskedDiffusion:
     """A language model of transformers as a masked diffusion model, for every trainer, sampler and report.
 
-    The network is used as it is and not copied, but its attention becomes bidirectional and its cache is turned off.
+    The network is used as it is and not copied, but its attention becomes bidirectional, in all of the text or in blocks
+    (`attention="block", block_size=...`), and its cache is turned off.
 
     What the head is given is found in this order: what its kind is known to have; the trunk's hidden states, if the head
     makes the network's logits of them; the input of the head in a forward of the complete network. Each is checked on four
@@ -28,7 +29,7 @@ def as_masked_diffusion(
         network: of a class that `AutoModelForMaskedLM` or `AutoModelForCausalLM` loads without remote code.
         mask_token_id: the id of its mask token.
         logits_shift: 1 when it predicts a token from the position before it, as Dream does.
-        options: other fields of `MDLMBackboneConfig`, such as `max_position_embeddings`.
+        options: other fields of `MDLMBackboneConfig`, such as `max_position_embeddings`, or `attention` and `block_size`.
 
     Raises:
         ValueError: in one line, what of the network does not fit.
@@ -91,14 +92,17 @@ def check_backbone(model: MDLMBackboneForMaskedDiffusion):
     try:
         with torch.no_grad():
             check_makes_the_logits(model, ids)
-            check_sees_the_future(model, ids)
+            check_sees_the_future(model, ids[:, : config.block_size])
+            if config.block_size is not None:
+                check_hides_later_blocks(model, ids)
     finally:
         model.train(was_training)
 
 
 def check_makes_the_logits(model: MDLMBackboneForMaskedDiffusion, ids: torch.LongTensor):
     """Raises ValueError unless the head makes the network's own logits of the rows that it is given here."""
-    own = model.network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    mask = model.who_sees_whom(model.positions(ids, None), torch.ones_like(ids))
+    own = model.network(input_ids=ids, attention_mask=mask).logits
     try:
         ours = model.get_output_embeddings()(model.transform(model.states(ids, None, None, None, None)))
     except RuntimeError:  # rows of another width than the head's
@@ -117,6 +121,8 @@ def check_makes_the_logits(model: MDLMBackboneForMaskedDiffusion, ids: torch.Lon
 
 def check_sees_the_future(model: MDLMBackboneForMaskedDiffusion, ids: torch.LongTensor):
     """Raises ValueError when the first token's hidden state does not depend on the last token: the network is causal."""
+    if ids.shape[1] == 1:  # a block model whose blocks are single tokens, which is causal indeed
+        return
     other = ids.clone()
     other[0, -1] = ids[0, 0]
     first, second = (model.states(canvas, None, None, None, None)[0, 0] for canvas in (ids, other))
@@ -124,6 +130,21 @@ def check_sees_the_future(model: MDLMBackboneForMaskedDiffusion, ids: torch.Long
         raise ValueError(
             f"{type(model.network).__name__} does not see the tokens to the right, even with is_causal = False: its "
             "configuration cannot make its attention bidirectional"
+        )
+
+
+def check_hides_later_blocks(model: MDLMBackboneForMaskedDiffusion, ids: torch.LongTensor):
+    """Raises ValueError when the first token's hidden state depends on the second block: the network ignores our mask."""
+    size = model.config.block_size
+    if size >= model.config.max_position_embeddings:
+        return
+    canvas = ids[:, :1].repeat(1, size + 1)
+    other = canvas.clone()
+    other[0, -1] = ids[0, -1]
+    first, second = (model.states(tokens, None, None, None, None)[0, 0] for tokens in (canvas, other))
+    if not torch.equal(first, second):
+        raise ValueError(
+            f"{type(model.network).__name__} sees later blocks, though attention is 'block': it takes no mask of four dimensions"
         )
 
 

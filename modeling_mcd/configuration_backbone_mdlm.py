@@ -42,7 +42,9 @@ class MDLMBackboneConfig(PreTrainedConfig):
         head_transform (`list[str]` or `str`, *optional*): What is applied to the trunk's hidden states before the head,
             in order: paths of submodules, or names of activation functions; empty for nothing. `"without_head"`: the
             complete network is run with its head taken out. By default what the kind of the network is known to have.
-        attention (`str`, *optional*, defaults to `"full"`): Who sees whom: every token every other.
+        attention (`str`, *optional*, defaults to `"full"`): Who sees whom: every token every other; or, with `"block"`, every
+            token its own block and those before it, as SDAR, Fast-dLLM v2 and BD3-LM are trained.
+        block_size (`int`, *optional*): Tokens in a block, counted from the first token that is not padding; for `"block"`.
         max_position_embeddings (`int`, *optional*): Context, and the default length of a canvas; the network's by default.
         bos_token_id, eos_token_id, pad_token_id (*optional*): The network's by default.
 
@@ -60,7 +62,8 @@ class MDLMBackboneConfig(PreTrainedConfig):
     mask_token_id: int | None = None
     logits_shift: Literal[0, 1] = 0
     head_transform: list[str] | str | None = None
-    attention: Literal["full"] = "full"
+    attention: Literal["full", "block"] = "full"
+    block_size: int | None = None
     diffusion_kind: Literal["absorbing"] = "absorbing"
     noise_schedule: Literal["linear"] = "linear"
     time_conditioning: bool = False
@@ -86,6 +89,7 @@ class MDLMBackboneConfig(PreTrainedConfig):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(network, name, None))
         self._check_context()
+        self._check_blocks()
         if self.head_transform is None:
             self.head_transform = HEAD_TRANSFORMS.get(network.model_type)
         if self.head_transform is None:
@@ -118,6 +122,21 @@ class MDLMBackboneConfig(PreTrainedConfig):
         if longest is not None and self.max_position_embeddings > longest:
             raise ValueError(
                 f"max_position_embeddings ({self.max_position_embeddings}) must not exceed the network's ({longest})"
+            )
+
+    def _check_blocks(self):
+        check_numbers(self, block_size=COUNT)
+        if (self.attention == "block") != (self.block_size is not None):
+            raise ValueError(
+                f"attention ({self.attention!r}) and block_size ({self.block_size}) do not fit: attention='block' needs a "
+                "block_size, and no other has one"
+            )
+        if self.attention == "block" and "sliding_attention" in (
+            getattr(self.backbone_config, "layer_types", None) or ()
+        ):
+            raise ValueError(
+                f"attention is 'block', but the network ({self.backbone_config.model_type}) has layers with a sliding window, "
+                "which blocks would take the place of"
             )
 
     @property

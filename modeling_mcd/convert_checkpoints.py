@@ -1,8 +1,8 @@
 """Every published checkpoint of the family (MDLM, SDTT, Duo and their kin) as our model, and our model in their layouts.
 
-LLaDA, Dream and A2D as the network of transformers that each one is.
+LLaDA, Dream, A2D, SDAR and Fast-dLLM v2 as the network of transformers that each one is.
 
-mcd-convert SOURCE OUT [--revision R] [--ema] [--to ours|native|mdlm|sdtt|duo]
+mcd-convert SOURCE OUT [--revision R] [--ema] [--to ours|native|mdlm|sdtt|duo] [--block-size N]
 """
 
 import argparse
@@ -110,6 +110,9 @@ def parser() -> OneLineParser:
     result.add_argument(
         "--kind", choices=("absorbing", "uniform"), help="The kind of noise, where no configuration says it."
     )
+    result.add_argument(
+        "--block-size", type=int, help="Tokens in a block, of SDAR or BD3-LM's A2D, where no configuration says it."
+    )
     result.add_argument("--trust-pickle", action="store_true", help="Unpickle anything: that can run any code.")
     return result
 
@@ -121,7 +124,7 @@ def main(arguments: list[str] | None = None):
 
 def run(given: argparse.Namespace):
     options = {"revision": given.revision, "ema": given.ema, "trust_pickle": given.trust_pickle}
-    options |= {"diffusion_kind": given.kind}
+    options |= {"diffusion_kind": given.kind, "block_size": given.block_size}
     model = convert(given.source, given.out, given.to, getattr(torch, given.dtype), **options)
     print(f"{given.out}: {model.num_parameters():,} parameters, {model.config.diffusion_kind} diffusion")
 

@@ -2,6 +2,7 @@
 
 mcd-generate MODEL --prompt "It was a dark" --steps 16 --seed 0
 mcd-generate MODEL --prompt - < prompt.txt
+mcd-generate MODEL --prompt "What is 7 times 8?" --chat --preset llada_low_confidence
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .command_line import OneLineParser
-from .generation_config_mdlm import CHOICES, MDLMGenerationConfig
+from .generation_config_mdlm import CHOICES, PRESETS, MDLMGenerationConfig, preset_options
 from .loading import check_tokens, load_model, load_tokenizer
 from .modeling_mdlm import MDLMForMaskedDiffusion
 from .replay import Replay
@@ -30,6 +31,10 @@ OPTIONS = {
     "temperature": (float, "Divides the logits; 0 takes the likeliest token, 1 is the default."),
     "top_k": (int, "Draw among this many likeliest tokens."),
     "top_p": (float, "Draw among the likeliest tokens that together have this probability."),
+    "threshold": (float, "Of the sampler adaptive: reveal every token that is at least this certain."),
+    "max_steps": (int, "Of the sampler adaptive: reveal all that is left in this step of a block."),
+    "eos_after": (float, "Draw no end of sequence in this first share of the text to write, in [0, 1)."),
+    "suppress_above": (int, "Draw no token from this id on: those of a vocabulary larger than its tokenizer."),
     "num_return_sequences": (int, "Texts to write; 1 by default."),
 }
 BLANK = "\u2591"  # shows a masked token
@@ -45,6 +50,12 @@ def parser() -> OneLineParser:
     result.add_argument(
         "--locking", choices=CHOICES["locking"], help="See docs/locking.md; spread is better at few steps."
     )
+    result.add_argument(
+        "--preset", choices=PRESETS, help="Published settings, see docs/backbones.md; other options win."
+    )
+    result.add_argument("--cache", choices=CHOICES["cache"], help="Keys and values to keep, see docs/blocks.md.")
+    result.add_argument("--chat", action="store_true", help="The prompt is a message, put into the chat template.")
+    result.add_argument("--stop_at_eos", action="store_true", help="End a text after the block that ends it.")
     result.add_argument("--seed", type=int, help="Fixes the text; random by default.")
     result.add_argument("--tokenizer", help="Folder or Hub name, for a model that comes without one.")
     result.add_argument("--device", help="Such as cpu or cuda; an accelerator by default, where there is one.")
@@ -63,11 +74,16 @@ def run(options: argparse.Namespace):
         raise ValueError("--stream needs a terminal on standard error, and there is none")
     if options.replay is not None and (Path(options.replay).is_dir() or not Path(options.replay).parent.is_dir()):
         raise ValueError(f"--replay {options.replay!r} must name a file in a folder that is there")
-    given = {name: getattr(options, name) for name in (*OPTIONS, "sampler", "locking")}
+    given = {name: getattr(options, name) for name in (*OPTIONS, "sampler", "locking", "cache")}
+    given["stop_at_eos"] = options.stop_at_eos or None
+    if options.preset is not None:
+        given = preset_options(options.preset, given)
     MDLMGenerationConfig(**given)  # refuses what is wrong before anything is loaded
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
+    if options.chat and not prompt:
+        raise ValueError("--chat needs a --prompt: the message to answer")
     model, tokenizer = load_both(options.model, options.tokenizer, options.device)
-    ids = encode(prompt, tokenizer, model)
+    ids = (encode_message if options.chat else encode)(prompt, tokenizer, model)
     replay, drafts = Replay(tokenizer), Drafts(tokenizer, model.config.mask_token_id, sys.stderr)
 
     def watch(step: int, canvas: torch.LongTensor):
@@ -81,7 +97,10 @@ def run(options: argparse.Namespace):
     for number, sequence in enumerate(sequences, start=1):
         if len(sequences) > 1:
             print(f"--- {number} of {len(sequences)}")
-        print(readable(sequence, ids, tokenizer, highlight=sys.stdout.isatty()))
+        if options.chat:
+            print(tokenizer.decode(sequence[ids.shape[1] :], skip_special_tokens=True))
+        else:
+            print(readable(sequence, ids, tokenizer, highlight=sys.stdout.isatty()))
     if options.replay is not None:
         print(f"replay: {replay.save(options.replay)}", file=sys.stderr)
 
@@ -112,6 +131,17 @@ def encode(prompt: str, tokenizer: PreTrainedTokenizerBase, model: MDLMForMasked
     starts = (model.config.bos_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
     start = next((token for token in starts if token is not None), None)
     return torch.tensor([([] if start is None else [start]) + ids], device=model.device)
+
+
+def encode_message(prompt: str, tokenizer: PreTrainedTokenizerBase, model: MDLMForMaskedDiffusion) -> torch.LongTensor:
+    """The ids [1, width] of a message of the user, and of what the tokenizer's chat template puts before its answer."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "--chat: the tokenizer has no chat template; leave --chat out, and write the prompt as it should be"
+        )
+    messages = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return torch.tensor([ids], device=model.device)
 
 
 def readable(

@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from transformers import GenerationConfig
 
+from .cache_mdlm import CACHES
 from .checks_mdlm import ABOVE_0_TO_1, BELOW_1, COUNT, INSIDE_0_1, NOT_NEGATIVE, WITHIN_0_1, check_numbers
 from .draws_mdlm import PRECISIONS
 from .locking_mdlm import LOCKINGS
@@ -19,6 +20,7 @@ CHOICES = {
     "remasking": REMASKING,
     "order": ORDERS,
     "precision": (*PRECISIONS, "legacy_float32"),
+    "cache": CACHES,
 }
 LENGTHS = ("length", "max_length", "max_new_tokens")
 LOOP = ("t_on", "t_off", "alpha_on")
@@ -49,6 +51,11 @@ PRESETS = {
     "cd4lm_adaptive": {
         **{"sampler": "adaptive", "temperature": 0.0, "threshold": 0.95, "max_tokens": 32},
         **{"block_length": 32, "max_steps": 32, "eos_after": 0.3},
+    },
+    # Fast-dLLM's decoding of LLaDA and Dream (arXiv 2505.22618): all tokens above a threshold, and an approximate cache.
+    "fast_dllm": {
+        **{"sampler": "adaptive", "temperature": 0.0, "threshold": 0.9},
+        **{"max_new_tokens": 256, "block_length": 32, "cache": "dual"},
     },
     # Dream's evaluation of its instruction model (arXiv 2508.15487), and the two other orders of its code.
     **{
@@ -100,7 +107,9 @@ class MDLMGenerationConfig(GenerationConfig):
         max_new_tokens (`int`, *optional*): Masks to append to `input_ids`, instead of a `length`.
         block_length (`int`, *optional*): Fill the canvas in blocks of this many tokens, from left to right. Needed for
             a length beyond the model's context; a block then sees the last part of the row. Each row is cut from its own
-            first mask on.
+            first mask on. A block model's own blocks, which are counted from the first token, by default and no others.
+        cache (`str`, *optional*): Keys and values that are kept between forwards, see `cache_mdlm.py`. `"exact"` for a block
+            model, and its default; `"none"`; or, approximate and never the default, `"prefix"` and `"dual"` of Fast-dLLM.
         stop_at_eos (`bool`, *optional*): After each block, a row that holds an end-of-sequence token is done, and what
             follows that token becomes padding. The ids are `eos_token_id` and `pad_token_id` here, or those of the model.
         coupling (`bool`, *optional*): Draw the tokens of a step jointly, through the model's chain. By default where the model
@@ -126,14 +135,12 @@ class MDLMGenerationConfig(GenerationConfig):
 
     @classmethod
     def preset(cls, name: str, **changes) -> "MDLMGenerationConfig":
-        """The settings that a paper's code publishes, one of `PRESETS`, with some changed.
+        """The settings that a paper's code publishes, see `preset_options`.
 
         Raises:
             ValueError: for an unknown name, or a change that is refused.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {list(PRESETS)}, not {name!r}")
-        return cls(**PRESETS[name] | changes)
+        return cls(**preset_options(name, changes))
 
     def validate(self, **unused_kwargs):
         check_numbers(self, **NUMBERS)
@@ -208,6 +215,19 @@ class MDLMGenerationConfig(GenerationConfig):
     @classmethod
     def from_model_config(cls, model_config):
         raise NotImplementedError("the options of masked diffusion are not part of a model configuration")
+
+
+def preset_options(name: str, changes: dict) -> dict:
+    """The options of one of `PRESETS`, with those changed that are not None. A length replaces the preset's, whatever its name.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {list(PRESETS)}, not {name!r}")
+    changes = {option: value for option, value in changes.items() if value is not None}
+    dropped = LENGTHS if changes.keys() & set(LENGTHS) else ()
+    return {option: value for option, value in PRESETS[name].items() if option not in dropped} | changes
 
 
 def check_reveal_counts(counts: dict | None):

@@ -77,6 +77,7 @@ def prepare(
     options, asked = merge_options(generation_config, given_config, given)
     eos_token_ids, pad_token_id = end_of_sequence(options, config)
     check_options(options, asked, config)
+    check_blocks_and_cache(options, asked, config)
     check_end_of_sequence(options, asked, config, eos_token_ids, pad_token_id)
     if not isinstance(logits_processor, list | None):
         raise ValueError(f"logits_processor must be a LogitsProcessorList, not {shown(logits_processor)}")
@@ -122,6 +123,8 @@ def merge_options(
     unknown = sorted(set(given) - set(DEFAULTS) - set(TOKENS))
     if unknown:
         raise ValueError(f"unknown arguments {unknown}; generate() takes {sorted(DEFAULTS)}")
+    if options.suppress_above is None:  # a fact of the model's vocabulary, which another configuration does not know
+        options.suppress_above = getattr(generation_config, "suppress_above", None)
     asked = {name for name, value in given.items() if value is not None}
     if asked & set(LENGTHS):  # the call's length replaces the configuration's, whatever its name there
         for name in LENGTHS:
@@ -196,6 +199,33 @@ def is_coupled(options: MDLMGenerationConfig, asked: set[str], config: MDLMConfi
     return has_one and fits and options.coupling is not False
 
 
+def check_blocks_and_cache(options: MDLMGenerationConfig, asked: set[str], config: MDLMConfig):
+    """Refuses blocks and caches that the model cannot have; a block model gets its own by default."""
+    size = getattr(config, "block_size", None)
+    if size is not None:
+        if options.block_length not in (None, size):
+            raise ValueError(
+                f"block_length is {options.block_length}, but the model sees in blocks of {size}: leave it out, it is {size}"
+            )
+        options.block_length = size
+    alone = options.guidance_scale is None and not options.compile
+    if options.cache is None and size is not None and alone:
+        options.cache = "exact"
+    if options.cache in (None, "none"):
+        return
+    if not alone:
+        raise ValueError(
+            f"cache ({options.cache!r}) does not go with guidance_scale or compile: leave one of them out"
+        )
+    if config.mask_token_id is None:
+        raise ValueError(
+            f"cache ({options.cache!r}) needs a [MASK]; this model is uniform, and every step may change every token"
+        )
+    if (options.cache == "exact") != (size is not None):
+        is_for = "a block model" if options.cache == "exact" else "a model in which every token sees every other"
+        raise ValueError(f"cache ({options.cache!r}) is for {is_for}, and this one is not: leave it out")
+
+
 def check_interleaved(options: MDLMGenerationConfig, config: MDLMConfig):
     """Refuses what locking='interleaved' does not go with: it needs N steps of equal size that reveal everything."""
     if options.sampler != "ancestral" or config.mask_token_id is None:
@@ -268,10 +298,9 @@ def lay_out(
     lengths = options.length, options.max_length, options.max_new_tokens and width + options.max_new_tokens
     default = width if (input_ids == blank).any() else context
     length = next((length for length in lengths if length is not None), default)
-    if length > context and options.block_length is None:
-        raise ValueError(
-            f"length is {length}, but the model's context is {context} tokens; block_length goes beyond it"
-        )
+    if length > context and (options.block_length is None or getattr(config, "block_size", None)):
+        way_out = "" if options.block_length else "; block_length goes beyond it"
+        raise ValueError(f"length is {length}, but the model's context is {context} tokens{way_out}")
     if (options.block_length or 0) > context:
         raise ValueError(f"block_length is {options.block_length}, but the model's context is {context} tokens")
     if width > length:

@@ -8,6 +8,8 @@ from transformers import LogitsProcessorList
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput, logging
 
+from .block_attention_mdlm import attention_bias, check_attention
+from .cache_mdlm import CachedTrunk, Memory
 from .canvas_mdlm import Canvas, Denoiser
 from .configuration_mdlm import MDLMConfig
 from .coupling_mdlm import Chains
@@ -30,12 +32,15 @@ class MDLMGenerationOutput(ModelOutput):
         reveal_steps (`torch.LongTensor` of shape `(batch_size * num_return_sequences, length)`, *optional*): With
             `output_reveal_steps`: the step, from 0, that revealed each token (the last one, if it was remasked); -1 for
             given tokens. A row's k-th block begins at step k (steps + 1), or, under a sampler without `steps`, at
-            k block_length, whatever the other rows do.
+            k block_length, whatever the other rows do. A block model's blocks are counted from the first token.
+        computed (`torch.LongTensor` of shape `(batch_size * num_return_sequences,)`): Tokens that the trunk ran on per
+            sequence, over all forwards, padding not counted: what a `cache` saves.
     """
 
     sequences: torch.LongTensor | None = None
     nfe: torch.LongTensor | None = None
     reveal_steps: torch.LongTensor | None = None
+    computed: torch.LongTensor | None = None
 
 
 class MDLMGenerationMixin:
@@ -105,6 +110,7 @@ class MDLMGenerationMixin:
         options, tokens, fillable = request.options, request.tokens, request.fillable.clone()
         prompt, watchers = request.seen & ~fillable, Watchers(streamer, callback)
         nfe, reveal_steps = torch.zeros(len(tokens), dtype=torch.long), torch.full(tokens.shape, -1)
+        cache, computed = self.cached_trunk(request), torch.zeros_like(nfe)
         was_training = self.training
         self.eval()
         try:
@@ -114,6 +120,8 @@ class MDLMGenerationMixin:
                     continue
                 columns, seen = send(block.columns, tokens.device), send(block.seen, tokens.device)
                 window = tokens.gather(1, columns)
+                if cache is not None:
+                    cache.enter(block.first, block.end, block.seen.sum(dim=1))
                 canvas = Canvas(
                     # Padding shows the row's first token, so that logits processors never see a padding-only token.
                     torch.where(seen, window, window[:, :1]),
@@ -128,6 +136,7 @@ class MDLMGenerationMixin:
                         eos_token_ids=request.eos_token_ids,
                         compile=options.compile,
                         coupling=options.coupling,
+                        cache=cache,
                         **options.draw_options(),
                     ),
                     block.first_step,
@@ -138,6 +147,7 @@ class MDLMGenerationMixin:
                     tokens.scatter_(1, columns, torch.where(seen, canvas.tokens, window))
                     watchers.draft(step, tokens)
                 nfe += canvas.nfe
+                computed += canvas.nfe * block.seen.sum(dim=1)
                 reveal_steps.scatter_reduce_(1, block.columns, canvas.reveal_steps, "amax")
                 if options.stop_at_eos and end_rows(tokens, fillable, reveal_steps, request):
                     watchers.draft(canvas.step - 1, tokens)
@@ -150,11 +160,43 @@ class MDLMGenerationMixin:
             sequences=tokens,
             nfe=nfe.to(tokens.device),
             reveal_steps=reveal_steps.to(tokens.device) if options.output_reveal_steps else None,
+            computed=(computed if cache is None else cache.computed).to(tokens.device),
         )
 
     def trunk(self) -> Callable:
         """`(input_ids, timesteps, attention_mask, hidden_rows) -> last_hidden_state` at those rows, which the head takes."""
         return self.model
+
+    def cached_trunk(self, request: Request) -> CachedTrunk | None:
+        """What keeps keys and values from one forward to the next, as the request's `cache` says."""
+        if request.options.cache in (None, "none"):
+            return None
+        self.check_cache(request.options.cache)
+        return CachedTrunk(self, request.options.cache, *request.tokens.shape)
+
+    def check_cache(self, cache: str):
+        """Raises ValueError when the network cannot run on a part of the canvas."""
+        check_attention(self.config._attn_implementation)
+
+    def states_at(
+        self,
+        input_ids: torch.LongTensor,
+        timesteps: torch.Tensor,
+        columns: torch.LongTensor,
+        mask: torch.BoolTensor,
+        memory: Memory,
+    ) -> torch.Tensor:
+        """What the head is given to predict a part of the canvas, the other tokens being in a memory: [b, m, d].
+
+        Args:
+            input_ids, columns: [b, m]: the tokens, and the column of each in its row, which has no padding on the left.
+            timesteps: [b].
+            mask: [b, m, past + m]: who sees whom, of the tokens in the memory and of these.
+            memory: see `Memory.look`.
+        """
+        bias = attention_bias(mask, self.config._attn_implementation, self.dtype)
+        inputs = {"input_ids": input_ids, "timesteps": timesteps, "position_ids": columns, "attention_mask": bias}
+        return self.model(**inputs, past_key_values=memory).last_hidden_state
 
     def padding_mask(self, seen: torch.BoolTensor) -> torch.Tensor:
         """The trunk's `attention_mask` for the positions [b, L] that are not padding.
@@ -178,6 +220,7 @@ class MDLMGenerationMixin:
         eos_token_ids: Sequence[int] = (),
         compile: bool = False,
         coupling: bool = False,
+        cache: CachedTrunk | None = None,
         **draw,
     ) -> Denoiser:
         """What a `Canvas` asks of this model.
@@ -190,6 +233,7 @@ class MDLMGenerationMixin:
             early: [B, L] bool, CPU: the positions of the canvas at which none of `eos_token_ids` is drawn.
             compile: run the trunk through `torch.compile`.
             coupling: draw through the model's chain, see `coupling_mdlm.py`.
+            cache: runs the trunk, on a part of the canvas; without guidance and `compile`.
             draw: temperature, top_k, top_p, dtype; see `draw_tokens`.
         """
         guided, padded = guidance_scale is not None, seen is not None and not seen.all()
@@ -207,6 +251,8 @@ class MDLMGenerationMixin:
             tokens: torch.Tensor, rows: torch.Tensor, time: torch.Tensor, wanted: torch.Tensor | None
         ) -> torch.Tensor:
             sigma = send(process.sigma(time), tokens.device)
+            if cache is not None:
+                return cache(tokens, rows, sigma, wanted)
             if guided:
                 without = tokens.masked_fill(prompt[rows], process.mask_token_id)
                 tokens, rows, sigma = torch.cat([tokens, without]), rows.repeat(2), sigma.repeat(2)
@@ -297,6 +343,7 @@ class Block:
         columns: [B, W]: the columns of the canvas that the window shows, row by row.
         positions: [B, W]: the positions of these tokens in their row, padding not counted.
         seen: [B, W] bool: those that are not padding.
+        first, end: [B]: the first column of the window that is in the block, and the first one behind it.
     """
 
     first_step: int
@@ -304,6 +351,8 @@ class Block:
     columns: torch.LongTensor
     positions: torch.LongTensor
     seen: torch.BoolTensor
+    first: torch.LongTensor
+    end: torch.LongTensor
 
 
 def blocks_of(request: Request, config: MDLMConfig) -> Iterator[Block]:
@@ -311,17 +360,20 @@ def blocks_of(request: Request, config: MDLMConfig) -> Iterator[Block]:
 
     A row is cut from its first mask on, its padding left out: it has the same blocks in any batch. The network sees the
     canvas as far as the context goes (LLaDA, arXiv 2502.09992, Sec. 2.4); beyond that, the context's last tokens up to the
-    block's end (MDLM's semi-autoregressive sampler).
+    block's end (MDLM's semi-autoregressive sampler). A block model's blocks are its own, counted from the first token, and
+    it is shown nothing behind them, which they would not see.
     """
+    own_blocks = getattr(config, "block_size", None) is not None
     fillable, seen, context = request.fillable, request.seen, config.max_position_embeddings
     size = request.options.block_length or fillable.shape[1]
     order = (~seen).long().argsort(dim=1, stable=True)  # the columns of a row's tokens, then those of its padding
     position, end = seen.cumsum(dim=1) - 1, seen.sum(dim=1, keepdim=True)
-    first = position.gather(1, fillable.long().argmax(dim=1, keepdim=True))
+    first = position.gather(1, fillable.long().argmax(dim=1, keepdim=True)) * (not own_blocks)
     numbers = torch.where(fillable, (position - first) // size, -1)
     for number in range(int(numbers.max()) + 1):
-        right = first + (number + 1) * size
-        if config.mask_token_id is not None:  # uniform noise has no token for what is still to come
+        begin = first + number * size
+        right = block_end = (begin + size).minimum(end)
+        if config.mask_token_id is not None and not own_blocks:  # uniform noise has no token for what is still to come
             right = right.clamp(min=context)
         right = right.minimum(end)
         left = (right - context).clamp(min=0)
@@ -332,6 +384,8 @@ def blocks_of(request: Request, config: MDLMConfig) -> Iterator[Block]:
             columns=order.gather(1, positions),
             positions=positions,
             seen=positions < right,
+            first=(begin - left)[:, 0],
+            end=(block_end - left)[:, 0],
         )
 
 

@@ -50,7 +50,7 @@ def load_model(
     Args:
         source: where the checkpoint is.
         dtype: the dtype that the weights are loaded in, whatever that of the file.
-        options: `revision`, `ema`, `trust_pickle`, `diffusion_kind`, see `read_checkpoint`.
+        options: `revision`, `ema`, `trust_pickle`, `diffusion_kind`, `block_size`, see `read_checkpoint`.
 
     Raises:
         ValueError: the checkpoint is missing, does not fit, or holds a number that is not finite; names the first wrong
@@ -115,6 +115,7 @@ def read_checkpoint(
     ema: bool = False,
     trust_pickle: bool = False,
     diffusion_kind: str | None = None,
+    block_size: int | None = None,
 ) -> Checkpoint:
     """Finds a checkpoint and checks each of its keys and shapes. The weights themselves are mapped, not read.
 
@@ -124,6 +125,7 @@ def read_checkpoint(
         ema: take the moving average of a Lightning file instead of its raw weights.
         trust_pickle: unpickle any class that the file names, which can run any code.
         diffusion_kind: "absorbing" or "uniform"; the configuration says it by default.
+        block_size: of SDAR and BD3-LM's A2D, whose attention is causal between blocks; the configuration says it by default.
 
     Raises:
         ValueError: as in `load_model`.
@@ -136,6 +138,8 @@ def read_checkpoint(
         if not settings and config_file.is_file():
             settings = read_object(config_file)
         generation_config = None
+        if block_size is not None and not is_backbone(settings):
+            raise ValueError(f"block_size is {block_size}, but it is no network of transformers: leave it out")
         if settings.get("model_type") == MDLMConfig.model_type:
             config = MDLMConfig.from_dict(settings)
             if diffusion_kind not in (None, config.diffusion_kind):
@@ -145,7 +149,7 @@ def read_checkpoint(
         elif is_backbone(settings):
             if diffusion_kind == "uniform":
                 raise ValueError("it is a network of absorbing diffusion, not of 'uniform'")
-            config, ours_of, generation_config = read_backbone(settings, state, folder)
+            config, ours_of, generation_config = read_backbone(settings, state, folder, block_size)
         else:
             frequencies = state.pop(ROTARY_BUFFER, None)
             ours_of = parameter_names(count_blocks(state))

@@ -16,6 +16,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.utils import can_return_tuple
 
+from .block_attention_mdlm import attention_bias, check_attention, sees_blocks, sees_clean_blocks
+from .cache_mdlm import Memory
 from .checks_mdlm import check_canvas, check_integers, check_positions, check_shape
 from .configuration_backbone_mdlm import WITHOUT_HEAD, MDLMBackboneConfig
 from .generation_mdlm import MDLMGenerationMixin
@@ -108,6 +110,7 @@ class MDLMBackboneForMaskedDiffusion(MDLMGenerationMixin, PreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         hidden_rows: torch.Tensor | None = None,
+        clean_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MaskedLMOutput | HeadRows:
         """As `MDLMForMaskedDiffusion.forward`. The logits at a position are those of its token, whatever the network's shift.
@@ -120,6 +123,8 @@ class MDLMBackboneForMaskedDiffusion(MDLMGenerationMixin, PreTrainedModel):
             labels: [B, L] int64, -100 for none; the loss is the mean cross-entropy of the others, float32.
             hidden_rows: positions at which to stop before the head, a mask [B, L] or indices [R] into the flattened
                 canvas: the result is then a `HeadRows`. Not together with `labels`.
+            clean_ids: [B, L] int64, of a block model in training: what each token sees of the blocks before its own, instead
+                of `input_ids` themselves. The network then runs on both, 2 L tokens.
 
         Raises:
             ValueError: for inputs that do not fit each other, the vocabulary or the context.
@@ -128,8 +133,8 @@ class MDLMBackboneForMaskedDiffusion(MDLMGenerationMixin, PreTrainedModel):
             raise ValueError(
                 "labels and hidden_rows exclude each other: compute the loss from the rows that are returned"
             )
-        states = self.states(input_ids, attention_mask, timesteps, position_ids, inputs_embeds, **kwargs)
-        sources = self.sources(states, attention_mask)
+        states = self.states(input_ids, attention_mask, timesteps, position_ids, inputs_embeds, clean_ids, **kwargs)
+        sources = self.sources(states, attention_mask, clean=clean_ids is not None)
         if hidden_rows is not None:
             check_positions("hidden_rows", hidden_rows, sources.shape)
             return self.head_rows(states, sources.flatten()[hidden_rows.flatten()])
@@ -149,45 +154,114 @@ class MDLMBackboneForMaskedDiffusion(MDLMGenerationMixin, PreTrainedModel):
         timesteps: torch.Tensor | None,
         position_ids: torch.LongTensor | None,
         inputs_embeds: torch.FloatTensor | None,
+        clean_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """The trunk's hidden states of every position [B, L, d], not shifted and not transformed."""
+        """The trunk's hidden states of every position [B, L, d], not shifted and not transformed.
+
+        With `clean_ids` those of the clean tokens follow: [B, 2 L, d].
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         check_canvas(self.config, input_ids, inputs_embeds, attention_mask, timesteps)
         canvas = input_ids if inputs_embeds is None else inputs_embeds
         if attention_mask is not None:
             check_shape("attention_mask", attention_mask, canvas.shape[:2])
+        positions = self.positions(canvas, attention_mask) if position_ids is None else position_ids
+        if clean_ids is not None:
+            if self.config.attention != "block" or inputs_embeds is not None:
+                raise ValueError("clean_ids are for models with attention='block', together with input_ids")
+            check_shape("clean_ids", clean_ids, input_ids.shape)
+            check_integers("clean_ids", clean_ids, self.config.vocab_size)
+            input_ids = torch.cat([input_ids, clean_ids], dim=1)
+        attention_mask = self.who_sees_whom(positions, attention_mask, clean_ids is not None)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         if self.takes_positions:
-            inputs["position_ids"] = self.positions(canvas, attention_mask) if position_ids is None else position_ids
+            inputs["position_ids"] = positions if clean_ids is None else positions.repeat(1, 2)
+        return self.run_network(**inputs, attention_mask=attention_mask, **kwargs)
+
+    def run_network(self, **inputs) -> torch.Tensor:
+        """The trunk's hidden states, not transformed."""
         if self.config.head_transform == WITHOUT_HEAD:
             with without_forward(self.get_output_embeddings()):
-                return self.network(**inputs, attention_mask=attention_mask, **kwargs).logits
-        return self.network.base_model(**inputs, attention_mask=attention_mask, **kwargs)[0]
+                return self.network(**inputs).logits
+        return self.network.base_model(**inputs)[0]
+
+    def check_cache(self, cache: str):
+        network = self.config.backbone_config
+        check_attention(network._attn_implementation)
+        parameters = inspect.signature(self.network.base_model.forward).parameters
+        if not {"past_key_values", "position_ids"} <= parameters.keys():
+            raise ValueError(
+                f"cache is {cache!r}, but a {type(self.network).__name__} takes no keys and values from outside"
+            )
+        if "sliding_attention" in (getattr(network, "layer_types", None) or ()):
+            raise ValueError(
+                f"cache is {cache!r}, but {type(self.network).__name__} has layers with a sliding window, for which there is none"
+            )
+
+    def states_at(
+        self,
+        input_ids: torch.LongTensor,
+        timesteps: torch.Tensor,
+        columns: torch.LongTensor,
+        mask: torch.BoolTensor,
+        memory: Memory,
+    ) -> torch.Tensor:
+        """As in the mixin. Under a shift the first of these tokens is predicted from its own state, the others are not."""
+        states = self.run_network(
+            input_ids=input_ids,
+            position_ids=columns + self.config.first_position,
+            attention_mask=attention_bias(mask, self.config.backbone_config._attn_implementation, self.dtype),
+            past_key_values=memory,
+        )
+        if self.config.logits_shift:
+            states = torch.cat([states[:, :1], states[:, :-1]], dim=1)
+        return self.transform(states)
 
     def positions(self, canvas: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
         """The number of each token in its row [B, L], padding not counted."""
         seen = torch.ones(canvas.shape[:2], device=canvas.device) if attention_mask is None else attention_mask
         return self.config.first_position + (seen.long().cumsum(dim=1) - 1).clamp(min=0)
 
+    def who_sees_whom(
+        self, positions: torch.LongTensor, attention_mask: torch.Tensor | None, clean: bool = False
+    ) -> torch.Tensor | None:
+        """The network's `attention_mask` for tokens at these positions [B, L]: their padding, or a mask of blocks."""
+        if self.config.attention == "full":
+            return attention_mask
+        seen = None if attention_mask is None else attention_mask.bool()
+        mask = (sees_clean_blocks if clean else sees_blocks)(self.blocks_at(positions), seen)
+        return attention_bias(mask, self.config.backbone_config._attn_implementation, self.dtype)
+
+    def blocks_at(self, positions: torch.LongTensor) -> torch.LongTensor:
+        """The number of the block that each position is in."""
+        return (positions - self.config.first_position) // self.config.block_size
+
     def sources(
-        self, states: torch.Tensor, attention_mask: torch.Tensor | None, shift: int | None = None
+        self, states: torch.Tensor, attention_mask: torch.Tensor | None, shift: int | None = None, clean: bool = False
     ) -> torch.LongTensor:
         """Which hidden state predicts each token, as indices into the flattened states: [B, L]. `shift`: another than ours.
 
         The token's own; or, under a shift, that of the token before it, if there is one. These are indices and not a mask
-        that is moved, since the first two tokens of a row have one source.
+        that is moved, since the first two tokens of a row have one source. With `clean`, where the states of L clean tokens
+        follow those of L noisy ones, the first token of a block is predicted from the clean one before it: the last token
+        of a block that is finished, as in sampling.
         """
-        batch, length = states.shape[:2]
-        own = torch.arange(batch * length, device=states.device).view(batch, length)
+        batch, width = states.shape[:2]
+        length = width // 2 if clean else width
+        own = torch.arange(batch * width, device=states.device).view(batch, width)[:, :length]
         if not (self.config.logits_shift if shift is None else shift):
             return own
         follows = torch.ones_like(own, dtype=torch.bool)
         follows[:, 0] = False
         if attention_mask is not None:
             follows[:, 1:] = attention_mask[:, :-1].bool()  # padding predicts nothing
-        return own - follows.long()
+        sources = own - follows.long()
+        if clean:
+            blocks = self.blocks_at(self.positions(own, attention_mask))
+            sources = sources + length * (follows & (blocks != blocks.roll(1, dims=1))).long()
+        return sources
 
     def head_rows(self, states: torch.Tensor, sources: torch.LongTensor) -> HeadRows:
         """The rows that the head makes of the hidden states [B, L, d] at flat indices [R]."""

@@ -18,6 +18,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_mdlm import Memory
 from .checks_mdlm import check_canvas, check_integers, check_positions, check_shape
 from .configuration_mdlm import MDLMConfig, checked_coupling
 from .coupling_mdlm import MDLMCoupling
@@ -128,6 +129,7 @@ class MDLMAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         hidden_rows: torch.Tensor | None = None,
+        past_key_values: Memory | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, _ = hidden_states.shape
@@ -137,6 +139,8 @@ class MDLMAttention(nn.Module):
         if self.config.rotary_precision == "native":
             position_embeddings = tuple(angles.to(query.dtype) for angles in position_embeddings)
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
         if hidden_rows is not None:
             query = torch.take_along_dim(query, hidden_rows[:, None, :, None], dim=2)
             if attention_mask is not None:

@@ -215,7 +215,21 @@ SETTINGS = {
         **{"rope_theta": 1e6, "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
     },
 }
-NATIVE = {"llada": "llama", "Dream": "qwen2", "a2d-qwen3": "qwen3"}
+SETTINGS["sdar"] = SETTINGS["a2d-qwen3"] | {
+    **{"model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 8, "mask_token_id": MASK},
+    **{"attention_bias": False, "use_sliding_window": False, "sliding_window": None, "rope_scaling": None},
+}
+SETTINGS["Fast_dLLM_Qwen"] = SETTINGS["Dream"] | {
+    **{
+        "model_type": "Fast_dLLM_Qwen",
+        "architectures": ["Fast_dLLM_QwenForCausalLM"],
+        "bd_size": 8,
+        "use_mrope": None,
+    },
+    **{"layer_types": ["full_attention"] * 2, "max_position_embeddings": LENGTH},
+}
+NATIVE = {"llada": "llama", "Dream": "qwen2", "a2d-qwen3": "qwen3", "sdar": "qwen3", "Fast_dLLM_Qwen": "qwen2"}
+BLOCK_SIZE = {"sdar": 8, "Fast_dLLM_Qwen": 8}
 
 
 def published(folder: Path, kind: str, dtype: torch.dtype = torch.float32, drop: str = "", **changes) -> Path:
@@ -250,11 +264,14 @@ def test_published_weights_become_a_native_folder_bitwise(kind, dtype, tmp_path)
     assert_same_weights(loaded, network)
     settings = json.loads((tmp_path / "native" / "config.json").read_text())
     assert "auto_map" not in settings and settings["rope_parameters"]["rope_theta"] == SETTINGS[kind]["rope_theta"]
-    shift, context = (1, 2048) if kind == "Dream" else (0, LENGTH)
+    shift, context = int(NATIVE[kind] == "qwen2"), 2048 if kind == "Dream" else LENGTH
     for source in ("theirs", "native"):
         model = load_model(tmp_path / source, dtype)
         config = model.config
         assert (config.mask_token_id, config.logits_shift, config.max_position_embeddings) == (MASK, shift, context)
+        assert config.block_size == BLOCK_SIZE.get(kind) and config.attention == (
+            "block" if config.block_size else "full"
+        )
         assert_same_weights(model.network, network)
         ids = tokens(2, 6)
         torch.testing.assert_close(logits_of(model, ids), shifted(logits_of(loaded, ids), shift), rtol=0, atol=1e-5)
@@ -294,7 +311,8 @@ def test_the_converted_llada_computes_with_its_own_constants(tmp_path):
         ("Dream", {"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight is not a parameter of Qwen2"),
         ("Dream", {"mask_token_id": 99}, r"mask_token_id \(99\) must lie in \[0, vocab_size = 48\)"),
         ("a2d-qwen3", {"model_type": "a2d-qwen2", "head_dim": None}, "q_proj.bias is missing"),
-        ("a2d-qwen3", {"model_type": "sdar"}, "'sdar': models whose attention is causal between blocks are not"),
+        ("sdar", {"block_size": None}, "does not say how long they are: give block_size .mcd-convert --block-size."),
+        ("sdar", {"model_type": "llada2_moe"}, "'llada2_moe', a mixture of experts that transformers does not have"),
         (
             "a2d-qwen3",
             {"model_type": "qwen3"},
@@ -319,6 +337,22 @@ def test_a_native_masked_language_model_has_the_mask_of_its_tokenizer(tmp_path):
     model = load_model(tmp_path / "bert")
     assert model.config.mask_token_id == MASK
     assert_same_weights(model.network, network)
+
+
+def test_a_block_size_is_given_where_no_file_says_it(tmp_path, capsys):
+    """BD3-LM's A2D, whose files do not differ from MDLM's, and SDAR; what has a block size, or none, takes no other."""
+    for kind in ("a2d-qwen3", "sdar"):
+        source = str(published(tmp_path / kind, kind, block_size=None))
+        main([source, str(tmp_path / f"{kind}-native"), "--block-size", "4"])
+        for folder, given in ((source, {"block_size": 4}), (tmp_path / f"{kind}-native", {})):
+            config = load_model(folder, **given).config
+            assert (config.attention, config.block_size) == ("block", 4)
+    for source, reason in (
+        (tmp_path / "sdar-native", "says block_size = 4"),
+        (published(tmp_path / "dream", "Dream"), "has no blocks"),
+    ):
+        with pytest.raises(ValueError, match=f"block_size is 8, but its config.json {reason}: leave it out"):
+            load_model(source, block_size=8)
 
 
 def test_the_converter_writes_either_layout_and_no_other(tmp_path, capsys):
@@ -599,6 +633,77 @@ def test_the_llada_preset_decodes_as_its_authors_do(models):
         assert torch.equal(model.generate(prompt, generation_config=options, seed=0), expected)
     with pytest.raises(ValueError, match="preset must be one of .*'llada_low_confidence'.* not 'llada'"):
         MDLMGenerationConfig.preset("llada")
+
+
+@torch.no_grad()
+def cd4lm_generate(network, prompt, length: int, size: int, threshold: float, cap: int, share: float, ends: list[int]):
+    """CD4LM's confidence-adaptive decoding, as its authors describe it, one row at a time; [MASK] is never predicted.
+
+    A block of `size` after the other. In each step every masked token of the block that is at least `threshold` certain is
+    taken, and the surest one if none is; in step number `cap`, all that are left. No end in the first `share` of the text.
+    """
+    texts, forwards = [], []
+    for row in prompt:
+        canvas, count = torch.cat([row, torch.full((length,), MASK)])[None], 0
+        for start in range(len(row), len(row) + length, size):
+            block, step = torch.arange(start, min(start + size, len(row) + length)), 0
+            while (canvas[0, block] == MASK).any():
+                step += 1
+                logits = network(input_ids=canvas).logits[0]
+                logits[:, MASK] = -torch.inf
+                for place in range(len(row), len(row) + length):
+                    if place < len(row) + share * length:
+                        logits[place, ends] = -torch.inf
+                chances, best = logits.softmax(-1).max(-1)
+                masked = [place for place in block.tolist() if canvas[0, place] == MASK]
+                sure = [place for place in masked if chances[place] >= threshold]
+                taken = masked if step == cap else sure or [max(masked, key=lambda place: chances[place])]
+                canvas[0, taken] = best[taken]
+            count += step
+        texts.append(canvas[0])
+        forwards.append(count)
+    return torch.stack(texts), forwards
+
+
+@pytest.mark.parametrize("threshold, cap", [(0.95, 32), (0.8, 32), (0.8, 3), (0.95, 2)])
+def test_the_cd4lm_preset_decodes_as_its_authors_do(threshold, cap):
+    """Of blocks of 8 instead of 32, with ends that the network likes; the published settings are those of their evaluation."""
+    network, prompt = make_network("llama"), tokens(4, 6)
+    network.lm_head.weight.data *= 20  # certain of some tokens and of others not
+    model = as_masked_diffusion(network, MASK)
+    published = MDLMGenerationConfig.preset("cd4lm_adaptive")
+    assert (published.threshold, published.block_length, published.max_steps) == (0.95, 32, 32)
+    assert (published.min_tokens, published.max_tokens, published.eos_after, published.temperature) == (
+        None,
+        32,
+        0.3,
+        0,
+    )
+    favourites = model.generate(prompt, published, block_length=8, max_new_tokens=20, seed=0, eos_token_id=[0])[:, 6:]
+    ends = favourites.flatten().bincount(minlength=K).topk(3).indices.tolist()
+    expected, forwards = cd4lm_generate(model.network, prompt, 20, 8, threshold, cap, 0.3, ends)
+    changes = {"threshold": threshold, "max_steps": cap, "block_length": 8, "max_new_tokens": 20}
+    options = MDLMGenerationConfig.preset("cd4lm_adaptive", **changes)
+    output = model.generate(prompt, options, eos_token_id=ends, seed=0, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected) and output.nfe.tolist() == forwards
+    early, late = output.sequences[:, 6:12], output.sequences[:, 12:]
+    assert not torch.isin(early, torch.tensor(ends)).any() and torch.isin(late, torch.tensor(ends)).any()
+    assert max(forwards) <= 3 * cap and (cap < 32 or 3 < min(forwards) < max(forwards))
+
+
+def test_a_preset_takes_another_length():
+    options = MDLMGenerationConfig.preset("llada_low_confidence", length=64, steps=None)
+    assert (options.length, options.max_new_tokens, options.steps) == (64, None, 128)
+
+
+def test_a_preset_knows_nothing_of_the_vocabulary(models):
+    """Ids that the model is told never to draw stay so under another generation configuration."""
+    model, options = wrapped("llama"), MDLMGenerationConfig.preset("cd4lm_adaptive", max_new_tokens=20, block_length=8)
+    model.generation_config.suppress_above = 30
+    drawn = [
+        network.generate(tokens(4, 6), options, seed=0, eos_token_id=2)[:, 6:] for network in (model, models["llama"])
+    ]
+    assert drawn[0].max() < 30 <= drawn[1].max()
 
 
 def test_the_linear_schedule_is_one_minus_t(models):

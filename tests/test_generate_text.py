@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 
+from modeling_mcd import MDLMGenerationConfig
 from modeling_mcd.generate_text import Drafts, main
+from modeling_mcd.loading import load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -49,6 +51,43 @@ def test_masks_in_a_prompt_are_filled(folder, model, tokenizer, capsys):
     (text,) = expected(model, tokenizer, "h[MASK]llo [MASK]", steps=2, seed=1)
     assert written(capsys, folder, "--prompt", "h[MASK]llo [MASK]", "--steps", "2", "--seed", "1") == text + "\n"
     assert re.fullmatch("h.?llo .?", text)
+
+
+def test_presets_and_guards_are_options(folder, tokenizer, capsys):
+    """A preset with some of it changed, the guard of the end, the cap on steps, suppressed ids, a cache: as `generate`."""
+    model, options = load_model(folder), "--max_new_tokens 16 --max_steps 2 --eos_after 0.5 --seed 1"
+    end = tokenizer.eos_token_id
+    with torch.no_grad():
+        model.lm_head.bias[end] = 3.0
+    model.save_pretrained(folder)
+    settings = MDLMGenerationConfig.preset("cd4lm_adaptive", max_new_tokens=16, max_steps=2, eos_after=0.5)
+    (text,) = expected(model, tokenizer, "hello ", seed=1, generation_config=settings)
+    given = ["--preset", "cd4lm_adaptive", *options.split()]
+    assert written(capsys, folder, "--prompt", "hello ", *given) == text + "\n"
+    plain = {"seed": 1, "length": 24, "steps": 4, "suppress_above": 20, "block_length": 6, "cache": "dual"}
+    (text,) = expected(model, tokenizer, "hello ", **plain, stop_at_eos=True)
+    given = [word for name, value in plain.items() for word in (f"--{name}", str(value))]
+    assert written(capsys, folder, "--prompt", "hello ", *given, "--stop_at_eos") == text + "\n"
+
+
+def test_a_message_goes_through_the_chat_template(folder, tokenizer, capsys):
+    """The answer alone is written; without a template, or a message, one line says so."""
+    for arguments, message in (
+        (["--chat", "--prompt", "hello"], "--chat: the tokenizer has no chat template"),
+        (["--chat"], "--chat needs a --prompt"),
+    ):
+        with pytest.raises(SystemExit):
+            main([folder, *arguments])
+        error = capsys.readouterr().err
+        assert message in error.splitlines()[-1]
+    template = "{% for message in messages %}q: {{ message['content'] }} {% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    ids = torch.tensor([tokenizer("q: hello a: ", add_special_tokens=False)["input_ids"]])
+    answer = load_model(folder).generate(ids, steps=4, seed=1, max_new_tokens=8)[0, ids.shape[1] :]
+    out = written(capsys, folder, "--chat", "--prompt", "hello", *"--steps 4 --seed 1 --max_new_tokens 8".split())
+    assert out == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
 
 
 def test_several_texts_are_told_apart(folder, model, tokenizer, capsys):

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from modeling_mcd.checks_mdlm import ABOVE_0_TO_1, BELOW_1, check_numbers
 from modeling_mcd.forward_process_mdlm import Process, process_of, sigma_of
 from modeling_mcd.head_mdlm import HeadRows
-from modeling_mcd.locking_mdlm import LOCKINGS, locked_uniforms
+from modeling_mcd.locking_mdlm import LOCKINGS, PHI, locked_uniforms
 from modeling_mcd.transfer_mdlm import send
 from trainers.exact_resume import ExactResumeArguments, ExactResumeTrainer
 from trainers.teacher import EMACallback, Follower
@@ -203,6 +203,7 @@ class DiffusionTrainer(ExactResumeTrainer):
                 self.check_evaluation_batch(dataset)
         self.process = process_of(self.model.config)
         self.schedule, self.mask_token_id = self.process.schedule, self.model.config.mask_token_id
+        self.block_size = getattr(self.model.config, "block_size", None)  # of a block model
         if args.ema_decay is not None:
             self.companions["ema"] = Follower(self.model)
             self.companions["ema"].model.to(args.device)
@@ -268,14 +269,45 @@ class DiffusionTrainer(ExactResumeTrainer):
             u = torch.where(spread[:, None], locked_uniforms("spread", u, maskable), u)
         return times, u, *more
 
+    def noise_rows(self, inputs: dict, **draws) -> tuple[torch.Tensor, ...]:
+        """What noise has a time for, as rows: x_0 and the maskable tokens [R, n], and the noise of `noise_of_batch` for them.
+
+        They are the rows of the batch. Of a block model they are its blocks, one after the other, since each of them is a
+        diffusion of its own, with its own time, given the clean blocks before it (BD3-LM, arXiv 2503.09573, Eq. 6). Block k
+        of a row has the time frac(t + k phi), t being the row's: uniform, stratified over the batch for every k, and spread
+        over [0, 1) along the row. A last block that is cut short is filled up with tokens that are not maskable.
+        """
+        x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
+        times, *uniforms = self.noise_of_batch(maskable, **draws)
+        if self.block_size is None:
+            return x_0, maskable, times, *uniforms
+        missing = -x_0.shape[1] % self.block_size
+        x_0, maskable, *uniforms = (
+            torch.nn.functional.pad(values, (0, missing)).reshape(-1, self.block_size)
+            for values in (x_0, maskable, *uniforms)
+        )
+        shifts = torch.arange(len(x_0) // len(times), device=times.device) * PHI
+        return x_0, maskable, ((times[:, None] + shifts) % 1).flatten(), *uniforms
+
     def compute_rows(
         self, network, positions: torch.Tensor, z: torch.Tensor, gamma: torch.Tensor, inputs: dict
     ) -> HeadRows:
-        """Runs a network on the canvas z [B, L] at noise level gamma [B].
+        """Runs a network on the canvas z at noise level gamma; a block model's blocks each see the clean ones before them.
+
+        Args:
+            positions: a boolean mask of z.
+            z, gamma: of `noise_rows`.
+            inputs: the batch.
 
         Returns:
-            Its head rows [R] at `positions`, a boolean mask [B, L].
+            Its head rows at `positions`.
         """
+        if self.block_size is not None:
+            clean = inputs["input_ids"]
+            z, positions = (values.reshape(len(clean), -1)[:, : clean.shape[1]] for values in (z, positions))
+            return network(
+                hidden_rows=positions, input_ids=z, clean_ids=clean, attention_mask=inputs.get("attention_mask")
+            )
         return network(
             hidden_rows=positions,
             input_ids=z,

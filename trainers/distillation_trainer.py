@@ -95,7 +95,7 @@ def decisive_fields(config) -> dict:
     if not hasattr(config, "backbone_config"):
         return {name: getattr(config, name, None) for name in ("model_type", *ARCHITECTURE)}
     network = config.backbone_config.to_dict()
-    own = {name: getattr(config, name) for name in ("head_transform", "logits_shift", "attention")}
+    own = {name: getattr(config, name) for name in ("head_transform", "logits_shift", "attention", "block_size")}
     return own | {name: x for name, x in network.items() if name not in UNRELATED and "drop" not in name}
 
 

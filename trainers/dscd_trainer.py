@@ -19,7 +19,6 @@ import torch
 
 from modeling_mcd.checks_mdlm import BELOW_1, POSITIVE, WITHIN_0_1, check_numbers
 from modeling_mcd.forward_process_mdlm import mask_tokens
-from trainers.diffusion_trainer import maskable_tokens
 from trainers.distillation_trainer import DistillationArguments, DistillationTrainer
 from trainers.divergences import at_temperature, cross_entropy, divergence
 from trainers.trajectories import most_masked
@@ -73,10 +72,9 @@ class DSCDTrainer(DistillationTrainer):
     """Trains the student on a heavily masked sequence to predict what a frozen teacher predicts on a lightly masked one."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
         temperature, weight = self.args.temperature, self.args.lambda_of(self.state.global_step)
 
-        times, u, second = self.noise_of_batch(maskable, draws=2)
+        x_0, maskable, times, u, second = self.noise_rows(inputs, draws=2)
         ratio = between(self.args.student_ratio, times)
         share = between(self.args.teacher_share, second[:, 0])  # only the first of a row's draws is needed
         teacher_ratio = torch.minimum((ratio * share).clamp(*self.args.teacher_ratio), ratio)

@@ -17,7 +17,6 @@ from torch import nn
 
 from modeling_mcd.checks_mdlm import BELOW_1, POSITIVE, check_choices, check_numbers
 from modeling_mcd.head_mdlm import HeadRows
-from trainers.diffusion_trainer import maskable_tokens
 from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
 from trainers.divergences import check_divergence, cross_entropy, divergence, divergence_from_token
 from trainers.teacher import TeacherCallback
@@ -87,11 +86,10 @@ class MCDTrainer(DistillationTrainer):
         self.add_callback(TeacherCallback(self.companions["teacher"], args.teacher_ema_decay))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
         round = self.args.round_of(self.state.global_step)
         delta, tau = self.args.delta_of(round), self.args.tau_of(round)
 
-        times, u = self.noise_of_batch(maskable)
+        x_0, maskable, times, u = self.noise_rows(inputs)
         t = 1 - (1 - delta) * times  # U(delta, 1]
         gamma_t, gamma_s = self.schedule.gamma(t), self.schedule.gamma(t - delta)
         (z_t, m_t), (z_s, m_s) = self.process.coupled_pair(x_0, gamma_t, gamma_s, u, maskable)

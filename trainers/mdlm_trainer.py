@@ -7,7 +7,7 @@ from transformers.training_args import OptimizerNames
 
 from modeling_mcd.checks_mdlm import INSIDE_0_1, check_numbers
 from modeling_mcd.forward_process_mdlm import at_positions
-from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments, maskable_tokens
+from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
 from trainers.divergences import nelbo
 from trainers.muon import build_muon
 
@@ -49,11 +49,9 @@ class MDLMTrainer(DiffusionTrainer):
         return super().create_optimizer(model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
-
         # Under uniform noise, u also picks the token, unless u is spread: the picks must not depend on each other.
         picks = self.process.mask_token_id is None and self.locking == "spread"
-        times, u, *pick = self.noise_of_batch(maskable, draws=1 + picks)
+        x_0, maskable, times, u, *pick = self.noise_rows(inputs, draws=1 + picks)
         t = self.args.sampling_epsilon + (1 - self.args.sampling_epsilon) * times
         gamma, slope = self.schedule.gamma(t), self.schedule.derivative(t)
         z_t, scored = self.process.corrupt(x_0, gamma, u, maskable, *pick)

@@ -20,7 +20,6 @@ import torch
 
 from modeling_mcd.checks_mdlm import INSIDE_0_1, WITHIN_0_1, check_numbers
 from modeling_mcd.forward_process_mdlm import at_positions
-from trainers.diffusion_trainer import maskable_tokens
 from trainers.distillation_trainer import DistillationArguments, DistillationTrainer
 from trainers.divergences import divergence, divergence_from_token, nelbo
 
@@ -53,10 +52,9 @@ class MPDCTrainer(DistillationTrainer):
     has_teacher = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
         delta = self.args.delta_of(self.state.global_step)
 
-        times, u, second = self.noise_of_batch(maskable, draws=2)
+        x_0, maskable, times, u, second = self.noise_rows(inputs, draws=2)
         anchored = second[:, 0] < self.args.anchor_fraction  # only the first of a row's draws is needed
         t = 1 - (1 - torch.full_like(times, delta).masked_fill(anchored, ANCHOR_EPSILON)) * times
         s = torch.where(anchored, 0, t - delta)

@@ -24,7 +24,6 @@ from modeling_mcd.draws_mdlm import draw_tokens
 from modeling_mcd.forward_process_mdlm import masked_at
 from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.noise_schedule_mdlm import NoiseSchedule
-from trainers.diffusion_trainer import maskable_tokens
 from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
 from trainers.divergences import check_divergence, divergence
 from trainers.teacher import TeacherCallback
@@ -101,11 +100,10 @@ class SDTTTrainer(DistillationTrainer):
         self.add_callback(TeacherCallback(self.companions["teacher"]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
         round, epsilon = self.args.round_of(self.state.global_step), self.args.sampling_epsilon
         delta = self.args.delta_of(round)
 
-        times, u, second = self.noise_of_batch(maskable, draws=2)
+        x_0, maskable, times, u, second = self.noise_rows(inputs, draws=2)
         t = epsilon + (1 - epsilon) * times
         gamma_t = self.schedule.gamma(t)
         z_t, m_t = self.process.corrupt(x_0, gamma_t, u, maskable)
