@@ -8,7 +8,7 @@
 
 The plain side is MDLM's update (arXiv 2406.07524, Alg. 2) in every step on every position: forward, softmax and Gumbel
 noise over the vocabulary, in float64 or as the original code does it, in float32 with truncated noise. Both sides have the
-same random weights and run alternately in one process. So does the trunk alone, the floor under every sampler that makes N
+same random weights and run alternately in one process, in the order ABBA. So does the trunk alone, the floor under every sampler that makes N
 forwards. The cost of a plain step and of a trunk forward is constant, so both are timed over at most `--plain_steps` of
 the N and scaled; `generate` is always timed in full. Medians of `--repeats` runs, after one that warms up.
 
@@ -92,7 +92,8 @@ def compare(
     times, peaks = {name: [] for name in sides}, {}
     warm_up = 0 if options.no_warm_up else 1
     for repeat in range(options.repeats + warm_up):
-        for name, (call, scale) in sides.items():
+        for name in list(sides)[:: -1 if repeat % 2 else 1]:
+            call, scale = sides[name]
             if options.device != "cpu":
                 torch.cuda.reset_peak_memory_stats()
             measured = seconds(call) * scale

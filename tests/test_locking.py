@@ -3,9 +3,11 @@
 Every statistical test has a fixed seed and a false-alarm rate of 1e-5.
 """
 
+import collections
 import itertools
 import json
 import math
+import operator
 
 import pytest
 import torch
@@ -307,6 +309,81 @@ def test_the_path_of_a_token_has_the_law_of_the_locked_corrector(sampler, option
         assert p_value(code.bincount(minlength=2**steps), exact / exact.sum()) > FALSE_ALARM
     neighbours = (paths[0][:, 0] & paths[0][:, 1]).double().mean()
     assert neighbours < 0.5 * paths[0].double().mean() ** 2, "neighbours are seldom revealed at once"
+
+
+START = [3, 1, 3]  # few masks: the enumeration grows fast
+
+
+def corrector_law(chances: list[float], sigmas: list[float]) -> torch.Tensor:
+    """Law of the 64 canvases under a locked corrector from `START`, by enumeration over all that its rhos can do.
+
+    Its first clock has the rho of the canvas, a remasked token the clock of the step that masked it again. What happens
+    changes only where one of these uniforms crosses a threshold.
+    """
+    holes = [i for i, token in enumerate(START) if token == MASK]
+    masks = len(holes)
+
+    def reveals(after: int) -> list[float]:
+        """Below the k-th of these, a clock that is uniform after step `after` has been up by the k-th step from there."""
+        left = itertools.accumulate((1 - chance for chance in chances[after + 1 :]), operator.mul)
+        return [1 - share for share in left]
+
+    def cells(thresholds) -> list[tuple[float, float]]:
+        cuts = sorted({(value - i * PHI) % 1 for value in (0.0, *thresholds) for i in range(masks)} | {0.0, 1.0})
+        return [((low + high) / 2, high - low) for low, high in itertools.pairwise(cuts)]
+
+    found = collections.Counter()
+    of_steps = [cells([sigma, *(sigma * value for value in reveals(k))]) for k, sigma in enumerate(sigmas)]
+    for (first, chance), *later in itertools.product(cells(reveals(-1)), *of_steps[1:]):
+        clock, visible, path = [(first + i * PHI) % 1 for i in range(masks)], [False] * masks, []
+        for k, (rho, width) in enumerate([(0.0, 1.0), *later]):
+            fresh, chance = [(rho + i * PHI) % 1 for i in range(masks)], chance * width
+            shown = [i for i in range(masks) if not visible[i] and clock[i] < chances[k]]
+            hidden = [i for i in range(masks) if visible[i] and fresh[i] < sigmas[k]]
+            clock = [
+                fresh[i] / sigmas[k] if i in hidden else (clock[i] - chances[k]) / (1 - chances[k] + 1e-300)
+                for i in range(masks)
+            ]
+            visible = [i in shown or visible[i] and i not in hidden for i in range(masks)]
+            path.append((tuple(shown), tuple(hidden)))
+        found[tuple(path)] += chance
+    law = torch.zeros(64, dtype=torch.float64)
+    for path, chance in found.items():
+        canvases = {tuple(START): chance}
+        for shown, hidden in path:
+            after = collections.Counter()
+            for canvas, p in canvases.items():
+                here = index_of(torch.tensor(canvas))
+                for values in itertools.product(range(3), repeat=len(shown)):
+                    target, weight = list(canvas), p
+                    for i, value in zip(shown, values, strict=True):
+                        target[holes[i]], weight = value, weight * TOKENS[here, holes[i], value].item()
+                    for i in hidden:
+                        target[holes[i]] = MASK
+                    after[tuple(target)] += weight
+            canvases = after
+        for canvas, p in canvases.items():
+            law[index_of(torch.tensor(canvas))] += p
+    return law
+
+
+@pytest.mark.parametrize(
+    "sampler, options, sigma",
+    [
+        (remdm, {"eta": 0.6}, lambda t, s: min(0.6, (1 - s) / t) if t else 0.6),
+        (psi, {"kappa": 0.3}, lambda t, s: 0.7 * (1 - s)),
+    ],
+)
+def test_a_locked_corrector_has_its_own_joint_law(sampler, options, sigma):
+    steps, schedule = 5, LogLinearSchedule(0.1)
+    gammas = schedule.gamma(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).tolist()
+    sigmas = [sigma(t, s) for t, s in itertools.pairwise(gammas)]
+    chances = [(s - (1 - x) * t) / (1 - t) for (t, s), x in zip(itertools.pairwise(gammas), sigmas, strict=True)]
+    law = corrector_law(chances, sigmas)
+    canvas = sample(sampler, TABLE, START, draws=20_000, steps=steps, schedule=schedule, locking="spread", **options)
+    assert p_value(counts_of(canvas), law) > FALSE_ALARM
+    alone = sample(sampler, TABLE, START, draws=20_000, steps=steps, schedule=schedule, **options)
+    assert p_value(counts_of(alone), law) < 1e-9, "the law of independent tokens"
 
 
 # --- Uniform noise
