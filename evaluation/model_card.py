@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from evaluation.evaluate_model import FIRST_LOCKING
 from evaluation.table import markdown_table, plain_rows, tables_of
+from modeling_mcd.adapters import ADAPTER_CONFIG
 from modeling_mcd.files import write_atomically
 from modeling_mcd.requirements_mdlm import MINIMUM
 
@@ -34,14 +35,16 @@ def write_model_card(folder: str | Path, report: dict, name: str | None = None) 
         The file.
     """
     folder = Path(folder)
-    causal = report.get("kind") == "causal"
+    causal, adapter = report.get("kind") == "causal", (folder / ADAPTER_CONFIG).exists()
     tables = [plain_rows(rows) for rows in tables_of(report["results"])]
     own = [row for rows in tables for row in rows if row["model"] == report.get("label")]
     tags = ["masked-diffusion", "mdlm", "masked-consistency-distillation", "arxiv:2602.00792"]
     name = name or folder.resolve().name
     card_data = ModelCardData(
         model_name=name,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
+        base_model=report.get("base_model"),
+        base_model_relation="adapter" if adapter else report.get("base_model_relation"),
         pipeline_tag="text-generation" if causal else "fill-mask",
         tags=None if causal else tags,
         eval_results=[result for row in own for result in _eval_results(row)] or None,
@@ -54,6 +57,8 @@ def write_model_card(folder: str | Path, report: dict, name: str | None = None) 
         name=name,
         by_hand=by_hand,
         causal=causal,
+        adapter=adapter,
+        base_model=report.get("base_model"),
         transformers=MINIMUM,
         repository=report.get("repository"),
         place=json.dumps(report.get("repository") or "."),

@@ -18,7 +18,11 @@ from evaluation.plot import write_plot
 from evaluation.results import load_report, report_lock, save_results
 from evaluation.table import markdown_table
 from evaluation.team import ALONE, Team
+from modeling_mcd.adapters import ADAPTER_CONFIG
 from modeling_mcd.files import write_atomically
+
+
+MODELS = ("config.json", ADAPTER_CONFIG)  # either makes a folder one with a model, and so with a card
 
 
 def write_report(folder: str | Path, report: dict, name: str | None = None) -> str:
@@ -33,7 +37,7 @@ def write_report(folder: str | Path, report: dict, name: str | None = None) -> s
     write_atomically(Path(folder) / "eval.md", "\n\n".join(parts) + "\n")
     if any(row["model"] != HELD_OUT_TEXT for row in report["results"]):
         write_plot(folder, report["results"])
-    if (Path(folder) / "config.json").exists():
+    if any((Path(folder) / name).exists() for name in MODELS):
         write_model_card(folder, report, name)
     return table
 

@@ -17,7 +17,7 @@ from evaluation.diversity import vocabulary_of
 from evaluation.judge import load_judge
 from evaluation.model_card import BESIDE, is_ours
 from evaluation.options import PREFIX, EvaluationArguments
-from evaluation.report import RunReport
+from evaluation.report import MODELS, RunReport
 from evaluation.results import load_report
 from evaluation.text import read_texts, text_blocks
 from modeling_mcd import MDLMConfig
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace):
         report.judge(label, load_model(path).to(device), tokenizers[label], own_label)
     print(report.write(label=own_label))
     print(f"\nSaved in {folder}: eval.json, eval.md, eval.png")
-    if (folder / "config.json").exists() and not is_ours(folder / "README.md"):
+    if any((folder / name).exists() for name in MODELS) and not is_ours(folder / "README.md"):
         print(f"The model card is {BESIDE}: README.md was written or changed by hand and is left as it is.")
 
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .adapters import ADAPTER, base_of, merged_weights
 from .backbone_layouts import is_backbone, read_backbone
 from .backbones import check_backbone
 from .checkpoint_layouts import ROTARY_BUFFER, WRAPPERS, count_blocks, parameter_names, published_config
@@ -43,13 +44,15 @@ class Checkpoint:
 
 
 def load_model(
-    source: str, dtype: torch.dtype = torch.float32, **options
+    source: str, dtype: torch.dtype = torch.float32, quantization_config=None, **options
 ) -> MDLMForMaskedDiffusion | MDLMBackboneForMaskedDiffusion:
     """Loads one of our models, a published one, or a wrapped backbone: a Hub id (also `id@revision`), a folder, or a file.
 
     Args:
-        source: where the checkpoint is.
+        source: where the checkpoint is. A LoRA adapter's folder is loaded with its base, as one plain network: the adapter
+            is multiplied out into the weights.
         dtype: the dtype that the weights are loaded in, whatever that of the file.
+        quantization_config: of `from_pretrained`.
         options: `revision`, `ema`, `trust_pickle`, `diffusion_kind`, `block_size`, see `read_checkpoint`.
 
     Raises:
@@ -61,8 +64,13 @@ def load_model(
         if not all(bound.isfinite() for bound in tensor.to(dtype).aminmax()):
             raise cannot_load("model", source, f"{name} holds NaN or infinite numbers in {dtype}")
     model = model_class(checkpoint.config).from_pretrained(
-        None, config=checkpoint.config, state_dict=checkpoint.state, dtype=dtype
+        None,
+        config=checkpoint.config,
+        state_dict=checkpoint.state,
+        dtype=dtype,
+        quantization_config=quantization_config,
     )
+    model.name_or_path = ""  # transformers writes "None", which an adapter would take for the name of its base
     if isinstance(model, MDLMBackboneForMaskedDiffusion):
         try:
             check_backbone(model)
@@ -120,7 +128,8 @@ def read_checkpoint(
     """Finds a checkpoint and checks each of its keys and shapes. The weights themselves are mapped, not read.
 
     Args:
-        source: Hub id, `id@revision`, folder, or file (.safetensors, or a torch pickle such as Lightning's .ckpt).
+        source: Hub id, `id@revision`, folder, or file (.safetensors, or a torch pickle such as Lightning's .ckpt). For the
+            folder of an adapter, all but `revision` are about its base.
         revision: branch, tag or commit on the Hub.
         ema: take the moving average of a Lightning file instead of its raw weights.
         trust_pickle: unpickle any class that the file names, which can run any code.
@@ -133,6 +142,15 @@ def read_checkpoint(
     try:
         files, weight_map = find_weights(str(source), revision)
         folder = files[0].parent
+        if files[0].name == ADAPTER:
+            base, at = base_of(folder)
+            options = {"ema": ema, "trust_pickle": trust_pickle}
+            options |= {"diffusion_kind": diffusion_kind, "block_size": block_size}
+            checkpoint = read_checkpoint(base, revision=at, **options)
+            checkpoint.state = merged_weights(folder, checkpoint.state)
+            if (folder / "generation_config.json").is_file():
+                checkpoint.generation_config = MDLMGenerationConfig.from_pretrained(folder)
+            return checkpoint
         state, settings = read_files(files, weight_map, ema, trust_pickle)
         config_file = folder / "config.json"
         if not settings and config_file.is_file():

@@ -182,19 +182,3 @@ def test_an_overflow_ends_a_run_unless_a_loss_scaler_skips_it(scaled, trainer_of
         assert weight.isfinite().all() and not torch.equal(weight, before)
         norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
         assert not math.isfinite(norms[0]) and all(map(math.isfinite, norms[1:]))
-
-
-# --- LoRA
-
-
-def test_a_peft_student_beside_a_plain_teacher_is_refused(networks, tmp_path):
-    """It used to end with a KeyError after the first round. Alone it works: a copy of it is the first teacher."""
-    peft = pytest.importorskip("peft")
-    teacher, student = (copy.deepcopy(network).float() for network in networks["absorbing"])
-    student = peft.get_peft_model(student, peft.LoraConfig(target_modules=["qkv_proj"], r=2))
-    settings = {"num_rounds": 2, "steps_per_round": 1, "delta": 0.125, "save_strategy": "no", "report_to": "none"}
-    arguments = MCDTrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=ROWS, **settings)
-    with pytest.raises(ValueError, match="only the student has the parameter .*Of a PEFT model give no teacher"):
-        MCDTrainer(student, arguments, teacher=teacher, train_dataset=ROW * 4)
-    trainer = MCDTrainer(student, arguments, train_dataset=ROW * 4)
-    assert trainer.train().global_step == 2

@@ -76,6 +76,7 @@ class CouplingTrainer(DistillationTrainer):
     """
 
     has_teacher = False
+    trains_network = False
 
     def choose_parameters(self, model, args: CouplingTrainingArguments):
         if not hasattr(model, "add_coupling"):

@@ -15,8 +15,9 @@ from modeling_mcd.forward_process_mdlm import Process, process_of, sigma_of
 from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.locking_mdlm import LOCKINGS, PHI, locked_uniforms
 from modeling_mcd.transfer_mdlm import send
+from trainers.adapters import AdapterFollower, follower_of, is_adapted, with_adapter
 from trainers.exact_resume import ExactResumeArguments, ExactResumeTrainer
-from trainers.teacher import EMACallback, Follower
+from trainers.teacher import EMACallback, Follower, full_weights
 from trainers.trajectories import spread_rows, step_noise
 
 
@@ -179,21 +180,30 @@ class DiffusionTrainer(ExactResumeTrainer):
     One network is handed on: the EMA of the student if there is one (`args.ema_decay`), otherwise the student. `evaluate`,
     `predict`, `save_model`, `push_to_hub`, early stopping and `load_best_model_at_end` all act on it.
 
+    Args:
+        model: the student; also a `PeftModel` with one LoRA adapter.
+        peft_config: a `LoraConfig`: an adapter is trained instead of the network's weights, see `trainers/adapters.py`.
+
     Raises:
-        ValueError: names an argument that would do nothing (`compute_metrics`, ...), an optimizer that cannot be built, or
-            a batch that the data cannot fill.
+        ValueError: names an argument that would do nothing (`compute_metrics`, ...), an adapter that cannot be trained, an
+            optimizer that cannot be built, or a batch that the data cannot fill.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss returns a mean over the micro-batch
+    trains_network = True  # so that an adapter may be trained in its place
 
-    def __init__(self, model, args: DiffusionTrainingArguments, *, data_collator=collate_blocks, **kwargs):
+    def __init__(
+        self, model, args: DiffusionTrainingArguments, *, peft_config=None, data_collator=collate_blocks, **kwargs
+    ):
         for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "model_init"):
             if kwargs.get(name) is not None:
                 raise ValueError(
                     f"{name} would do nothing: the loss is the method's own, and evaluation gives that loss alone"
                 )
+        if not self.trains_network and (peft_config is not None or is_adapted(model)):
+            raise ValueError(f"{type(self).__name__} does not train the network: give no adapter (lora_r, peft_config)")
         self.choose_parameters(model, args)
-        super().__init__(model, args, data_collator, **kwargs)
+        super().__init__(with_adapter(model, peft_config, args.seed), args, data_collator, **kwargs)
         train_in_float32(self.model)
         if self.train_dataset is not None:
             check_training_batch(args, self.train_dataset)
@@ -205,9 +215,10 @@ class DiffusionTrainer(ExactResumeTrainer):
         self.schedule, self.mask_token_id = self.process.schedule, self.model.config.mask_token_id
         self.block_size = getattr(self.model.config, "block_size", None)  # of a block model
         if args.ema_decay is not None:
-            self.companions["ema"] = Follower(self.model)
-            self.companions["ema"].model.to(args.device)
+            self.companions["ema"] = follower_of(self.model).to(args.device)
             self.add_callback(EMACallback(self.companions["ema"], args.ema_decay))
+        elif is_adapted(self.model):
+            self._copy = AdapterFollower(self.model).to(args.device)
         self._recorded: dict[str, list[torch.Tensor]] = {}
         self.reset_noise()
 
@@ -217,11 +228,24 @@ class DiffusionTrainer(ExactResumeTrainer):
             model.coupling.requires_grad_(False)
 
     def whole_student(self) -> torch.nn.Module:
-        """The network that the run hands on, complete on every rank: the EMA if there is one, otherwise a copy of the student."""
+        """The network that the run hands on: the EMA if there is one, otherwise a copy of the student.
+
+        It is complete on every rank, but for a base that adapters share: that is complete within `complete_networks`.
+        """
         self.check_pending()
         if "ema" in self.companions:
             return self.companions["ema"].model
+        if is_adapted(self.model):
+            self._copy.follow(self.model)
+            return self._copy.model
         return Follower(self.accelerator.unwrap_model(self.model)).model
+
+    def complete_networks(self):
+        """A context in which every network of the run can be used by each process for itself: to generate, judge or merge.
+
+        Under ZeRO-3 a base that adapters share is gathered meanwhile. Call `whole_student` before.
+        """
+        return full_weights(self.model.parameters() if is_adapted(self.model) else ())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Saves the network that is handed on (see the class) into `output_dir` or `args.output_dir`."""

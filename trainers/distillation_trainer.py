@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
+from trainers.adapters import AdapterFollower, is_adapted
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
 from trainers.teacher import Follower
 
@@ -121,8 +122,7 @@ def check_same_parameters(teacher: nn.Module, student: nn.Module):
         )
         raise ValueError(
             f"only the {owner} has the parameter {name!r}, but each round's student becomes the next one's teacher: give "
-            "two networks of one kind. Of a PEFT model give no teacher (a copy of it is the first one), or merge its "
-            "adapter with merge_and_unload()"
+            "two networks of one kind (of a PEFT model, what merge_and_unload() returns)"
         )
 
 
@@ -131,17 +131,23 @@ class DistillationTrainer(DiffusionTrainer):
 
     Args:
         model: the student; usually a copy of the teacher.
-        teacher: a network of the same architecture and vocabulary; a copy of the student by default.
+        teacher: a network of the same architecture and vocabulary; a copy of the student by default. Of a student with an
+            adapter the first teacher is the base without it, and no other can be given.
 
     Raises:
         ValueError: the networks have another diffusion kind than the method needs, differ in vocabulary, mask, architecture
-            or parameters, or a teacher is given to a method that has none.
+            or parameters, or a teacher is given to a method that has none, or beside an adapter.
     """
 
     diffusion_kind = "absorbing"
     has_teacher = True
 
     def __init__(self, model, args: DistillationArguments, *, teacher: nn.Module | None = None, **kwargs):
+        if teacher is not None and (kwargs.get("peft_config") is not None or is_adapted(model)):
+            raise ValueError(
+                "a teacher is given beside a student with an adapter, but the student's base without it is the first teacher: "
+                "give no teacher, and the network to distil as the model"
+            )
         super().__init__(model, args, **kwargs)
         first = (self.model if teacher is None else teacher).config
         check_same_tokens(first, self.model.config, self.diffusion_kind)
@@ -149,8 +155,12 @@ class DistillationTrainer(DiffusionTrainer):
         if teacher is not None:
             check_same_parameters(teacher, self.model)
         if self.has_teacher:
-            self.companions["teacher"] = Follower(self.model if teacher is None else teacher, self.model.dtype)
-            self.teacher = self.companions["teacher"].model.to(args.device)
+            if is_adapted(self.model):
+                follower = AdapterFollower(self.model, off=True)
+            else:
+                follower = Follower(self.model if teacher is None else teacher, self.model.dtype)
+            self.companions["teacher"] = follower.to(args.device)
+            self.teacher = follower.model
         elif teacher is not None:
             raise ValueError(f"{type(self).__name__} has no teacher but the student itself: give only that one")
 

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, check_numbers
 from modeling_mcd.files import read_object
+from trainers.adapters import is_adapted
 from trainers.checkpoints import (
     MANIFEST,
     checkpoints_in,
@@ -390,7 +391,8 @@ class _CheckpointCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         check_intervals(args, state.max_steps)
         if is_deepspeed_zero3_enabled():
-            register_head(self.trainer.accelerator.unwrap_model(self.trainer.model))
+            network = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            register_head(network.get_base_model() if is_adapted(network) else network)
         if self.trainer._resumed_from is not None:
             self.trainer._restore(self.trainer._resumed_from)
 

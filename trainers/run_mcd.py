@@ -21,6 +21,7 @@ from trainers.distillation_trainer import DistillationTrainer, check_same_networ
 from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
+from trainers.runs.adapter_options import AdapterArguments
 from trainers.runs.inputs import (
     TokenizerArguments,
     check_block_length,
@@ -65,10 +66,10 @@ class NetworkArguments:
 
 @one_line_errors
 def main(arguments: list[str] | None = None):
-    method, networks, tokenizer_arguments, text, judging, training = parse_recipe_of(
+    method, networks, adapter, tokenizer_arguments, text, judging, training = parse_recipe_of(
         "trainer",
         {name: arguments_class for name, (_, arguments_class, _) in METHODS.items()},
-        (MethodArguments, NetworkArguments, TokenizerArguments, TextArguments, EvaluationArguments),
+        (MethodArguments, NetworkArguments, AdapterArguments, TokenizerArguments, TextArguments, EvaluationArguments),
         arguments,
     )
     trainer_class, _, title = METHODS[method.trainer]
@@ -77,12 +78,16 @@ def main(arguments: list[str] | None = None):
             "load_best_model_at_end is true, but a distillation hands on the student of its last round: choose by the table "
             "among the rounds, which are all exported"
         )
-    run = Run(training, method, networks, tokenizer_arguments, text)
+    if adapter.lora_r is not None and networks.student is not None:
+        raise ValueError(
+            f"student is {networks.student!r}, but with lora_r the student is the teacher with an adapter: leave student out"
+        )
+    run = Run(training, method, networks, adapter, tokenizer_arguments, text, base=networks.teacher)
     set_seed(training.seed)
     tokenizer = load_run_tokenizer(tokenizer_arguments)
     source = open_data(text, training)
     run.identify(source, tokenizer)
-    teacher = load_model(networks.teacher)
+    teacher = adapter.load_base(networks.teacher)
     student = teacher if networks.student is None else load_model(networks.student)
     check_same_tokens(teacher.config, student.config, trainer_class.diffusion_kind)
     check_same_network(teacher.config, student.config)
@@ -96,6 +101,7 @@ def main(arguments: list[str] | None = None):
         student,
         training,
         teacher=None if student is teacher else teacher,
+        peft_config=adapter.config(),
         train_dataset=train,
         eval_dataset=validation,
     )
@@ -104,8 +110,8 @@ def main(arguments: list[str] | None = None):
         report = start_report(judging, judge, tokenizer, teacher.config, text, training, validation)
 
     with run.start():
-        first = trainer.teacher if trainer.has_teacher else trainer.whole_student()  # complete, even under ZeRO-3
-        if run.checkpoint is None:
+        first = trainer.teacher if trainer.has_teacher else trainer.whole_student()
+        if run.checkpoint is None and adapter.lora_r is None:  # the base of an adapter is where it was
             run.save(first, tokenizer, "teacher")
         if run.is_first:
             method_line = f"Distilled from {short_name(networks.teacher)} by {title}."
@@ -113,19 +119,22 @@ def main(arguments: list[str] | None = None):
         if report is not None:  # all processes share the work
             if validation is not None:
                 report.judge_text(held_out_blocks(validation), tokenizer)
-            report.judge("teacher", first, tokenizer, label="teacher", plain=True)
+            with trainer.complete_networks():
+                report.judge("teacher", first, tokenizer, label="teacher", plain=True)
             table = report.write()
             if run.is_first:
                 print(f"\n{table}\n", flush=True)
-        trainer.add_callback(RoundCallback(trainer, tokenizer, report))
+        trainer.add_callback(RoundCallback(trainer, tokenizer, run.save, report))
         trainer.train(run.checkpoint)
 
         student = trainer.whole_student()
-        run.save(student, tokenizer)
         last = f"round-{training.round_of(trainer.state.global_step - 1) + 1}"
         rows, table = [], ""
+        with trainer.complete_networks():
+            run.save(student, tokenizer)
+            if report is not None:
+                report.judge(last, student, tokenizer, label=last)
         if report is not None:
-            report.judge(last, student, tokenizer, label=last)
             rows, table = report.known_rows(), report.write()
         elif run.is_first:
             write_report(training.output_dir, load_report(training.output_dir))
@@ -148,9 +157,15 @@ def finish(trainer: DistillationTrainer, last: str, rows: list[dict], table: str
     # No plot without a judge, no round before its end, and neither teacher nor early rounds after another folder's checkpoint.
     rounds = [f"round-{k + 1}" for k in range(trainer.args.num_rounds)]
     names = [name for name in ("eval.json", "eval.md", "eval.png", "teacher", *rounds) if (folder / name).exists()]
+    student, use = (
+        "the student (model.safetensors, config.json)",
+        "AutoModel.from_pretrained({!r}, trust_remote_code=True)",
+    )
+    if not (folder / "config.json").exists():
+        student, use = "the student's adapter (adapter_model.safetensors)", "modeling_mcd.loading.load_model({!r})"
     print(
-        f"\nSaved in {folder}: the student (model.safetensors, config.json), its card (README.md), {', '.join(names)}.\n"
-        f"  AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True).generate(steps=16)"
+        f"\nSaved in {folder}: {student}, its card (README.md), {', '.join(names)}.\n"
+        f"  {use.format(str(folder))}.generate(steps=16)"
     )
 
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from evaluation import validation_nelbo, write_report
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, check_numbers
 from modeling_mcd.command_line import one_line_errors
-from modeling_mcd.loading import load_model
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
+from trainers.runs.adapter_options import AdapterArguments
 from trainers.runs.inputs import (
     TokenizerArguments,
     check_block_length,
@@ -74,9 +74,9 @@ class ModelArguments:
                 )
 
 
-def build_model(arguments: ModelArguments, tokenizer, context: int) -> MDLMForMaskedDiffusion:
+def build_model(arguments: ModelArguments, adapter: AdapterArguments, tokenizer, context: int) -> PreTrainedModel:
     if arguments.model is not None:
-        return load_model(arguments.model, diffusion_kind=arguments.diffusion_kind)
+        return adapter.load_base(arguments.model, diffusion_kind=arguments.diffusion_kind)
     kind = arguments.diffusion_kind or "absorbing"
     return MDLMForMaskedDiffusion(
         MDLMConfig(
@@ -98,30 +98,35 @@ def build_model(arguments: ModelArguments, tokenizer, context: int) -> MDLMForMa
 
 @one_line_errors
 def main(arguments: list[str] | None = None):
-    model_arguments, tokenizer_arguments, text, training = parse_recipe(
-        (ModelArguments, TokenizerArguments, TextArguments, MDLMTrainingArguments), arguments
+    model_arguments, adapter, tokenizer_arguments, text, training = parse_recipe(
+        (ModelArguments, AdapterArguments, TokenizerArguments, TextArguments, MDLMTrainingArguments), arguments
     )
-    run = Run(training, model_arguments, tokenizer_arguments, text)
+    if adapter.lora_r is not None and model_arguments.model is None:
+        raise ValueError(f"lora_r is {adapter.lora_r}, but a new network has no weights to adapt: give model")
+    run = Run(training, model_arguments, adapter, tokenizer_arguments, text, base=model_arguments.model)
     tokenizer = load_run_tokenizer(tokenizer_arguments)
     source = open_data(text, training)
     set_seed(training.seed)
     run.identify(source, tokenizer)
-    model = build_model(model_arguments, tokenizer, text.block_length)
+    model = build_model(model_arguments, adapter, tokenizer, text.block_length)
     check_tokenizer(tokenizer, model.config, model_arguments.model)
     check_block_length(text.block_length, "model", model.config)
     train, validation = load_data(source, tokenizer, training)
     if model_arguments.model is not None:
         check_shift(model, train, training)
-    trainer = MDLMTrainer(model, training, train_dataset=train, eval_dataset=validation)
+    peft_config = adapter.config()
+    trainer = MDLMTrainer(model, training, peft_config=peft_config, train_dataset=train, eval_dataset=validation)
 
     with run.start():
         trainer.train(run.checkpoint)
-        model = trainer.whole_student()
-        run.save(model, tokenizer)
+        model, nelbo = trainer.whole_student(), None
+        with trainer.complete_networks():
+            run.save(model, tokenizer)
+            if run.is_first and validation is not None:
+                nelbo = validation_nelbo(model, torch.tensor(validation["input_ids"]))
         if run.is_first:
             figures = None
-            if validation is not None:
-                nelbo = validation_nelbo(model, torch.tensor(validation["input_ids"]))
+            if nelbo is not None:
                 run.save_figures(nelbo=nelbo)
                 figures = [f"NELBO on the validation text: {nelbo:.4f} nats per token"]
                 print(figures[0])

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+from collections.abc import Iterable, Mapping
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,13 +12,44 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
-def full_weights(model: nn.Module):
-    """A context in which the parameters of a ZeRO-3 model are gathered on every rank. Other models need nothing."""
+def full_weights(parameters: Iterable[nn.Parameter]):
+    """A context in which parameters that ZeRO-3 has partitioned are gathered on every rank. Others need nothing."""
     if not is_deepspeed_zero3_enabled():
         return contextlib.nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(list(model.parameters()))
+    return deepspeed.zero.GatheredParameters(list(parameters))
+
+
+def gather_for_forwards(model: nn.Module):
+    """Under ZeRO-3, makes each module of a network gather its own parameters for its forward, and give them back after it.
+
+    For a network outside of DeepSpeed's engine that shares parameters with one inside. The network itself gathers its
+    head's, which it hands on in `HeadRows`: what is gathered then lives as long as those.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return
+    head = list(model.get_output_embeddings().parameters())
+    for module in model.modules():
+        parameters = list(module.parameters(recurse=False)) + (head if module is model else [])
+        if parameters:
+            gathering = _Gathering(parameters)
+            module.register_forward_pre_hook(gathering.begin)
+            module.register_forward_hook(gathering.end, always_call=True)
+
+
+class _Gathering:
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters, self.open = parameters, []
+
+    def begin(self, *of_hook):
+        # Not those that are there already: for an outer module, or because they are small.
+        missing = [p for p in self.parameters if getattr(p, "ds_id", None) is not None and not p.numel()]
+        self.open.append(full_weights(missing))
+        self.open[-1].__enter__()
+
+    def end(self, *of_hook):
+        self.open.pop().__exit__(None, None, None)
 
 
 class Follower:
@@ -41,24 +73,38 @@ class Follower:
             self.model = copy.deepcopy(model)
         self.model.to(dtype).requires_grad_(False).eval()
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of all that follows, and that a checkpoint holds."""
+        return dict(self.model.named_parameters())
+
+    def to(self, device: torch.device) -> "Follower":
+        self.model.to(device)
+        return self
+
     @torch.no_grad()
     def follow(self, student: nn.Module, weight: float = 1.0):
         """Moves every parameter the fraction `weight` of the way to the student's; 1 copies it."""
-        with full_weights(student):
-            source = dict(student.named_parameters())
-            for name, parameter in self.model.named_parameters():
+        own = self.parameters()
+        source = {name: parameter for name, parameter in student.named_parameters() if name in own}
+        with full_weights(source.values()):
+            for name, parameter in own.items():
                 value = source[name].detach().to(parameter)
                 parameter.copy_(value) if weight == 1 else parameter.lerp_(value, weight)
 
     def save(self, folder: str):
         os.makedirs(folder, exist_ok=True)
-        state = {name: parameter.contiguous() for name, parameter in self.model.named_parameters()}
+        state = {name: parameter.contiguous() for name, parameter in self.parameters().items()}
         save_file(state, os.path.join(folder, "model.safetensors"))
 
-    @torch.no_grad()
+    def read(self, folder: str) -> dict[str, torch.Tensor]:
+        return load_file(os.path.join(folder, "model.safetensors"))
+
     def load(self, folder: str):
-        saved = load_file(os.path.join(folder, "model.safetensors"))
-        parameters = dict(self.model.named_parameters())
+        self.set(self.read(folder), folder)
+
+    @torch.no_grad()
+    def set(self, saved: Mapping[str, torch.Tensor], folder: str):
+        parameters = self.parameters()
         if saved.keys() != parameters.keys():
             raise ValueError(
                 f"{folder} holds another network: {sorted(saved.keys() ^ parameters.keys())[0]!r} does not match"

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from modeling_mcd.files import LOCK, new_folder, read_object, write_json
 from trainers.checkpoints import clear_later_checkpoints, fault_of, last_complete_checkpoint
+from trainers.runs.adapter_options import save_network
 from trainers.runs.recipe import RECIPE_FOLDER
 
 
@@ -162,24 +163,30 @@ def claim_output_dir(output_dir: Path, settings: dict, checkpoint: Path | None):
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, training: TrainingArguments, name: str = ""
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, training: TrainingArguments, name: str = "", **adapter
 ):
-    """Saves a model and its tokenizer into the output folder, or into its subfolder `name`. No file is left half-written."""
+    """Saves a model and its tokenizer into the output folder, or into its subfolder `name`. No file is left half-written.
+
+    Args:
+        adapter: how an adapter is saved, see `save_network`.
+    """
     if not training.should_save:
         return
     output_dir = Path(training.output_dir)
     if name:
         with new_folder(output_dir / name) as folder:
-            model.save_pretrained(folder)
+            save_network(model, folder, **adapter)
             tokenizer.save_pretrained(folder)
             shutil.rmtree(output_dir / name, ignore_errors=True)
         return
     folder = output_dir / ".student.tmp"
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        model.save_pretrained(folder)
+        save_network(model, folder, **adapter)
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():
+            if file.is_dir():
+                shutil.rmtree(output_dir / file.name, ignore_errors=True)
             os.replace(file, output_dir / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -19,7 +19,6 @@ from evaluation.judge import load_judge
 from evaluation.options import EvaluationArguments
 from evaluation.team import ALONE, Team
 from modeling_mcd.loading import reason_of
-from trainers.runs.output_folder import save_model
 from trainers.runs.text_blocks import TextArguments
 
 
@@ -150,11 +149,12 @@ class RoundCallback(TrainerCallback):
     judges resumes there and judges what is missing.
 
     Args:
+        save: `Run.save`.
         report: None if nothing is judged. It must be None in all processes or in none.
     """
 
-    def __init__(self, trainer, tokenizer: PreTrainedTokenizerBase, report: RunReport | None):
-        self.trainer, self.tokenizer, self.report = trainer, tokenizer, report
+    def __init__(self, trainer, tokenizer: PreTrainedTokenizerBase, save: Callable, report: RunReport | None):
+        self.trainer, self.tokenizer, self.save, self.report = trainer, tokenizer, save, report
         self.exported: str | None = None  # the round that is still to be judged
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -168,7 +168,9 @@ class RoundCallback(TrainerCallback):
         if state.global_step % args.steps_per_round:
             return
         self.exported = f"round-{state.global_step // args.steps_per_round}"
-        save_model(self.trainer.whole_student(), self.tokenizer, args, self.exported)
+        student = self.trainer.whole_student()
+        with self.trainer.complete_networks():
+            self.save(student, self.tokenizer, self.exported)
         if args.save_strategy != "no" and not control.should_save:
             control.should_save = True
             # The log then gets a line here too: a run that resumes at this step no longer has the losses before it.
@@ -187,7 +189,9 @@ class RoundCallback(TrainerCallback):
         name, self.exported = self.exported, None
         if name is None or self.report is None:
             return
-        self.report.judge(name, self.trainer.whole_student(), self.tokenizer, label=name)
+        student = self.trainer.whole_student()
+        with self.trainer.complete_networks():
+            self.report.judge(name, student, self.tokenizer, label=name)
         table = self.report.write()
         if self.report.team.rank == 0:
             print(f"\n{table}\n", flush=True)

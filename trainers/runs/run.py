@@ -11,6 +11,7 @@ from transformers.utils import logging
 from evaluation import save_results
 from modeling_mcd.files import in_use, lock_folder, write_json
 from trainers.exact_resume import ExactResumeArguments, from_first_process
+from trainers.runs.adapter_options import AdapterArguments
 from trainers.runs.hub import push_to_hub, take_hub_api
 from trainers.runs.output_folder import (
     claim_output_dir,
@@ -43,13 +44,16 @@ class Run:
     Args:
         training: the trainer's arguments. The Hub token is removed from them, since every checkpoint stores them.
         arguments: the other dataclasses of settings. Together they determine what the run computes.
+        base: where the network was loaded from that an adapter among the settings (`AdapterArguments`) is trained on.
 
     Raises:
         ValueError: the output folder is in use or holds something else, or the checkpoint is damaged or from another run.
     """
 
-    def __init__(self, training: ExactResumeArguments, *arguments):
-        self.training, self.arguments = training, arguments
+    def __init__(self, training: ExactResumeArguments, *arguments, base: str | None = None):
+        self.training, self.arguments, self.base = training, arguments, base
+        adapters = (instance for instance in arguments if isinstance(instance, AdapterArguments))
+        self.adapter = next(adapters, AdapterArguments())
         self.output_dir = Path(training.output_dir)
         self.is_first = training.process_index == 0
         self._hub = take_hub_api(training)
@@ -96,7 +100,8 @@ class Run:
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = ""):
         """Saves a model and its tokenizer into the output folder, or into its subfolder `name`."""
-        save_model(model, tokenizer, self.training, name)
+        merge = bool(self.adapter.merge_adapters)
+        save_model(model, tokenizer, self.training, name, base=self.base, merge=merge)
 
     def save_about(self, text: TextArguments, *more, verb: str = "Trained", **about) -> dict:
         """Writes a description of the run into `eval.json`, from which the card is made; returns the report.
@@ -112,6 +117,7 @@ class Run:
             recipe=self.recipe(*more),
             data=f"{verb} on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
             repository=self.training.hub_model_id,
+            **self.adapter.about(self.base),
             **about,
         )
 
