@@ -227,6 +227,8 @@ def find_weights(source: str, revision: str | None) -> tuple[list[Path], dict[st
     if (path / INDEX).is_file():
         weight_map = read_index(path)
         return [path / name for name in sorted(set(weight_map.values()))], weight_map
+    if (path / ADAPTER).is_file():
+        return [path / ADAPTER], {}
     files = [file for pattern in ("*.safetensors", *PICKLES) for file in sorted(path.glob(pattern)) if file.is_file()]
     if len(files) != 1:
         found = f"one of {[file.name for file in files]} must be chosen" if files else "there are no weights in it"

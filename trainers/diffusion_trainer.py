@@ -201,7 +201,9 @@ class DiffusionTrainer(ExactResumeTrainer):
                     f"{name} would do nothing: the loss is the method's own, and evaluation gives that loss alone"
                 )
         if not self.trains_network and (peft_config is not None or is_adapted(model)):
-            raise ValueError(f"{type(self).__name__} does not train the network: give no adapter (lora_r, peft_config)")
+            raise ValueError(
+                f"{type(self).__name__} does not train the network: give no adapter (lora_r, peft_config)"
+            )
         self.choose_parameters(model, args)
         super().__init__(with_adapter(model, peft_config, args.seed), args, data_collator, **kwargs)
         train_in_float32(self.model)
