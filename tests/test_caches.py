@@ -5,6 +5,7 @@ import torch
 from toy_backbones import MASK, SHIFT, make_network, shifted, tokens
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
+from evaluation.likelihood import step_bound
 from modeling_mcd import MDLMGenerationConfig, as_masked_diffusion
 from modeling_mcd.cache_mdlm import CachedTrunk
 
@@ -170,3 +171,18 @@ def test_a_cache_is_refused_where_there_is_none(build, models):
     network.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="'flex_attention', but block attention and caches need one of"):
         network.generate(length=8, cache="dual")
+
+
+def test_the_bound_is_that_of_the_cached_sampler(models):
+    """Exact caches and single steps change no nat; an approximate cache makes another sampler."""
+    text, plan = tokens(3, 16), {"seed": 0, "locking": "spread"}
+    blocks = as_masked_diffusion(make_network("qwen3"), MASK, attention="block", block_size=4)
+    exact, plain = (step_bound(blocks, text, cache=cache, steps=3, **plan).nats for cache in ("exact", "none"))
+    torch.testing.assert_close(exact, plain, rtol=0, atol=1e-4)
+    for cache in CACHES:
+        for steps in (1, 3):
+            cached, plain = (
+                step_bound(models["qwen3"], text, cache=c, steps=steps, block_length=4, **plan).nats
+                for c in (cache, "none")
+            )
+            assert ((cached - plain).abs() > 1e-3).all() == (steps > 1)
