@@ -79,7 +79,15 @@ def _standard_error(residuals: torch.Tensor, tokens: torch.Tensor) -> float | No
 
 
 @torch.no_grad()
-def block_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 32, seed: int = 0) -> Bound:
+def block_nelbo(
+    model,
+    blocks: torch.Tensor,
+    draws: int = 4,
+    batch_size: int = 32,
+    seed: int = 0,
+    prompt_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> Bound:
     """Continuous-time NELBO of a model (MDLM, Eq. 10; Duo, Eq. 17) for each block, in nats.
 
     All tokens of a block are scored but for any [MASK] that it holds: it is neither noised nor scored nor counted. A block
@@ -93,9 +101,11 @@ def block_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 3
     Args:
         model: an `MDLMForMaskedDiffusion`.
         blocks: [n, L] token ids, with L a multiple of a block model's `block_size`.
+        prompt_mask: [n, L], 1: given, so neither noised nor scored nor counted.
+        attention_mask: [n, L], 0: padding, which is not seen either.
 
     Raises:
-        ValueError: when the blocks have another shape, or hold nothing but [MASK]; when a number is below 1.
+        ValueError: when the blocks or a mask have another shape, or leave nothing to score; when a number is below 1.
     """
     check_number("draws", draws, COUNT)
     check_number("batch_size", batch_size, COUNT)
@@ -111,8 +121,13 @@ def block_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 3
     count, length = len(blocks) * parts, blocks.shape[1] // parts
     process, device = process_of(model.config), model.device
     maskable = process.maskable(blocks)
+    for name, mask in (("prompt_mask", prompt_mask), ("attention_mask", attention_mask)):
+        if mask is not None:
+            check_shape(name, mask, blocks.shape)
+            maskable &= mask.bool() == (name == "attention_mask")
     if not maskable.any():
-        raise ValueError(f"blocks {tuple(blocks.shape)} hold no token to score: nothing but [MASK], or nothing at all")
+        what = "nothing but [MASK], prompts and padding, or nothing at all"
+        raise ValueError(f"blocks {tuple(blocks.shape)} hold no token to score: {what}")
     generator = torch.Generator().manual_seed(seed)
     total, was_training = torch.zeros(len(blocks), dtype=torch.float64), model.training
     model.eval()
@@ -130,6 +145,7 @@ def block_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 3
             for rows in torch.arange(len(blocks)).split(batch_size):
                 z_t, x_0, positions = (tensor[rows].to(device) for tensor in (noised, blocks, scored))
                 given = {"timesteps": sigma_of(gamma[rows, 0]).to(device)} if own is None else {"clean_ids": x_0}
+                given |= {} if attention_mask is None else {"attention_mask": attention_mask[rows].to(device)}
                 head = model(input_ids=z_t, hidden_rows=positions, **given)
                 levels = (values[rows].to(device)[positions] for values in (gamma, slope))
                 nats = head.map(process.nelbo, z_t[positions], x_0[positions], *levels)
@@ -141,9 +157,11 @@ def block_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 3
     return Bound(total / draws, maskable.sum(dim=1))
 
 
-def validation_nelbo(model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 32, seed: int = 0) -> float:
-    """The mean of `block_nelbo` over all tokens: nats per token."""
-    return block_nelbo(model, blocks, draws, batch_size, seed).mean
+def validation_nelbo(
+    model, blocks: torch.Tensor, draws: int = 4, batch_size: int = 32, seed: int = 0, **masks: torch.Tensor
+) -> float:
+    """The mean of `block_nelbo` over all tokens that it scores: nats per token."""
+    return block_nelbo(model, blocks, draws, batch_size, seed, **masks).mean
 
 
 def causal_loss(judge: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 8) -> float:

@@ -2,6 +2,7 @@
 
 Plain text is UTF-8; a byte-order mark is dropped and line ends become `\\n`. A document is one file of plain text, or one
 row of a table (JSON, CSV, Parquet, a saved or downloaded dataset). Training text and held-out text pass through here alike.
+The rows of a table may also hold a prompt and its completion, or the messages of a conversation (`instructions.py`).
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from transformers.utils import logging
 
 from modeling_mcd.loading import reason_of
 
@@ -21,6 +24,8 @@ from modeling_mcd.loading import reason_of
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+
+logger = logging.get_logger(__name__)
 
 PIECE = 2**20  # characters of a file that are read at a time
 # Kind of a file by its suffix in lower case. `text8` and its like have none.
@@ -30,6 +35,8 @@ PLAIN = ("text", "markdown")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
 KNOWN = "plain text (.txt, .md), JSON (.jsonl, .json), CSV (.csv, .tsv) or Parquet (.parquet)"
 ZERO = b"\0"
+PROMPT, COMPLETION, MESSAGES = "prompt", "completion", "messages"  # columns of instruction data, as TRL names them
+STRINGS = ("string", "large_string", "null")
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32-LE starts as UTF-16-LE does
 
 
@@ -44,7 +51,9 @@ class TextSource:
             dataset has not been read yet: its digest covers only its name, configuration, revision and split.
         files: the files, if it is plain text.
         rows: the rows, if it is a table.
-        column: the column of `rows` that holds the text.
+        column: the column of `rows` that holds the text, the completion or the messages.
+        prompt_column: the column of `rows` that holds the prompt of each completion, if they have one.
+        kind: what a row is: "text", "completion" (with its prompt) or "messages".
         uses: the options of `open_text` that mattered for this source.
     """
 
@@ -54,6 +63,8 @@ class TextSource:
     rows: Dataset | IterableDataset | None = None
     column: str = "text"
     uses: tuple[str, ...] = ()
+    prompt_column: str | None = None
+    kind: str = "text"
 
     def documents(self) -> Iterator[Iterator[str]]:
         """The documents, each as an iterator over its pieces, so that no document has to fit into memory.
@@ -65,17 +76,31 @@ class TextSource:
             yield _read_plain(file)
         if self.rows is None:
             return
-        number = 0
+        for number, (text,) in enumerate(self.cells()):
+            if not isinstance(text, str):
+                raise self.bad_row(number, self.column, f"holds {found(text)}, not text")
+            yield iter([as_plain(text)])
+
+    def cells(self) -> Iterator[tuple]:
+        """The rows of a table, from row 0 on: (text,), (prompt, completion) or (messages,), not looked at yet."""
+        columns = [name for name in (self.prompt_column, self.column) if name is not None]
         for batch in self.rows.iter(batch_size=64):
-            for text in batch[self.column]:
-                if not isinstance(text, str):
-                    found = "nothing" if text is None else f"a {type(text).__name__}"
-                    raise ValueError(
-                        f"row {number} of {self.name!r} holds {found} in the column {self.column!r}, not text: "
-                        "correct the row or leave it out"
-                    )
-                yield iter([text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")])
-                number += 1
+            yield from zip(*(batch[name] for name in columns), strict=True)
+
+    def bad_row(self, number: int, column: str | None, fault: str) -> ValueError:
+        """The error of a row that cannot be used: it names the row and, if it is not None, the column."""
+        where = "" if column is None else f", column {column!r},"
+        return ValueError(f"row {number} of {self.name!r}{where} {fault}: correct the row or leave it out")
+
+
+def as_plain(text: str) -> str:
+    """A text of a table without a byte-order mark, with `\\n` at the end of a line."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def found(value) -> str:
+    """What a cell holds instead of what it should, in words."""
+    return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 def open_text(
@@ -86,15 +111,19 @@ def open_text(
     config: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
+    prompt_column: str | None = None,
+    instructions: bool = False,
 ) -> TextSource:
     """Finds a text and checks everything that can be checked without tokenising it. Plain text is read once, completely.
 
     Args:
         source: a file, a folder of files of one kind, a folder written by `Dataset.save_to_disk`, or the name of a Hub dataset.
-        column: the column with the text, for everything but plain text.
+        column: the column with the text, for everything but plain text; with `instructions`, see `columns_of`.
         split: split of a Hub dataset (`train[:-1000]` for a slice) or of a saved `DatasetDict`.
         config, revision: of a Hub dataset.
         streaming: read a table row by row instead of preparing it in the cache of `datasets`.
+        prompt_column: the column with the prompts of completions; with `instructions` alone.
+        instructions: take prompts with completions, and messages, too; otherwise text alone.
 
     Raises:
         FileNotFoundError: there is no such file, folder or dataset, or the folder holds no text.
@@ -115,17 +144,24 @@ def open_text(
             used, digest, options = ("column",), _digest(file.read_bytes() for file in files), {}
             if kind == "csv":  # `NA` and an empty cell are text, and so is a number
                 separator = "\t" if files[0].suffix.lower() == ".tsv" else ","
-                options = {"converters": {column: str}, "keep_default_na": False, "na_filter": False, "sep": separator}
-            files = {"train": [str(file) for file in files]}
+                texts = [column, *([prompt_column or PROMPT, COMPLETION] if instructions else [])]
+                options = {
+                    "converters": dict.fromkeys(texts, str),
+                    "keep_default_na": False,
+                    "na_filter": False,
+                    "sep": separator,
+                }
+            data_files = {"train": [str(file) for file in files]}
             load_dataset = datasets_library(name).load_dataset
             try:
                 rows = build_dataset(
-                    load_dataset, kind, data_files=files, split="train", streaming=streaming, **options
+                    load_dataset, kind, data_files=data_files, split="train", streaming=streaming, **options
                 )
             except Exception as error:  # each format's reader has its own
                 if _is_disk_error(error):
                     raise
-                raise ValueError(f"text {name!r} cannot be read as {kind}: {reason_of(error)}") from None
+                fault = (kind == "json" and bad_line(files)) or reason_of(error)
+                raise ValueError(f"text {name!r} cannot be read as {kind}: {fault}") from None
     else:
         used = ("column", "split", "config", "revision")
         load_dataset = datasets_library(name).load_dataset
@@ -139,13 +175,69 @@ def open_text(
             ) from None
         digest = _digest([repr((name, config, revision, split) if streaming else rows._fingerprint).encode()])
     columns = rows.column_names or list(next(iter(rows), {column: None}))  # a stream may not say
-    if column not in columns:
-        raise ValueError(f"dataset {name!r} has no column {column!r} for text_column; it has {sorted(columns)}")
-    kind = rows.features[column] if rows.features else None
-    if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
-        found = getattr(kind, "dtype", type(kind).__name__)
-        raise ValueError(f"the column {column!r} of {name!r} holds {found}, not text: give another text_column")
-    return TextSource(name, digest, (), rows.select_columns([column]), column, used)
+    kind = "text"
+    if instructions:
+        prompt_column, column = columns_of(columns, column, prompt_column)
+        kind = "completion" if prompt_column is not None else kind
+    for option, wanted in (("prompt_column", prompt_column), ("text_column", column)):
+        if wanted is not None and wanted not in columns:
+            raise ValueError(f"dataset {name!r} has no column {wanted!r} for {option}; it has {sorted(columns)}")
+    feature = rows.features[column] if rows.features else None
+    if instructions and prompt_column is None and _holds_messages(rows, column, feature):
+        kind = "messages"
+    if kind == "text" and feature is not None and getattr(feature, "dtype", None) not in STRINGS:
+        holds = getattr(feature, "dtype", type(feature).__name__)
+        raise ValueError(f"the column {column!r} of {name!r} holds {holds}, not text: give another text_column")
+    if kind == "text" and instructions and {PROMPT, COMPLETION} <= set(columns):
+        logger.warning(f"{name!r} has prompts and completions, but its column {column!r} is read, as text_column says")
+    chosen = [wanted for wanted in (prompt_column, column) if wanted is not None]
+    return TextSource(name, digest, (), rows.select_columns(chosen), column, used, prompt_column, kind)
+
+
+def columns_of(columns: Collection[str], column: str, prompt_column: str | None) -> tuple[str | None, str]:
+    """The columns with the prompts (None: there are none) and with the completions, texts or messages.
+
+    The names are those that TRL knows. A table without a column `text` is read by what it has: `prompt` and
+    `completion`, or else `messages`. `column` "completion" goes with the column `prompt`, any other with `prompt_column`.
+    """
+    missing = column == "text" and column not in columns
+    if prompt_column is not None:
+        return prompt_column, COMPLETION if missing else column
+    if (missing or column == COMPLETION) and {PROMPT, COMPLETION} <= set(columns):
+        return PROMPT, COMPLETION
+    return None, MESSAGES if missing and MESSAGES in columns else column
+
+
+def _holds_messages(rows: Dataset | IterableDataset, column: str, feature) -> bool:
+    """Whether a column holds lists of mappings, by its type or, where that does not tell, by its first row."""
+    if feature is None or type(feature).__name__ == "Json":
+        value = next(iter(rows), {}).get(column)
+        return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    inside = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return isinstance(inside, dict) or type(inside).__name__ == "Json"
+
+
+def bad_line(files: list[Path]) -> str | None:
+    """The first line of JSON Lines that is no JSON object, in words; None if there is none, or for another kind of JSON."""
+    number = 0
+    for file in files:
+        try:
+            content = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            return f"{file.name} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        if content.lstrip().startswith("["):
+            return None
+        for line, text in enumerate(content.split("\n"), start=1):
+            if not text.strip():
+                continue
+            try:
+                fault = None if isinstance(json.loads(text), dict) else "it must be a mapping of columns to values"
+            except ValueError as error:
+                fault = str(error)
+            if fault is not None:
+                return f"row {number} (line {line} of {file.name}) is no JSON object: {fault}"
+            number += 1
+    return None
 
 
 def datasets_library(text: str) -> ModuleType:

@@ -340,7 +340,7 @@ def test_what_is_not_read_is_refused_by_name(tmp_path, tokenizer, files, says):
 @pytest.mark.parametrize(
     "column, says",
     [
-        (["hello", None], "row 1 of .* holds nothing in the column 'text', not text"),
+        (["hello", None], "row 1 of .*, column 'text', holds nothing, not text"),
         ([1, 2], "the column 'text' of .* holds int64, not text"),
         ([["a"], ["b"]], "the column 'text' of .* holds List, not text"),
     ],

@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None):
     run = Run(training, shape, tokenizer_arguments, text)
     tokenizer = load_run_tokenizer(tokenizer_arguments)
     source = open_data(text, training)
+    source.check_packed("a judge", "give text, and leave out packing")
     run.identify(source, tokenizer)
     train, validation = load_data(source, tokenizer, training)
     check_training_batch(training, train)

@@ -8,7 +8,6 @@ If it is killed, the same command resumes from the last complete checkpoint.
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from transformers import PreTrainedModel, set_seed
 
 from evaluation import validation_nelbo, write_report
@@ -123,7 +122,11 @@ def main(arguments: list[str] | None = None):
         with trainer.complete_networks():
             run.save(model, tokenizer)
             if run.is_first and validation is not None:
-                nelbo = validation_nelbo(model, torch.tensor(validation["input_ids"]))
+                # Rows that are not packed: their completions, given the prompts.
+                rows = trainer.data_collator([validation[i] for i in range(len(validation))])
+                masks = {"prompt_mask": rows["labels"] == -100} if "labels" in rows else {}
+                masks |= {"attention_mask": rows["attention_mask"]} if "attention_mask" in rows else {}
+                nelbo = validation_nelbo(model, rows["input_ids"], **masks)
         if run.is_first:
             figures = None
             if nelbo is not None:

@@ -89,7 +89,9 @@ def check_block_length(block_length: int, name: str, config):
 def check_shift(model, train, training: TrainingArguments):
     """Warns when the training text says that a wrapped network has the wrong `logits_shift`: it would learn garbage."""
     if training.should_log and isinstance(model, MDLMBackboneForMaskedDiffusion):
-        warn_of_wrong_shift(model, torch.tensor([list(row["input_ids"]) for row in islice(train, 4)]))
+        rows = [list(row["input_ids"]) for row in islice(train, 4)]
+        length = min(map(len, rows))  # rows that are not packed differ
+        warn_of_wrong_shift(model, torch.tensor([row[:length] for row in rows]))
 
 
 def open_data(text: TextArguments, training: TrainingArguments) -> RunText:

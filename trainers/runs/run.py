@@ -21,7 +21,7 @@ from trainers.runs.output_folder import (
     save_model,
     short_name,
 )
-from trainers.runs.text_blocks import RunText, TextArguments, tokenizer_digest
+from trainers.runs.text_blocks import RunText, TextArguments
 
 
 logger = logging.get_logger(__name__)
@@ -72,7 +72,7 @@ class Run:
         Raises:
             ValueError: the run in the output folder, or that of the checkpoint, had another text or tokenizer.
         """
-        self.settings |= text.digests() | {"tokenizer_digest": tokenizer_digest(tokenizer)}
+        self.settings |= text.digests(tokenizer)
         self.checkpoint = from_first_process(self._find_checkpoint)
 
     @contextlib.contextmanager

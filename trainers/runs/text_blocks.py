@@ -1,5 +1,7 @@
 """The training and validation text of a run: cut into blocks by `evaluation/text.py` and kept in the cache of `datasets`.
 
+Prompts with completions, and conversations, are not cut into blocks: each is a row of its own (`evaluation/instructions.py`).
+
 Without that package, plain text can still be used: every command makes its blocks anew and keeps them in memory.
 """
 
@@ -18,7 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from evaluation.instructions import examples
 from evaluation.text import check_blocks, pack
 from evaluation.text_sources import TextSource, build_dataset, datasets_library, open_text
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
+logger = logging.get_logger(__name__)
+
+
 @dataclass
 class TextArguments:
     """Where the text comes from, and how it is cut into blocks."""
@@ -35,13 +42,33 @@ class TextArguments:
     train_text: str = field(
         metadata={
             "help": "Training text: a UTF-8 text file, a file or folder of .txt, .jsonl, .csv or .parquet, a folder of "
-            "save_to_disk, or the name of a Hub dataset."
+            "save_to_disk, or the name of a Hub dataset. Tables may hold prompts and completions or messages, see "
+            "docs/instruction_data.md."
         }
     )
     validation_text: str | None = field(
         default=None, metadata={"help": "Held-out text, of the same kinds as the training text."}
     )
-    text_column: str = field(default="text", metadata={"help": "Column with the text; plain text files have none."})
+    text_column: str = field(
+        default="text",
+        metadata={
+            "help": "Column with the text, the completions or the messages; plain text files have none. Where there is no "
+            "column text: completion with prompt, or else messages."
+        },
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column with the prompts, if text_column holds completions; null: prompt."}
+    )
+    packing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Join texts and cut them into blocks; false: one row for each. Null: join text, nothing else."
+        },
+    )
+    completion_only: bool | None = field(
+        default=None,
+        metadata={"help": "Noise and score completions alone, not their prompts. Null: where there are completions."},
+    )
     train_split: str = field(
         default="train", metadata={"help": "Split of a Hub dataset; 'train[:-1000]' for a slice."}
     )
@@ -51,7 +78,12 @@ class TextArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Tokenise the training text during training, in order and not shuffled."}
     )
-    block_length: int = field(default=1024, metadata={"help": "Tokens in a block, BOS and EOS included."})
+    block_length: int = field(
+        default=1024,
+        metadata={
+            "help": "Tokens in a block, BOS and EOS included; of rows that are not packed the most, the rest is cut."
+        },
+    )
     max_validation_blocks: int | None = field(
         default=None, metadata={"help": "Use only this many validation blocks, the first ones."}
     )
@@ -86,11 +118,27 @@ class RunText:
     validation: TextSource | None
     arguments: TextArguments
 
-    def digests(self) -> dict[str, str | None]:
-        """What identifies the content, for run.json: a run cannot be resumed with another text."""
-        return {
+    def check_packed(self, what: str, instead: str):
+        """Raises ValueError if a source is not cut into blocks, which `what` needs; `instead` says what to do."""
+        for source in filter(None, (self.train, self.validation)):
+            if not is_packed(source, self.arguments):
+                raise ValueError(
+                    f"{what} reads text that is cut into blocks, but the rows of {source.name!r} are each a text of its own: "
+                    f"{instead}"
+                )
+
+    def digests(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+        """What identifies the content, for run.json: a run cannot be resumed with another text or tokenizer."""
+        sources = [source for source in (self.train, self.validation) if source is not None]
+        of_chat = (
+            {}
+            if all(source.kind == "text" for source in sources)
+            else {"chat_template_digest": chat_digest(tokenizer)}
+        )
+        return of_chat | {
             "train_text_digest": self.train.digest,
             "validation_text_digest": None if self.validation is None else self.validation.digest,
+            "tokenizer_digest": tokenizer_digest(tokenizer),
         }
 
 
@@ -102,6 +150,7 @@ def open_run_text(text: TextArguments) -> RunText:
         ValueError: a text cannot be read, or an option has no use for any text of this run.
     """
     options = {"column": text.text_column, "config": text.dataset_config, "revision": text.dataset_revision}
+    options |= {"prompt_column": text.prompt_column, "instructions": True}
     train = open_text(text.train_text, split=text.train_split, streaming=text.streaming, **options)
     validation = None
     if text.validation_text is not None:
@@ -109,13 +158,36 @@ def open_run_text(text: TextArguments) -> RunText:
     uses = {"train_split": "split" in train.uses}
     if validation is not None:
         uses["validation_split"] = "split" in validation.uses
-    for name, use in (("text_column", "column"), ("dataset_config", "config"), ("dataset_revision", "revision")):
-        uses[name] = any(use in source.uses for source in (train, validation) if source is not None)
+    sources = [source for source in (train, validation) if source is not None]
+    for name, use in (
+        ("text_column", "column"),
+        ("prompt_column", "column"),
+        ("dataset_config", "config"),
+        ("dataset_revision", "revision"),
+    ):
+        uses[name] = any(use in source.uses for source in sources)
     for name, used in uses.items():
         if not used and getattr(text, name) != default_of(name):
             source = text.validation_text if name == "validation_split" else text.train_text
             raise ValueError(f"{name} is {getattr(text, name)!r}, but {source!r} has no use for it: leave it out")
+    for source in sources:
+        if text.packing is False and source.rows is None:
+            raise ValueError(f"packing is false, but {source.name!r} is plain text, which has no rows: leave it out")
+        if text.packing and source.kind != "text":
+            raise ValueError(
+                f"packing is true, but {source.name!r} holds prompts and completions, which are rows of their own: leave it out"
+            )
+    if text.completion_only and train.kind == "text":
+        raise ValueError(
+            f"completion_only is true, but {train.name!r} holds text without prompts: leave it out, or name the columns by "
+            "text_column and prompt_column"
+        )
     return RunText(train, validation, text)
+
+
+def is_packed(source: TextSource, text: TextArguments) -> bool:
+    """Whether a source is cut into blocks; otherwise each of its rows is a row of a batch."""
+    return source.kind == "text" and text.packing is not False
 
 
 def load_blocks(
@@ -123,15 +195,25 @@ def load_blocks(
 ) -> tuple[Dataset | IterableDataset | MemoryBlocks, Dataset | MemoryBlocks | None]:
     """Training and validation blocks: rows `{"input_ids": list of block_length ids, uint16 or int32}`.
 
+    Rows that are not packed are at most that long, have a `length`, and, if only their completions are to be learnt, a
+    `completion_mask` (1: noised and scored).
+
     Raises:
         FileNotFoundError, ValueError: name the file, offset, row or column at fault.
     """
     text = text if isinstance(text, RunText) else open_run_text(text)
     length, limit = text.arguments.block_length, text.arguments.max_validation_blocks
-    train = blocks_of(text.train, tokenizer, length, text.arguments.streaming)
+
+    def rows_of(source: TextSource, streaming: bool = False):
+        if is_packed(source, text.arguments):
+            return blocks_of(source, tokenizer, length, streaming)
+        masked = source.kind != "text" and text.arguments.completion_only is not False
+        return examples_of(source, tokenizer, length, masked, streaming)
+
+    train = rows_of(text.train, text.arguments.streaming)
     if text.validation is None:
         return train, None
-    validation = blocks_of(text.validation, tokenizer, length)
+    validation = rows_of(text.validation)
     return train, validation if limit is None else validation.select(range(min(limit, len(validation))))
 
 
@@ -146,15 +228,40 @@ def blocks_of(
     item = datasets.Value("uint16" if len(tokenizer) <= 2**16 else "int32")
     features = datasets.Features({"input_ids": datasets.List(item, block_length)})
     arguments = {"source": source, "tokenizer": tokenizer, "block_length": block_length}
+    identity = (RULE, source.digest, tokenizer_digest(tokenizer), block_length, str(source.column))
+    return _made_by(_rows, features, arguments, identity, streaming)
+
+
+def examples_of(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, block_length: int, masked: bool, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """The rows of one source that is not packed.
+
+    Args:
+        masked: give them a `completion_mask`.
+    """
+    check_blocks(tokenizer, block_length)
+    datasets = datasets_library(source.name)
+    item = datasets.Value("uint16" if len(tokenizer) <= 2**16 else "int32")
+    columns = {"input_ids": datasets.List(item), "length": datasets.Value("int32")}
+    columns |= {"completion_mask": datasets.List(datasets.Value("int8"))} if masked else {}
+    arguments = {"source": source, "tokenizer": tokenizer, "block_length": block_length, "masked": masked}
+    identity = (RULE, source.digest, tokenizer_digest(tokenizer), chat_digest(tokenizer), block_length, masked)
+    identity += (source.kind, source.prompt_column, source.column)
+    return _made_by(_example_rows, datasets.Features(columns), arguments, identity, streaming)
+
+
+def _made_by(rows, features, arguments: dict, identity: tuple, streaming: bool) -> Dataset | IterableDataset:
+    """The rows that a generator function makes of `arguments`, from the cache if what identifies them is there."""
+    datasets = datasets_library(arguments["source"].name)
     if streaming:
-        blocks = datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
+        blocks = datasets.IterableDataset.from_generator(rows, features=features, gen_kwargs=arguments)
         next(iter(blocks))  # a text shorter than a block is refused now, not at the first step of a run
         return blocks
     # A fingerprint of our own: that of a tokenizer object changes with its use, and a path says nothing about the content.
-    identity = repr((RULE, source.digest, tokenizer_digest(tokenizer), block_length, str(source.column)))
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     return build_dataset(
-        datasets.Dataset.from_generator, _rows, features=features, gen_kwargs=arguments, fingerprint=fingerprint
+        datasets.Dataset.from_generator, rows, features=features, gen_kwargs=arguments, fingerprint=fingerprint
     )
 
 
@@ -182,6 +289,36 @@ def _rows(
 ) -> Iterator[dict[str, np.ndarray]]:
     for block in pack(source.documents(), tokenizer, block_length, source.name):
         yield {"input_ids": block}
+
+
+def _example_rows(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, block_length: int, masked: bool
+) -> Iterator[dict]:
+    """Rows of at most `block_length` tokens; those in which nothing of a completion is left are left out."""
+    cut = dropped = kept = 0
+    for example in examples(source, tokenizer):
+        ids, completion = example.ids[:block_length], example.completion[:block_length]
+        cut += len(ids) < len(example.ids)
+        if not any(completion):
+            dropped += 1
+            continue
+        kept += 1
+        yield {"input_ids": ids, "length": len(ids)} | (
+            {"completion_mask": list(map(int, completion))} if masked else {}
+        )
+    if not kept:
+        fault = f"of its {dropped} prompts none leaves room for an answer" if dropped else "it has no rows"
+        raise ValueError(f"{source.name!r}: {fault} (block_length {block_length}): give longer blocks, or more rows")
+    if cut:
+        logger.warning(
+            f"{source.name!r}: {cut} of {kept + dropped} rows are longer than block_length ({block_length}) and were cut; "
+            f"{dropped} of them were left out, since nothing of their completion remained"
+        )
+
+
+def chat_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hexadecimal digits of the chat template."""
+    return hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
