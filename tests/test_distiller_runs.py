@@ -19,7 +19,7 @@ from trainers import run_mcd
 from trainers.dcd_trainer import DCDTrainingArguments
 from trainers.diffusion_trainer import collate_blocks, maskable_tokens
 from trainers.dscd_trainer import DSCDTrainingArguments
-from trainers.mcd_trainer import MCDTrainingArguments
+from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
 from trainers.runs.recipe import RECIPE_FOLDER, parse_recipe_of
 from trainers.sdtt_trainer import SDTTTrainingArguments
@@ -84,6 +84,33 @@ def test_collating_pads_only_what_is_shorter():
         [True] * 2,
         [True, False],
     ]
+
+
+def test_eos_padding_is_seen_noised_and_scored():
+    rows = [{"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1]}, {"input_ids": [4], "completion_mask": [0]}]
+    batch = collate_blocks(rows, eos_token_id=9)
+    assert list(batch) == ["input_ids", "labels"] and batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert maskable_tokens(batch).tolist() == [[False, True, True], [False, True, True]]
+    given = collate_blocks([row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows], eos_token_id=9)
+    assert given["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert maskable_tokens(collate_blocks([{"input_ids": [1, 2]}, {"input_ids": [3]}], 9)).all()
+
+
+def test_the_trainer_pads_as_its_arguments_say(networks, tmp_path):
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
+    for padding, row in (("unseen", [4, 0, 0]), ("eos", [4, 46, 46])):
+        trainer = make_trainer("mcd", networks, tmp_path, padding=padding)
+        assert trainer.data_collator(rows)["input_ids"][1].tolist() == row
+    trainer.model.config.eos_token_id, known = None, trainer.model.config.eos_token_id
+    with pytest.raises(ValueError, match="padding is 'eos', but the model's configuration has no eos_token_id"):
+        make_trainer("mcd", networks, tmp_path, padding="eos")
+    trainer.model.config.eos_token_id = known
+    with pytest.raises(ValueError, match="padding must be one of .*, not 'zeros'"):
+        make_trainer("mcd", networks, tmp_path, padding="zeros")
+    with pytest.raises(ValueError, match="loss_norm must be one of .*, not 'batch'"):
+        make_trainer("mcd", networks, tmp_path, loss_norm="batch")
+    with pytest.raises(ValueError, match="padding .'eos'. is of our own data_collator: leave one of them out"):
+        MCDTrainer(trainer.model, trainer.args, data_collator=collate_blocks)
 
 
 def test_columns_with_a_value_for_each_token_are_used_or_refused():
@@ -267,5 +294,5 @@ def test_every_distillation_recipe_is_of_its_method(recipe):
         "trainer", arguments, (*shared, run_mcd.EvaluationArguments), [str(recipe), "--bf16=false"]
     )
     assert type(training) is run_mcd.METHODS[method.trainer][1]
-    assert method.trainer == (recipe.stem.split("_")[1] if "_" in recipe.stem else "mcd")
+    assert method.trainer == (recipe.stem.split("_")[-1] if recipe.stem.split("_")[-1] in run_mcd.METHODS else "mcd")
     assert training.max_steps == training.num_rounds * training.steps_per_round

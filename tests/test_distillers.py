@@ -14,6 +14,7 @@ from modeling_mcd.locking_mdlm import locked_uniforms
 from modeling_mcd.noise_schedule_mdlm import LogLinearSchedule
 from trainers.diffusion_trainer import maskable_tokens
 from trainers.divergences import divergence_from_token
+from trainers.dscd_trainer import short_answers
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments, reveal_thresholds, step_starts
 from trainers.trajectories import most_masked
@@ -102,6 +103,8 @@ def dscd_by_hand(trainer, inputs, step):
         r = 0.4 + 0.5 * times[b].item()
         r_teacher = min(max(r * (0.3 + 0.4 * second[b, 0].item()), 0.1), 0.6, r)
         places = sorted((i for i in range(BLOCK) if maskable[b, i]), key=lambda i, b=b: -u[b, i].item())
+        if "labels" in inputs and len(places) < 20:
+            r, r_teacher = min(r, 0.5), min(r_teacher, 0.5, r)
         z[b, places[: round(r * len(places))]] = MASK
         z_teacher[b, places[: round(r_teacher * len(places))]] = MASK
         gamma.append(1 - r), gamma_teacher.append(1 - r_teacher)
@@ -371,6 +374,40 @@ def test_the_nelbo_knows_prompts_and_padding_too(kind, networks, tmp_path):
 
 
 # --- Couplings
+
+
+@pytest.mark.parametrize("method", [*METHODS, "mdlm"])
+def test_the_loss_by_sequence_is_the_mean_of_the_rows_losses(method, networks, tmp_path):
+    """A row's loss is that of the batch in which every other row is all prompt: its noise is keyed by its place."""
+    losses = {}
+    for norm in ("tokens", "sequence"):
+        if method == "mdlm":
+            arguments = MDLMTrainingArguments(output_dir=str(tmp_path), ema_decay=None, loss_norm=norm, seed=3)
+            trainer = MDLMTrainer(networks["absorbing"][1], arguments)
+            trainer.model.train()
+        else:
+            trainer = make_trainer(method, networks, tmp_path, loss_norm=norm)
+        inputs, only = prompted(), torch.eye(ROWS, dtype=torch.bool)
+        batches = [inputs | {"labels": inputs["labels"].masked_fill(~row[:, None], -100)} for row in only]
+        losses[norm] = []
+        for batch in [inputs, *batches]:
+            trainer.reset_noise()
+            losses[norm].append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses["sequence"][0] == pytest.approx(sum(losses["tokens"][1:]) / ROWS, rel=1e-9)
+    assert losses["sequence"][0] != pytest.approx(losses["tokens"][0], rel=1e-6)
+    assert losses["sequence"][1:] == pytest.approx(losses["tokens"][1:], rel=1e-9)
+
+
+def test_dscd_masks_of_short_answers_are_those_of_the_released_code():
+    """`(student's masks, teacher's)` of an answer of n tokens at r_s = 0.9, r_t = 0.6, by its rules one by one."""
+    length = torch.tensor([0, 1, 2, 8, 10, 11, 19, 20, 40])
+    ratio, teacher_ratio, least = short_answers(torch.full((9,), 0.9), torch.full((9,), 0.6), length)
+    counts = (ratio * length).round().clamp(min=least).long().tolist()
+    teacher_counts = (teacher_ratio * length).round().long().tolist()
+    assert counts == [0, 1, 2, 2, 2, round(5.5), round(9.5), 18, 36]
+    assert teacher_counts == [0, 1, 1, 1, 1, round(5.5), round(9.5), 12, 24]
+    few, _, least = short_answers(torch.full((9,), 0.05), torch.full((9,), 0.05), length)
+    assert (few * length).round().clamp(min=least).tolist() == [0, 1, 2, 2, 2, 2, 2, 2, 4]
 
 
 def test_dscd_masks_are_nested_and_of_the_right_size():

@@ -244,6 +244,28 @@ def test_hook_grad_norm_is_asked_before_the_optimizer_steps(trainer_of, tmp_path
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
+def test_hook_train_sampler_gives_an_order_that_a_resumed_run_repeats(networks, tmp_path):
+    """`Trainer._get_train_sampler` makes the order of the rows: by length from 7 steps an epoch, resumed in the second."""
+    generator = torch.Generator().manual_seed(0)
+    widths = torch.randint(8, 33, (28,), generator=generator).tolist()
+    rows = [{"input_ids": blocks()[i % ROWS, :width].tolist(), "length": width} for i, width in enumerate(widths)]
+    assert len(rows) == 7 * ROWS
+
+    def run(folder, checkpoint=None):
+        trainer = build(networks, folder, train_sampling_strategy="group_by_length", steps_per_round=5)
+        trainer.train_dataset = rows
+        seen = []
+        collate = trainer.data_collator
+        trainer.data_collator = lambda batch: (seen.append([row["length"] for row in batch]), collate(batch))[1]
+        trainer.train(checkpoint)
+        return seen, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    seen, losses = run(tmp_path / "run")
+    assert sorted(width for batch in seen[:7] for width in batch) == sorted(widths) and seen[:3] != seen[7:]
+    assert sum(max(batch) * ROWS - sum(batch) for batch in seen[:7]) < sum(widths) / 10  # little of it is padding
+    assert run(tmp_path / "again", str(tmp_path / "run" / "checkpoint-8"))[1] == losses
+
+
 @pytest.mark.parametrize("save_steps", [2, 8])
 def test_numbers_that_are_checked_later_still_stop_the_run(trainer_of, tmp_path, save_steps):
     """As on a GPU, where the host does not wait for a loss: the message names its step, and nothing is saved after it."""

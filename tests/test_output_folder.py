@@ -42,6 +42,13 @@ def test_a_run_is_compared_with_what_is_known_so_far(tmp_path):
             check_output_dir(tmp_path / "run", other)
 
 
+def test_a_run_of_an_earlier_version_did_what_is_now_the_default(tmp_path):
+    claim_output_dir(tmp_path / "run", {"seed": 1}, None)
+    check_output_dir(tmp_path / "run", {"seed": 1, "padding": "unseen", "loss_norm": "tokens", "packing": None})
+    with pytest.raises(ValueError, match="padding was None there and is 'eos' here"):
+        check_output_dir(tmp_path / "run", {"seed": 1, "padding": "eos"})
+
+
 def test_another_folder_s_checkpoint_is_where_a_run_begins(inputs, tmp_path):
     """It is used until the run has a checkpoint of its own. A checkpoint in the run's own folder is used as it is."""
     run_mcd.main(mcd_arguments(inputs, tmp_path / "old", num_rounds=1))

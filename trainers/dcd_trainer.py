@@ -72,7 +72,8 @@ class DCDTrainer(DistillationTrainer):
         student = self.compute_rows(model, maskable, z_t, alpha_t, inputs)
         with torch.no_grad():
             teacher = self.compute_rows(self.teacher, maskable, z_s, alpha_s, inputs)
-        loss = divergence(self.args.divergence, student, teacher).sum() / maskable.sum().clamp(min=1)
+        mean = self.batch_mean(maskable)
+        loss = mean.total(divergence(self.args.divergence, student, teacher), maskable) / mean.count
 
         noised = (z_t != x_0).double().mean(), (z_s != x_0).double().mean()
         self.record(round=round, delta=delta, noised_fraction_t=noised[0], noised_fraction_s=noised[1])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sized
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Literal
 
@@ -16,6 +17,7 @@ from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.locking_mdlm import LOCKINGS, PHI, locked_uniforms
 from modeling_mcd.transfer_mdlm import send
 from trainers.adapters import AdapterFollower, follower_of, is_adapted, with_adapter
+from trainers.batch_mean import LOSS_NORMS, BatchMean
 from trainers.exact_resume import ExactResumeArguments, ExactResumeTrainer
 from trainers.teacher import EMACallback, Follower, full_weights
 from trainers.trajectories import spread_rows, step_noise
@@ -26,6 +28,8 @@ logger = logging.get_logger(__name__)
 EVALUATION_STEP = 2**63  # no training step: evaluation has a stream of noise of its own
 
 TRAINING_LOCKINGS = ("independent", "spread")  # see `locking_mdlm.py`
+
+PADDINGS = ("unseen", "eos")
 
 TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "attention_mask")  # of the rows of a dataset
 
@@ -68,7 +72,22 @@ class DiffusionTrainingArguments(ExactResumeArguments):
         default=None, metadata={"help": "Share of a batch's rows that locking spread is for; null: all of them."}
     )
 
+    padding: Literal[PADDINGS] = field(
+        default="unseen",
+        metadata={
+            "help": "What fills shorter rows of a batch: padding that is neither seen nor scored, or EOS that is seen, noised "
+            "and scored, as LLaDA and dLLM do."
+        },
+    )
+    loss_norm: Literal[LOSS_NORMS] = field(
+        default="tokens",
+        metadata={"help": "Mean over all tokens that count, or over each row's and then over rows (LLaDA)."},
+    )
+
     def __post_init__(self):
+        for name, choices in (("padding", PADDINGS), ("loss_norm", LOSS_NORMS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
         check_numbers(self, ema_decay=("lie in [0, 1) or be null", BELOW_1[1]), spread_fraction=ABOVE_0_TO_1)
         if self.locking not in TRAINING_LOCKINGS:
             why = ", which needs a number of steps and is for sampling only" * (self.locking in LOCKINGS)
@@ -90,11 +109,15 @@ class DiffusionTrainingArguments(ExactResumeArguments):
             )
 
 
-def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
+def collate_blocks(rows: list[dict], eos_token_id: int | None = None) -> dict[str, torch.Tensor]:
     """Makes a batch of rows: `input_ids` [B, L] and, where the rows need them, `labels` and `attention_mask` [B, L].
 
     Rows may hold `labels` (-100: neither noised nor scored), `completion_mask` (0: the same) and `attention_mask` (0: not
-    seen either). Shorter rows are padded on the right; padding is neither seen nor noised.
+    seen either). Shorter rows are padded on the right.
+
+    Args:
+        eos_token_id: the token to pad with; it is seen, noised and scored as if it belonged to the row. Without it, padding is
+            neither seen nor noised.
 
     Raises:
         ValueError: a column is missing or does not fit, or has a value for each token but no meaning here, such as
@@ -122,16 +145,31 @@ def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
             raise ValueError(f"{name} of a row must hold integers, not {values.flatten()[0].item()}")
         return values.long()
 
-    batch = {"input_ids": padded("input_ids", 0)}
+    token, label, scored = (0, -100, 0) if eos_token_id is None else (eos_token_id, eos_token_id, 1)
+    batch = {"input_ids": padded("input_ids", token)}
     if "labels" in rows[0]:
-        batch["labels"] = padded("labels", -100)
+        batch["labels"] = padded("labels", label)
     if "completion_mask" in rows[0]:
-        batch["labels"] = batch.get("labels", batch["input_ids"]).masked_fill(padded("completion_mask", 0) == 0, -100)
+        hidden = padded("completion_mask", scored) == 0
+        batch["labels"] = batch.get("labels", batch["input_ids"]).masked_fill(hidden, -100)
     if "attention_mask" in rows[0]:
-        batch["attention_mask"] = padded("attention_mask", 0)
-    elif min(lengths) < max(lengths):
+        batch["attention_mask"] = padded("attention_mask", scored)
+    elif min(lengths) < max(lengths) and eos_token_id is None:
         batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     return batch
+
+
+def collator_of(padding: str, config):
+    """`collate_blocks` with the padding that `args.padding` names, for a model of this configuration."""
+    if padding == "unseen":
+        return collate_blocks
+    eos = config.eos_token_id
+    eos = eos[0] if isinstance(eos, list | tuple) else eos
+    if eos is None:
+        raise ValueError(
+            "padding is 'eos', but the model's configuration has no eos_token_id: set it, or take 'unseen'"
+        )
+    return partial(collate_blocks, eos_token_id=eos)
 
 
 def _length_of(row: dict) -> int:
@@ -192,9 +230,11 @@ class DiffusionTrainer(ExactResumeTrainer):
     loss_is_scaled_for_ga = False  # compute_loss returns a mean over the micro-batch
     trains_network = True  # so that an adapter may be trained in its place
 
-    def __init__(
-        self, model, args: DiffusionTrainingArguments, *, peft_config=None, data_collator=collate_blocks, **kwargs
-    ):
+    def __init__(self, model, args: DiffusionTrainingArguments, *, peft_config=None, data_collator=None, **kwargs):
+        if data_collator is None:
+            data_collator = collator_of(args.padding, model.config)
+        elif args.padding != "unseen":
+            raise ValueError(f"padding ({args.padding!r}) is of our own data_collator: leave one of them out")
         for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "model_init"):
             if kwargs.get(name) is not None:
                 raise ValueError(
@@ -340,6 +380,10 @@ class DiffusionTrainer(ExactResumeTrainer):
             timesteps=sigma_of(gamma),
             attention_mask=inputs.get("attention_mask"),
         )
+
+    def batch_mean(self, counted: torch.Tensor) -> BatchMean:
+        """How the loss is averaged over the tokens [B, L] that count: by `args.loss_norm`."""
+        return BatchMean(counted, self.args.loss_norm)
 
     def record(self, **values: torch.Tensor | float):
         """Records scalars of this micro-batch; their mean over micro-batches and ranks appears in the next log line."""

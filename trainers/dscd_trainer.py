@@ -9,7 +9,8 @@ One stage. Each step does, for every sequence x_0 of n tokens that may be masked
 
 with T = 2, and lambda = 0.9 for a tenth of the run, then a cosine decay to 0.5. Under SUBS the teacher is a point mass
 where it sees the token, and the first term there is the cross-entropy of the student at temperature T (the released code
-uses LLaDA's untrained logits there). Its rules for answers of fewer than 20 tokens are left out.
+uses LLaDA's untrained logits there). Answers, the tokens of a row that are not its prompt, have rules of their own where they
+are short, see `short_answers`.
 """
 
 import math
@@ -79,7 +80,10 @@ class DSCDTrainer(DistillationTrainer):
         share = between(self.args.teacher_share, second[:, 0])  # only the first of a row's draws is needed
         teacher_ratio = torch.minimum((ratio * share).clamp(*self.args.teacher_ratio), ratio)
         available = maskable.sum(dim=1)
-        m = most_masked(u, maskable, (ratio * available).round())
+        least = 0
+        if "labels" in inputs:  # the rows are prompts and answers
+            ratio, teacher_ratio, least = short_answers(ratio, teacher_ratio, available)
+        m = most_masked(u, maskable, (ratio * available).round().clamp(min=least))
         m_teacher = most_masked(u, maskable, (teacher_ratio * available).round())
         z, z_teacher = (mask_tokens(x_0, masked, self.mask_token_id) for masked in (m, m_teacher))
 
@@ -87,12 +91,13 @@ class DSCDTrainer(DistillationTrainer):
         with torch.no_grad():
             teacher = self.compute_rows(self.teacher, m_teacher, z_teacher, 1 - teacher_ratio, inputs)
 
-        count = m.sum().clamp(min=1)
+        mean = self.batch_mean(m)
         still_masked, tempered = m_teacher[m], at_temperature(student, temperature)
-        agree = divergence("teacher_first", tempered.at(still_masked), teacher, temperature=temperature).sum()
-        agree = agree + cross_entropy(tempered.at(~still_masked), x_0[m & ~m_teacher]).sum()
-        consistency = self.bounded(temperature**2 * agree / count)
-        reconstruction = self.bounded(cross_entropy(student, x_0[m]).sum() / count)
+        agree = divergence("teacher_first", tempered.at(still_masked), teacher, temperature=temperature)
+        seen = cross_entropy(tempered.at(~still_masked), x_0[m & ~m_teacher])
+        agree = mean.total(agree, m_teacher) + mean.total(seen, m & ~m_teacher)
+        consistency = self.bounded(temperature**2 * agree / mean.count)
+        reconstruction = self.bounded(mean.total(cross_entropy(student, x_0[m]), m) / mean.count)
         loss = weight * consistency + (1 - weight) * reconstruction
 
         self.record(
@@ -111,3 +116,20 @@ class DSCDTrainer(DistillationTrainer):
 
 def between(bounds: list[float], uniforms: torch.Tensor) -> torch.Tensor:
     return bounds[0] + (bounds[1] - bounds[0]) * uniforms
+
+
+def short_answers(
+    ratio: torch.Tensor, teacher_ratio: torch.Tensor, length: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The masked fractions [B] of student and teacher in answers of n = `length` tokens [B], and the fewest masks [B].
+
+    The rules of the released code: below 20 tokens the student's fraction is at most 1/2; up to 10 tokens the student has 2
+    masks and the teacher 1; everywhere the student has at least max(2, n / 10) masks, and the teacher no more than it.
+    """
+    ratio = torch.where(length < 20, ratio.clamp(max=0.5), ratio)
+    teacher_ratio = torch.minimum(teacher_ratio, ratio)
+    of_two, of_one = ((masks / length.clamp(min=1)).clamp(max=1) for masks in (2, 1))
+    ratio, teacher_ratio = (
+        torch.where(length <= 10, few, many) for few, many in ((of_two, ratio), (of_one, teacher_ratio))
+    )
+    return ratio, teacher_ratio, torch.minimum(length, (length / 10).ceil().clamp(min=2))

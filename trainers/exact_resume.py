@@ -7,7 +7,7 @@ in this file; tests/test_exact_resume.py has one test for each hook, which says 
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -31,6 +31,7 @@ from trainers.checkpoints import (
     write_manifest,
 )
 from trainers.deepspeed_build import check_build_cache
+from trainers.length_buckets import LengthBuckets
 
 
 logger = logging.get_logger(__name__)
@@ -318,14 +319,29 @@ class ExactResumeTrainer(Trainer):
             self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
             logger.warning(f"learning_rate: {old:g} until {folder.name}, {new:g} from here on")
 
-    # Not documented in transformers: `_run_epoch` (there is no callback before an epoch's first step that can prevent it)
-    # and `_get_grad_norm` (no callback before the optimizer's step is given the norm).
+    # Not documented in transformers: `_run_epoch` (there is no callback before an epoch's first step that can prevent it),
+    # `_get_grad_norm` (no callback before the optimizer's step is given the norm) and `_get_train_sampler` (there is no
+    # argument for a sampler).
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # a finished run that is restarted trains no further
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        """`train_sampling_strategy: group_by_length` by an order that a resumed run repeats."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, Sized):
+            return super()._get_train_sampler(train_dataset)
+        column = self.args.length_column_name
+        if column in getattr(rows, "column_names", ()):
+            lengths = rows[column]
+        else:
+            lengths = [len(rows[i]["input_ids"]) for i in range(len(rows))]
+        args = self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthBuckets(lengths, batch, args.seed if args.data_seed is None else args.data_seed)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)

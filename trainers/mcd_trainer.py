@@ -99,26 +99,27 @@ class MCDTrainer(DistillationTrainer):
             teacher = self.compute_rows(self.teacher, m_s, z_s, gamma_s, inputs)
 
         still_masked = m_s[m_t]  # of the student's rows, those that are masked for the teacher too
-        consistency = divergence(self.args.divergence, student.at(still_masked), teacher, temperature=tau).sum()
-        reveal = self.reveal_loss(student.at(~still_masked), x_0[m_t & ~m_s])
-        count = (maskable if self.args.reduction == "all_tokens" else m_t).sum().clamp(min=1)
-        loss = (consistency + reveal) / count
+        mean = self.batch_mean(maskable if self.args.reduction == "all_tokens" else m_t)
+        agree = divergence(self.args.divergence, student.at(still_masked), teacher, temperature=tau)
+        reveals = self.reveal_loss(student.at(~still_masked), x_0[m_t & ~m_s])
+        consistency, reveal = mean.total(agree, m_s), mean.total(reveals, m_t & ~m_s)
+        loss = (consistency + reveal) / mean.count
 
         self.record(
             round=round,
             delta=delta,
             tau=tau,
-            divergence=consistency / count,
-            reveal=reveal / count,
+            divergence=consistency / mean.count,
+            reveal=reveal / mean.count,
             masked_fraction_t=m_t.double().mean(),
             masked_fraction_s=m_s.double().mean(),
         )
         return (loss, {}) if return_outputs else loss
 
-    def reveal_loss(self, student: HeadRows, tokens: torch.Tensor) -> torch.Tensor | float:
-        """Sum over the tokens [R] that only the student has masked."""
+    def reveal_loss(self, student: HeadRows, tokens: torch.Tensor) -> torch.Tensor:
+        """The loss of each of the tokens [R] that only the student has masked."""
         if self.args.reveal == "none":
-            return 0.0
+            return student.hidden.new_zeros(len(tokens))
         if self.args.reveal == "divergence":
-            return divergence_from_token(self.args.divergence, student, tokens).sum()
-        return cross_entropy(student, tokens).sum()
+            return divergence_from_token(self.args.divergence, student, tokens)
+        return cross_entropy(student, tokens)

@@ -37,7 +37,8 @@ class MDLMTrainingArguments(DiffusionTrainingArguments):
 
 
 class MDLMTrainer(DiffusionTrainer):
-    """Minimises the NELBO of the model's kind of diffusion, in nats per token: the mean over all tokens but prompt and padding.
+    """Minimises the NELBO of the model's kind of diffusion, in nats per token: the mean over all tokens but prompt and padding
+    (`args.loss_norm`: or first over those of each row, as LLaDA's fine-tuning does).
 
     Absorbing: E_t [ -gamma'(t) / (1 - gamma(t)) sum_masked -log p(x_0 | z_t) ] / L (MDLM, Eq. 10). Under the log-linear
     schedule the weight is exactly 1/t. Uniform: E_t [ sum_i `uniform_nelbo` ] / L (Duo, Eq. 17, on discrete tokens).
@@ -58,7 +59,8 @@ class MDLMTrainer(DiffusionTrainer):
 
         student = self.compute_rows(model, scored, z_t, gamma, inputs)
         levels = at_positions(gamma, scored), at_positions(slope, scored)
-        loss = nelbo(self.process, student, z_t[scored], x_0[scored], *levels).sum() / maskable.sum().clamp(min=1)
+        mean = self.batch_mean(maskable)
+        loss = mean.total(nelbo(self.process, student, z_t[scored], x_0[scored], *levels), scored) / mean.count
 
         self.record(noised_fraction=(z_t != x_0).double().mean())
         return (loss, {}) if return_outputs else loss

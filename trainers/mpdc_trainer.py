@@ -68,19 +68,20 @@ class MPDCTrainer(DistillationTrainer):
 
         anchor, still_masked = anchored[:, None].expand_as(m_t)[m_t], m_s[m_t]
         revealed = ~still_masked & ~anchor
-        agree = divergence("jensen_shannon", student.at(still_masked), target).sum()
-        agree = agree + divergence_from_token("jensen_shannon", student.at(revealed), x_0[m_t][revealed]).sum()
+        mean, at_anchors = self.batch_mean(maskable), m_t & anchored[:, None]
+        agree = mean.total(divergence("jensen_shannon", student.at(still_masked), target), m_s)
+        from_token = divergence_from_token("jensen_shannon", student.at(revealed), x_0[m_t][revealed])
+        agree = agree + mean.total(from_token, m_t & ~m_s & ~at_anchors)
         tokens, levels = (z_t, x_0), (gamma_t, self.schedule.derivative(t))
         at_anchor = [x[m_t][anchor] for x in tokens] + [at_positions(x, m_t)[anchor] for x in levels]
-        bound = nelbo(self.process, student.at(anchor), *at_anchor).sum()
-        count = maskable.sum().clamp(min=1)
-        loss = (agree + bound) / count
+        bound = mean.total(nelbo(self.process, student.at(anchor), *at_anchor), at_anchors)
+        loss = (agree + bound) / mean.count
 
         self.record(
             round=self.args.round_of(self.state.global_step),
             delta=delta,
-            divergence=agree / count,
-            nelbo=bound / count,
+            divergence=agree / mean.count,
+            nelbo=bound / mean.count,
             masked_fraction_t=m_t.double().mean(),
             masked_fraction_s=m_s.double().mean(),
         )

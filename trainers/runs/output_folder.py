@@ -23,8 +23,10 @@ STARTED_FROM = (
 DECISIVE_SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm"),
-    *("seed", "data_seed", "tf32", "full_determinism"),
+    *("seed", "data_seed", "tf32", "full_determinism", "train_sampling_strategy"),
 )
+# Settings that the run.json of earlier versions lacks, and what these did.
+EARLIER = {"padding": "unseen", "loss_norm": "tokens", "train_sampling_strategy": "random"}
 # Those that may change when a run goes on from a checkpoint in another folder.
 CHANGEABLE_SETTINGS = ("learning_rate", "max_grad_norm")
 
@@ -92,7 +94,7 @@ def difference(output_dir: Path, settings: dict, changeable: tuple[str, ...] = (
     except ValueError as error:
         return f"which cannot be identified: {error}"
     for key in sorted(settings.keys() - {STARTED_FROM, *changeable}):
-        if settings[key] != other.get(key):
+        if settings[key] != other.get(key, EARLIER.get(key)):
             if key.endswith("_digest"):
                 return f"its {key.removesuffix('_digest').replace('_', ' ')} was another one"
             return f"{key} was {other.get(key)!r} there and is {settings[key]!r} here"

@@ -41,6 +41,7 @@ COMMON = {
     "learning_rate": "Peak learning rate of AdamW.",
     "warmup_steps": "Steps of linear warm-up; below 1: a share of all steps.",
     "bf16": "Compute in bfloat16; the weights stay float32.",
+    "train_sampling_strategy": "random; group_by_length: batches of rows of similar length, with little padding.",
     "logging_steps": "Steps between two log lines.",
     "save_steps": "Steps between two checkpoints.",
     "eval_strategy": "When the loss on the validation text is computed: no, steps or epoch.",
@@ -257,7 +258,8 @@ def _as_word(value, folder: Path) -> str:
     if isinstance(value, str) and value.startswith(("./", "../")):
         path, shipped = folder / value, RECIPE_FOLDER / value
         # A shipped recipe that was copied elsewhere, or that a model card holds, still means what ships with the library.
-        return os.path.normpath(shipped if value.startswith("./tiny/") and not path.exists() else path)
+        ours = value.startswith(("./tiny/", "./tiny_sums/"))
+        return os.path.normpath(shipped if ours and not path.exists() else path)
     return str(value)
 
 
