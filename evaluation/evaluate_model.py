@@ -32,8 +32,25 @@ KEY = ("model", "steps", "temperature", "sampler", "locking")
 COMPARABLE = ("judge", "convention", "entropy_unit", "length")
 # What is held fixed over a table. With the key it identifies a row: evaluated again, a row is replaced.
 SETTINGS = (*COMPARABLE, "samples", "seeds", "precision", "vocabulary_words")
+# The samplers that take a number of steps, and the option that it is given as.
+STEPPED = {
+    name: next(option for option in ("steps", "max_steps") if option in options_of(sampler))
+    for name, sampler in SAMPLERS["absorbing"].items()
+    if {"steps", "max_steps"} & set(options_of(sampler))
+}
 # Errors of one evaluation (no finite logits, no memory, ...), as opposed to mistakes in its settings.
 TROUBLE = (ValueError, ArithmeticError, RuntimeError)
+
+
+def step_option(sampler: str) -> str:
+    """The option of a sampler that a number of steps of the grid stands for: `steps`, or the most steps of `adaptive`.
+
+    Raises:
+        ValueError: there is no such sampler, or it takes no number of steps.
+    """
+    if sampler not in STEPPED:
+        raise ValueError(f"sampler must be one of {tuple(STEPPED)}, not {sampler!r}")
+    return STEPPED[sampler]
 
 
 @dataclass
@@ -46,7 +63,7 @@ class EvaluationProtocol:
         samples: samples for each seed.
         seeds: number of seeds, 0 .. seeds - 1.
         length: tokens in a sample; the model's context by default.
-        sampler: name of a sampler of `generate` that takes `steps`.
+        sampler: name of a sampler of `generate` that takes `steps` (or, as `adaptive`, `max_steps`).
         last_step: what follows the steps, see `MDLMGenerationConfig`. Every row names it with the sampler.
         precision: of the draws, see `MDLMGenerationConfig`.
         convention: how Gen-PPL is computed, see `generative_perplexity.py`.
@@ -72,8 +89,7 @@ class EvaluationProtocol:
     batch_size: int = 32
 
     def __post_init__(self):
-        with_steps = [name for name, sampler in SAMPLERS["absorbing"].items() if "steps" in options_of(sampler)]
-        choices = {"convention": CONVENTIONS, "entropy_unit": ENTROPY_UNITS, "sampler": with_steps}
+        choices = {"convention": CONVENTIONS, "entropy_unit": ENTROPY_UNITS, "sampler": STEPPED}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {tuple(allowed)}, not {getattr(self, name)!r}")
@@ -124,7 +140,7 @@ class EvaluationProtocol:
     ) -> MDLMGenerationConfig:
         """All options of `generate`, for `count` samples of `length` tokens."""
         return MDLMGenerationConfig(
-            steps=steps,
+            **{step_option(self.sampler): steps},
             temperature=temperature,
             length=length,
             sampler=self.sampler,

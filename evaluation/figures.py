@@ -22,6 +22,7 @@ class Samples:
         text: each sample decoded, BOS and EOS replaced by a space.
         units: ids or text, whichever the protocol's `entropy_unit` counts.
         judge: the judge's scores; None if there are none, and `trouble` says why.
+        answers: to the questions that were asked, if any were.
     """
 
     ids: Sequence[Sequence[int]]
@@ -29,6 +30,24 @@ class Samples:
     units: Sequence
     judge: GenerativePerplexity | None
     trouble: str | None = None
+    answers: Sequence["Answer"] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one question.
+
+    Args:
+        text: up to its end.
+        reference: the right one.
+        tokens: of the answer, its end included; what stands behind it does not count.
+        forwards: of the network.
+    """
+
+    text: str
+    reference: str
+    tokens: int
+    forwards: int
 
 
 @dataclass(frozen=True)
@@ -87,10 +106,32 @@ FIGURES = (
 )
 
 
-def figures_of(samples: Samples, protocol) -> tuple[dict[str, float | None], list[str]]:
-    """Every figure of one seed by name, and notes that say why some could not be measured."""
+# Of answers to questions, each of which is right or wrong; see `answers.py`.
+ANSWER_FIGURES = (
+    Figure(
+        "exact_match",
+        "answers",
+        lambda answers, _: statistics.fmean(one.text == one.reference for one in answers),
+        "{:.1%}".format,
+        "exact match",
+        spread=True,
+    ),
+    Figure(
+        "tokens_per_forward",
+        "answers",
+        lambda answers, _: sum(one.tokens for one in answers) / sum(one.forwards for one in answers),
+        "{:.2f}".format,
+        "tokens per forward (TPF)",
+    ),
+)
+
+
+def figures_of(
+    samples: Samples, protocol, table: Sequence[Figure] | None = None
+) -> tuple[dict[str, float | None], list[str]]:
+    """Every figure of one seed by name, and notes that say why some could not be measured. `table`: `FIGURES` by default."""
     figures, notes = {}, []
-    for figure in FIGURES:
+    for figure in FIGURES if table is None else table:
         figures[figure.name] = None
         source = getattr(samples, figure.reads)
         if source is None:
@@ -108,10 +149,12 @@ def figures_of(samples: Samples, protocol) -> tuple[dict[str, float | None], lis
     return figures, notes
 
 
-def over_seeds(seeds: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
+def over_seeds(
+    seeds: Sequence[dict[str, float | None]], table: Sequence[Figure] | None = None
+) -> dict[str, float | None]:
     """Means and spreads of figures over seeds (of sampling, or of training); None unless every seed has the figure."""
     row = {}
-    for figure in FIGURES:
+    for figure in FIGURES if table is None else table:
         values = [figures.get(figure.name) for figures in seeds] or [None]
         row[figure.name] = None if None in values else figure.mean(values)
         if figure.spread:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from evaluation.answers_table import answers_markdown, order_of
 from evaluation.evaluate_model import FIRST_LOCKING
 from evaluation.table import markdown_table, plain_rows, tables_of
 from modeling_mcd.adapters import ADAPTER_CONFIG
@@ -37,7 +38,9 @@ def write_model_card(folder: str | Path, report: dict, name: str | None = None) 
     folder = Path(folder)
     causal, adapter = report.get("kind") == "causal", (folder / ADAPTER_CONFIG).exists()
     tables = [plain_rows(rows) for rows in tables_of(report["results"])]
+    answers = list(report.get("answers", {}).values())
     own = [row for rows in tables for row in rows if row["model"] == report.get("label")]
+    own_answers = [row for row in answers if row["model"] == report.get("label") and row["exact_match"] is not None]
     tags = ["masked-diffusion", "mdlm", "masked-consistency-distillation", "arxiv:2602.00792"]
     name = name or folder.resolve().name
     card_data = ModelCardData(
@@ -47,7 +50,8 @@ def write_model_card(folder: str | Path, report: dict, name: str | None = None) 
         base_model_relation="adapter" if adapter else report.get("base_model_relation"),
         pipeline_tag="text-generation" if causal else "fill-mask",
         tags=None if causal else tags,
-        eval_results=[result for row in own for result in _eval_results(row)] or None,
+        eval_results=[result for row in own for result in _eval_results(row)] + list(map(_exact_match, own_answers))
+        or None,
     )
     by_hand = not is_ours(folder / "README.md")
     figures, results = report.get("figures", []), report["results"]
@@ -64,7 +68,8 @@ def write_model_card(folder: str | Path, report: dict, name: str | None = None) 
         place=json.dumps(report.get("repository") or "."),
         context=_context(folder) if causal else None,
         figures=figures,
-        table=markdown_table(results) if results or not figures else None,
+        table=markdown_table(results) if results or not (figures or answers) else None,
+        answers=answers_markdown(answers),
         plot=(folder / "eval.png").exists(),
         examples=_examples(tables, report.get("label")),
         method=report.get("method"),
@@ -130,6 +135,18 @@ def _eval_results(row: dict) -> list[EvalResult]:
         )
         for metric, title in (("gen_ppl", "Gen-PPL"), ("entropy", "Unigram entropy (nats)"))
     ]
+
+
+def _exact_match(row: dict) -> EvalResult:
+    point = f"{row['steps']} steps, temperature {row['temperature']:g}, {order_of(row)}"
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="questions",
+        dataset_name=f"{row['count']} of {row['questions']}",
+        metric_type="exact_match",
+        metric_name=f"Exact match, {point}, {row['tokens_per_forward']:.2f} tokens per forward",
+        metric_value=round(row["exact_match"], 4),
+    )
 
 
 def _examples(tables: list[list[dict]], label: str | None) -> list[dict]:

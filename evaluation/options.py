@@ -3,17 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from evaluation.answers import AnswerProtocol, open_questions
 from evaluation.diversity import ENTROPY_UNITS
-from evaluation.evaluate_model import FIRST_LOCKING, EvaluationProtocol
+from evaluation.evaluate_model import FIRST_LOCKING, STEPPED, EvaluationProtocol
 from evaluation.generative_perplexity import CONVENTIONS
 from modeling_mcd.checks_mdlm import AT_LEAST_1, NOT_NEGATIVE, check_numbers
 from modeling_mcd.generation_config_mdlm import CHOICES
 from modeling_mcd.locking_mdlm import LOCKINGS
 from modeling_mcd.reveal_grid_mdlm import LAST_STEPS
-from modeling_mcd.sampling_mdlm import SAMPLERS, options_of
 
 
-WITH_STEPS = tuple(name for name, sampler in SAMPLERS["absorbing"].items() if "steps" in options_of(sampler))
 PREFIX = "evaluation_"  # `run_eval.py` takes these names without it too
 
 
@@ -42,13 +41,16 @@ class EvaluationArguments:
     evaluation_temperatures: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "Sampling temperatures; several make a sweep."}
     )
-    evaluation_samples: int = field(default=64, metadata={"help": "Samples for each seed."})
+    evaluation_samples: int = field(
+        default=64, metadata={"help": "Samples for each seed; of evaluation_answers the first so many rows."}
+    )
     evaluation_seeds: int = field(default=1, metadata={"help": "Number of seeds: 0, 1, ..."})
     evaluation_length: int | None = field(
         default=None, metadata={"help": "Tokens in a sample; the model's context by default."}
     )
-    evaluation_sampler: Literal[WITH_STEPS] = field(
-        default="ancestral", metadata={"help": "One of the samplers that take a number of steps."}
+    evaluation_sampler: Literal[tuple(STEPPED)] = field(
+        default="ancestral",
+        metadata={"help": "One of the samplers that take a number of steps; to adaptive it is the most steps."},
     )
     evaluation_lockings: list[str] = field(
         default_factory=lambda: [FIRST_LOCKING],
@@ -64,6 +66,16 @@ class EvaluationArguments:
             "nargs": "?",
             "const": 64,
         },
+    )
+    evaluation_answers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts and the completions that are right, a table as for train_text: judged by exact match, see "
+            "docs/instruction_data.md."
+        },
+    )
+    evaluation_answer_length: int | None = field(
+        default=None, metadata={"help": "Masks for an answer; by default as many as the longest right one takes."}
     )
     evaluation_last_step: Literal[LAST_STEPS] | None = field(
         default=None, metadata={"help": "What follows the steps, see docs/generation.md."}
@@ -89,13 +101,29 @@ class EvaluationArguments:
                 f"evaluation_lockings must be one or more of {list(LOCKINGS)}, not {self.evaluation_lockings}"
             )
         check_numbers(self, evaluation_bound=NOT_NEGATIVE)
+        if self.evaluation_answer_length is not None and self.evaluation_answers is None:
+            raise ValueError(
+                f"evaluation_answer_length is {self.evaluation_answer_length}, but there are no evaluation_answers"
+            )
         if self.evaluation_bound and 1 not in self.evaluation_temperatures:
             raise ValueError(
                 f"evaluation_bound ({self.evaluation_bound}) is of temperature 1, but evaluation_temperatures are "
                 f"{self.evaluation_temperatures}: add 1.0"
             )
-        names = ("evaluation_samples", "evaluation_seeds", "evaluation_batch_size")
+        names = ("evaluation_samples", "evaluation_seeds", "evaluation_batch_size", "evaluation_answer_length")
         check_numbers(self, **dict.fromkeys(names, AT_LEAST_1), evaluation_length=("be at least 2", lambda n: n >= 2))
+
+    def answer_protocol(self) -> AnswerProtocol | None:
+        """How answers are judged; None if there are none to judge. Raises what `open_questions` raises."""
+        if self.evaluation_answers is None:
+            return None
+        names = ("seeds", "sampler", "last_step", "precision", "batch_size")
+        return AnswerProtocol(
+            open_questions(self.evaluation_answers),
+            count=self.evaluation_samples,
+            length=self.evaluation_answer_length,
+            **{name: getattr(self, PREFIX + name) for name in names},
+        )
 
     def protocol(self, judge, judge_tokenizer, vocabulary: set[str] | None = None) -> EvaluationProtocol:
         """The evaluation protocol that these options describe, with a loaded judge."""

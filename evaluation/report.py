@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from evaluation.answers import AnswerProtocol, evaluate_answers, key_of
+from evaluation.answers_table import answers_markdown, write_answers_plot
 from evaluation.evaluate_model import (
     FIRST_LOCKING,
     HELD_OUT_TEXT,
@@ -33,7 +35,11 @@ def write_report(folder: str | Path, report: dict, name: str | None = None) -> s
         name: heading of the card; the folder's name by default.
     """
     table, figures = markdown_table(report["results"]), report.get("figures", [])
-    parts = [*figures, table] if report["results"] or not figures else figures
+    answers = list(report.get("answers", {}).values())
+    if answers:
+        write_answers_plot(folder, answers)
+        table = "\n\n".join([table] * bool(report["results"]) + [answers_markdown(answers)])
+    parts = [*figures, table] if report["results"] or answers or not figures else figures
     write_atomically(Path(folder) / "eval.md", "\n\n".join(parts) + "\n")
     if any(row["model"] != HELD_OUT_TEXT for row in report["results"]):
         write_plot(folder, report["results"])
@@ -47,24 +53,27 @@ class RunReport:
 
     Args:
         folder: where `eval.json` and what is made of it go.
+        protocol: of generative perplexity; None if no judge reads samples.
         steps, temperatures, lockings: the grid at which each model is sampled.
         bound_blocks: held-out blocks [n, L] for the N-step bound, see `evaluate_model`.
         team: the processes that share the work. All call the same methods in the same order; the first one writes.
+        answers: of questions, each of whose answers is right or wrong; None if nothing is asked.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        protocol: EvaluationProtocol,
+        protocol: EvaluationProtocol | None,
         steps: Sequence[int],
         temperatures: Sequence[float] = (1.0,),
         team: Team = ALONE,
         lockings: Sequence[str] = (FIRST_LOCKING,),
         bound_blocks: torch.LongTensor | None = None,
+        answers: AnswerProtocol | None = None,
     ):
         self.folder, self.protocol, self.team = Path(folder), protocol, team
         self.steps, self.temperatures, self.lockings = steps, temperatures, lockings
-        self.bound_blocks = bound_blocks
+        self.bound_blocks, self.answers = bound_blocks, answers
 
     def judge_text(self, blocks: torch.LongTensor, tokenizer: PreTrainedTokenizerBase):
         """Adds the row of held-out text, blocks [n, L], unless it is there."""
@@ -87,23 +96,25 @@ class RunReport:
         Raises:
             ValueError: the protocol does not fit the model.
         """
-        for row in evaluate_model(
-            name,
-            model,
-            tokenizer,
-            self.protocol,
-            self.steps,
-            self.temperatures,
-            self.known_rows(),
-            self.team,
-            list(dict.fromkeys([*[FIRST_LOCKING] * plain, *self.lockings])),
-            self.bound_blocks,
-        ):
-            self.save([row], label=label)
+        grid = {"steps": self.steps, "temperatures": self.temperatures, "team": self.team}
+        grid["lockings"] = list(dict.fromkeys([*[FIRST_LOCKING] * plain, *self.lockings]))
+        of_model = name, model, tokenizer
+        if self.protocol is not None:
+            known = {"known_rows": self.known_rows(), "bound_blocks": self.bound_blocks}
+            for row in evaluate_model(*of_model, self.protocol, **grid, **known):
+                self.save([row], label=label)
+        if self.answers is not None:
+            for row in evaluate_answers(*of_model, self.answers, **grid, known_rows=self.known_answers()):
+                self.save(answers={key_of(row): row}, label=label)
 
     def known_rows(self) -> list[dict]:
         """The rows of the report, the same in all processes."""
         return self.team.gather(load_report(self.folder)["results"] if self.team.rank == 0 else None)[0]
+
+    def known_answers(self) -> list[dict]:
+        """The rows of the answers in the report, the same in all processes."""
+        known = load_report(self.folder).get("answers", {}) if self.team.rank == 0 else {}
+        return self.team.gather(list(known.values()))[0]
 
     def rows_of(self, name: str) -> list[dict]:
         return [row for row in self.known_rows() if row["model"] == name]

@@ -1,6 +1,7 @@
 """Judges models at several numbers of steps, and writes `eval.json`, `eval.md`, `eval.png` and the model card.
 
     python evaluation/run_eval.py MODEL [MODEL ...] --steps 4 8 16 --judge gpt2-large
+    python evaluation/run_eval.py MODEL [MODEL ...] --steps 1 2 4 8 --answers questions.jsonl --temperatures 0
 
 Every finished row is saved at once. If it is killed, the same command continues where it was. Several of these commands
 may write to one folder at a time.
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--tokenizer", help="Folder or Hub name, for models that come without one: gpt2 for published ones."
     )
-    add_evaluation_arguments(result, required=("judge", "evaluation_steps"), evaluation_seeds=3)
+    add_evaluation_arguments(result, required=("evaluation_steps",), evaluation_seeds=3)
     result.add_argument(
         "--reference_text",
         help="Held-out text (a file, or a folder of them): its row, the entropy to match, the text of --bound.",
@@ -81,8 +82,15 @@ def run(options: argparse.Namespace):
     names = [option.name for option in dataclasses.fields(EvaluationArguments)]
     judging = EvaluationArguments(**{name: getattr(options, name) for name in names})
     steps, temperatures, lockings = (getattr(judging, PREFIX + name) for name in ("steps", "temperatures", "lockings"))
+    if judging.judge is None and judging.evaluation_answers is None:
+        raise ValueError("nothing to judge by: give --judge, --answers, or both")
     if judging.evaluation_bound and not options.reference_text:
         raise ValueError("--bound needs held-out text: give --reference_text")
+    for option in ("reference_text", "vocabulary_text"):
+        if judging.judge is None and getattr(options, option):
+            raise ValueError(
+                f"--{option} ({getattr(options, option)!r}) is for samples that a judge reads: give --judge"
+            )
     paths = labelled_paths(options.models, options.rounds)
     _, first = split_label(options.models[0])
     if options.output_dir is None and not Path(first).is_dir():
@@ -98,10 +106,17 @@ def run(options: argparse.Namespace):
         check_tokens(tokenizers[label], configs[label])
     vocabulary = options.vocabulary_text and vocabulary_of(read_texts(options.vocabulary_text))
     reference = options.reference_text and read_texts(options.reference_text)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    protocol = judging.protocol(*load_judge(judging.judge, judging.judge_dtype, device), vocabulary)
+    answers, protocol = judging.answer_protocol(), None
     for label, config in configs.items():
-        protocol.check(tokenizers[label], config, steps, temperatures, lockings, bound=judging.evaluation_bound > 0)
+        if answers is not None:
+            answers.check(tokenizers[label], config, steps, temperatures, lockings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if judging.judge is not None:
+        protocol = judging.protocol(*load_judge(judging.judge, judging.judge_dtype, device), vocabulary)
+        for label, config in configs.items():
+            protocol.check(
+                tokenizers[label], config, steps, temperatures, lockings, bound=judging.evaluation_bound > 0
+            )
 
     def blocks_for(label: str, count: int) -> torch.LongTensor:
         length = judging.evaluation_length or configs[label].max_position_embeddings
@@ -112,7 +127,7 @@ def run(options: argparse.Namespace):
         blocks = blocks_for(label, judging.evaluation_samples)
     folder.mkdir(parents=True, exist_ok=True)
 
-    report = RunReport(folder, protocol, steps, temperatures, lockings=lockings)
+    report = RunReport(folder, protocol, steps, temperatures, lockings=lockings, answers=answers)
     # The rows of the folder's own model go into its card; a run's output folder holds the last round's student.
     own = folder.resolve() == Path(first).resolve()
     own_label = list(labelled_paths(options.models[:1], options.rounds))[-1] if own else None
@@ -123,7 +138,8 @@ def run(options: argparse.Namespace):
             report.bound_blocks = blocks_for(label, judging.evaluation_bound)
         report.judge(label, load_model(path).to(device), tokenizers[label], own_label)
     print(report.write(label=own_label))
-    print(f"\nSaved in {folder}: eval.json, eval.md, eval.png")
+    plots = [name for name in ("eval.png", "answers.png") if (folder / name).exists()]
+    print(f"\nSaved in {folder}: {', '.join(['eval.json', 'eval.md', *plots])}")
     if any((folder / name).exists() for name in MODELS) and not is_ours(folder / "README.md"):
         print(f"The model card is {BESIDE}: README.md was written or changed by hand and is left as it is.")
 

@@ -33,6 +33,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import yaml  # noqa: E402
+from chat import chat_tokenizer, talk  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -569,6 +570,9 @@ OF_ENTRY = {
         "judge_dtype": ["int8"],
         "anchor_fraction": [0.3],
         "teacher_steps": [4],
+        "padding": ["zeros"],
+        "loss_norm": ["batch"],
+        "evaluation_answer_length": [0, 4],
     },
     "run_mdlm": {
         "num_hidden_layers": [-1, 0, "deep"],
@@ -581,6 +585,7 @@ OF_ENTRY = {
         "sampling_epsilon": [0, 1, "nan"],
         "ema_decay": [1, "nan"],
         "tau": [0.9],
+        "loss_norm": ["rows"],
     },
     "run_judge": {"num_heads": [0, -2], "num_layers": [0], "hidden_size": [0, "wide"], "ema_decay": [0.9]},
 }
@@ -695,7 +700,7 @@ def evaluation_commands(world: World) -> list[Case]:
         def call(folder: Path):
             filled = [word for name, value in options.items() if value is not None for word in (name, *value.split())]
             run_eval(
-                [m.format(folder=folder) for m in models] + filled + ["--output_dir", str(folder / "out"), *extra]
+                [m.format(folder=folder) for m in (*models, *filled)] + ["--output_dir", str(folder / "out"), *extra]
             )
 
         return Case(label, call, words, build)
@@ -728,6 +733,9 @@ def evaluation_commands(world: World) -> list[Case]:
 
         return build
 
+    def text_table(folder: Path):
+        (folder / "text.csv").write_text("text\na\n")
+
     def file_at_out(folder: Path):
         (folder / "out").write_text("a file")
 
@@ -740,7 +748,10 @@ def evaluation_commands(world: World) -> list[Case]:
         (folder / "short.txt").write_text("too short")
 
     cases += [
-        refuse("no judge", "--judge", "required", judge=None),
+        refuse("no judge and no answers", "--judge", "--answers", judge=None),
+        refuse("answers that are not there", "/nowhere.jsonl", answers="/nowhere.jsonl"),
+        refuse("answers without prompts", "text.csv", "prompt", answers="{folder}/text.csv", build=text_table),
+        refuse("a length and no answers", "evaluation_answer_length", "4", answer_length="4"),
         refuse("no steps", "--steps", "required", steps=None),
         refuse("no model", "MODEL", models=()),
         refuse("an unknown option", "--stepz", "--steps", stepz="4"),
@@ -871,6 +882,55 @@ def texts(world: World) -> list[Case]:
         Case("rows: labels of another length", lambda f: collate_blocks([{"input_ids": [1, 2], "labels": [1]}]), ("labels", "1", "2")),
         Case("rows: labels in one of two", lambda f: collate_blocks([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1, 2]}]), ("labels",)),
         Case("rows: a mask of another length", lambda f: collate_blocks([{"input_ids": [1, 2], "attention_mask": [1]}]), ("attention_mask", "1", "2")),
+    ]  # fmt: skip
+    return cases
+
+
+@room("instruction data")
+def instruction_data(world: World) -> list[Case]:
+    chat, good = chat_tokenizer(BLOCK), {"prompt": "a", "completion": "b"}
+    answered = talk("user: a", "assistant: b")
+
+    def refuse(label: str, bad, *words, first=good, tokenizer=world.tokenizer, **options) -> Case:
+        """Rows of which row 1 is bad; `bad` is a row, or the text of its line."""
+
+        def build(folder: Path):
+            line = bad if isinstance(bad, str) else json.dumps(bad)
+            (folder / "rows.jsonl").write_text(json.dumps(first) + "\n" + line + "\n")
+
+        def call(folder: Path):
+            load_blocks(TextArguments(str(folder / "rows.jsonl"), **{"block_length": BLOCK} | options), tokenizer)
+
+        return Case(label, call, ("rows.jsonl", *words), build)
+
+    def of_talk(label: str, messages, *words) -> Case:
+        return refuse(label, {"messages": messages}, "row 1", *words, first={"messages": answered}, tokenizer=chat)
+
+    rows = (
+        ("no completion", {"prompt": "a"}, "row 1", "'completion'", "nothing"),
+        ("no prompt", {"completion": "b"}, "row 1", "'prompt'", "nothing"),
+        ("a number for a prompt", {"prompt": 7, "completion": "b"}, "row 1", "'prompt'"),
+        ("a mapping for a completion", {"prompt": "a", "completion": {"b": 1}}, "row 1", "'completion'"),
+        ("an empty completion", {"prompt": "a", "completion": " \n"}, "row 1", "'completion'", "empty"),
+        ("text beside messages", {"prompt": "a", "completion": answered[1:]}, "row 1", "'prompt'", "messages"),
+        ("a line cut off", '{"prompt": "a", "compl', "row 1", "line 2", "JSON"),
+        ("a line of a list", "[1]", "row 1", "line 2", "mapping"),
+    )
+    cases = [refuse(label, bad, *words) for label, bad, *words in rows]
+    cases += [
+        of_talk("no message", [], "'messages'", "empty list"),
+        of_talk("no assistant", talk("user: a"), "'messages'", "assistant"),
+        of_talk("a message without content", [{"role": "user"}, answered[1]], "'messages'", "content", "message 0"),
+        of_talk("a message without a role", [{"content": "a"}, answered[1]], "'messages'", "role", "message 0"),
+        of_talk("an empty answer", talk("user: a", "assistant: "), "'messages'", "message 1"),
+        of_talk("a role that the template refuses", talk("tool: a", "assistant: b"), "'messages'", "no tools here"),
+        of_talk("the mask in a message", talk("user: [MASK]", "assistant: b"), "mask"),
+        refuse("messages without a template", {"messages": answered}, "row 0", "chat template", first={"messages": answered}),
+        refuse("a prompt that answers itself", {"prompt": answered[:1], "completion": answered[:1]}, "row 1", "'completion'",
+               "'user'", first={"prompt": answered[:1], "completion": answered[1:]}, tokenizer=chat),
+        refuse("a prompt column that is not there", good, "'question'", "prompt_column", prompt_column="question"),
+        refuse("packing", good, "packing", packing=True),
+        refuse("text without prompts", {"text": "b"}, "completion_only", first={"text": "a"}, completion_only=True),
     ]  # fmt: skip
     return cases
 

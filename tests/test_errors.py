@@ -65,7 +65,7 @@ def test_a_fault_of_ours_keeps_its_traceback():
     [
         (generate_text.parser, ["MODEL"]),
         (convert_checkpoints.parser, ["SOURCE", "OUT"]),
-        (run_eval.parser, ["MODEL", "--judge", "--steps"]),
+        (run_eval.parser, ["MODEL", "--steps"]),
         (search_plan.parser, ["MODEL", "--text"]),
     ],
     ids=["mcd-generate", "mcd-convert", "mcd-evaluate", "mcd-plan"],

@@ -395,6 +395,7 @@ def test_run_eval_takes_the_options_of_a_recipe_and_shorter_ones():
     values |= {"evaluation_last_step": "greedy", "evaluation_precision": "float32", "evaluation_batch_size": "5"}
     values |= {"evaluation_lockings": "spread", "evaluation_bound": "6"}
     values |= {"convention": "raw_ids", "entropy_unit": "words", "judge_dtype": "bfloat16"}
+    values |= {"evaluation_answers": "a.jsonl", "evaluation_answer_length": "4"}
     assert values.keys() == {option.name for option in dataclasses.fields(EvaluationArguments)}
     long = parser().parse_args(["m", *(f"--{name}={value}" for name, value in values.items())])
     short = parser().parse_args(

@@ -183,7 +183,7 @@ def test_a_bound_or_locking_that_cannot_be_is_refused(model, rows, changes, mess
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampler": "adaptive"}, "sampler must be one of"),
+        ({"sampler": "first_hitting"}, "sampler must be one of"),
         ({"sampler": "confidence", "last_step": "greedy"}, "last_step .'greedy'. is not used by the sampler"),
         ({"samples": 0}, "samples must be at least 1, not 0"),
         ({"length": 64}, "length is 64, but the model's context is 32 tokens"),

@@ -86,6 +86,8 @@ def main(arguments: list[str] | None = None):
     set_seed(training.seed)
     tokenizer = load_run_tokenizer(tokenizer_arguments)
     source = open_data(text, training)
+    if judging.judge is not None:
+        source.check_packed("judge", "leave it out, and ask questions by evaluation_answers")
     run.identify(source, tokenizer)
     teacher = adapter.load_base(networks.teacher)
     student = teacher if networks.student is None else load_model(networks.student)
@@ -106,7 +108,7 @@ def main(arguments: list[str] | None = None):
         eval_dataset=validation,
     )
     report = None
-    if judge is not None:
+    if judge is not None or judging.evaluation_answers is not None:
         report = start_report(judging, judge, tokenizer, teacher.config, text, training, validation)
 
     with run.start():
@@ -117,7 +119,7 @@ def main(arguments: list[str] | None = None):
             method_line = f"Distilled from {short_name(networks.teacher)} by {title}."
             run.save_about(text, judging, verb="Distilled", method=method_line)
         if report is not None:  # all processes share the work
-            if validation is not None:
+            if validation is not None and judge is not None:
                 report.judge_text(held_out_blocks(validation), tokenizer)
             with trainer.complete_networks():
                 report.judge("teacher", first, tokenizer, label="teacher", plain=True)

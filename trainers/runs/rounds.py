@@ -79,6 +79,7 @@ class TrainingReport(RunReport):
     def __init__(self, *arguments, **settings):
         super().__init__(*arguments, **settings)
         self._unsaved: list[dict] = []
+        self._unsaved_answers: dict[str, dict] = {}
 
     def _attempt(self, action: Callable[[], T], otherwise: T) -> T:
         try:
@@ -93,10 +94,19 @@ class TrainingReport(RunReport):
             rows = self._attempt(lambda: load_report(self.folder)["results"], []) + self._unsaved
         return self.team.gather(rows)[0]
 
-    def save(self, rows: Sequence[dict] = (), **about):
+    def known_answers(self) -> list[dict]:
+        rows = None
+        if self.team.rank == 0:
+            known = self._attempt(lambda: load_report(self.folder).get("answers", {}), {})
+            rows = list((known | self._unsaved_answers).values())
+        return self.team.gather(rows)[0]
+
+    def save(self, rows: Sequence[dict] = (), answers: dict[str, dict] | None = None, **about):
         self._unsaved += rows
+        self._unsaved_answers |= answers or {}
+        about |= {"answers": self._unsaved_answers} if self._unsaved_answers else {}
         if self._attempt(lambda: super(TrainingReport, self).save(self._unsaved, **about) or True, False):
-            self._unsaved = []
+            self._unsaved, self._unsaved_answers = [], {}
 
     def write(self, **about) -> str:
         return self._attempt(lambda: super(TrainingReport, self).write(**about), "")
@@ -104,7 +114,7 @@ class TrainingReport(RunReport):
 
 def start_report(
     arguments: EvaluationArguments,
-    judge: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    judge: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None,
     tokenizer: PreTrainedTokenizerBase,
     config,
     text: TextArguments,
@@ -114,25 +124,31 @@ def start_report(
     """The report of a run's output folder, in all processes. Nothing is written or sampled yet.
 
     Args:
-        judge: as `load_run_judge` returns it.
+        judge: as `load_run_judge` returns it; None if answers alone are judged.
         config: the configuration of the networks to judge.
         text: the training text. If it is a local file or folder, its words count as known.
         validation: the held-out blocks of the N-step bound, if `evaluation_bound` asks for it.
 
     Raises:
-        ValueError: the judge or an option does not fit the networks.
+        ValueError: the judge, the questions or an option do not fit the networks.
     """
-    local = Path(text.train_text).exists()
-    vocabulary = vocabulary_of(read_texts(text.train_text, text.text_column, text.train_split)) if local else None
-    protocol = arguments.protocol(*judge, vocabulary)
     steps, temperatures = arguments.evaluation_steps, arguments.evaluation_temperatures
     lockings, count = arguments.evaluation_lockings, arguments.evaluation_bound
-    protocol.check(tokenizer, config, steps, temperatures, lockings, bound=count > 0)
-    if count and validation is None:
-        raise ValueError(f"evaluation_bound ({count}) needs held-out text: give validation_text, or 0 for no bound")
+    protocol, answers = None, arguments.answer_protocol()
+    if answers is not None:
+        answers.check(tokenizer, config, steps, temperatures, lockings)
+    if judge is not None:
+        local = Path(text.train_text).exists()
+        vocabulary = vocabulary_of(read_texts(text.train_text, text.text_column, text.train_split)) if local else None
+        protocol = arguments.protocol(*judge, vocabulary)
+        protocol.check(tokenizer, config, steps, temperatures, lockings, bound=count > 0)
+    if count and (validation is None or judge is None):
+        raise ValueError(
+            f"evaluation_bound ({count}) needs a judge and held-out text: give judge and validation_text, or 0 for no bound"
+        )
     team = Ranks() if training.world_size > 1 else ALONE
     blocks = held_out_blocks(validation, count) if count else None
-    return TrainingReport(training.output_dir, protocol, steps, temperatures, team, lockings, blocks)
+    return TrainingReport(training.output_dir, protocol, steps, temperatures, team, lockings, blocks, answers)
 
 
 def held_out_blocks(validation: Sized, count: int = HELD_OUT_BLOCKS) -> torch.LongTensor:
@@ -199,16 +215,23 @@ class RoundCallback(TrainerCallback):
 
     def _log(self, name: str):
         """Sends a network's figures, and the sample nearest to 8 steps, to the Trainer's trackers."""
-        rows = [] if self.report is None else self.report.rows_of(name)
-        rows = [row for row in rows if None not in (row.get("gen_ppl"), row.get("entropy"))]
-        if not rows:
+        if self.report is None:
             return
-        logs = {}
-        for row in rows:
+        rows = [row for row in self.report.rows_of(name) if None not in (row.get("gen_ppl"), row.get("entropy"))]
+        answers = [row for row in self.report.known_answers() if (row["model"], row["note"]) == (name, None)]
+        if not rows and not answers:
+            return
+
+        def point_of(row: dict) -> str:
             point = f"{row['steps']}_steps"
             point += f"_temperature_{row['temperature']:g}" if row["temperature"] != 1 else ""
-            point += f"_{row['locking']}" if row["locking"] != FIRST_LOCKING else ""
+            return point + (f"_{row['locking']}" if row["locking"] != FIRST_LOCKING else "")
+
+        logs = {f"eval_exact_match_{point_of(row)}": row["exact_match"] for row in answers}
+        for row in rows:
+            point = point_of(row)
             measured = {name: row.get(name) for name in (*(figure.name for figure in FIGURES), "bound")}
             logs |= {f"eval_{key}_{point}": value for key, value in measured.items() if value is not None}
-        logs["eval_sample"] = min(rows, key=lambda row: abs(row["steps"] - 8))["example"]
+        if rows:
+            logs["eval_sample"] = min(rows, key=lambda row: abs(row["steps"] - 8))["example"]
         self.trainer.log(logs)
