@@ -15,18 +15,22 @@ class BatchMean:
         sequence    (1 / B) sum_b sum_i v_i / |A_b|       B rows with |A_b| > 0; a short answer weighs as much as a long one
 
     Args:
-        counted: [B, L] bool: the tokens A.
+        counted: [R, n] bool: the tokens A, of whole rows or of their blocks, one after the other.
         norm: one of `LOSS_NORMS`.
+        rows: B.
     """
 
-    def __init__(self, counted: torch.BoolTensor, norm: str):
-        if norm == "tokens":
-            self.lengths, count = None, counted.sum()
-        else:
-            self.lengths = counted.sum(dim=1)
-            count = (self.lengths > 0).sum()
-        self.count = count.clamp(min=1)
+    def __init__(self, counted: torch.BoolTensor, norm: str, rows: int):
+        self.lengths, self.count = None, counted.sum().clamp(min=1)
+        if norm == "sequence":
+            lengths = counted.reshape(rows, -1).sum(dim=1)
+            self.count = (lengths > 0).sum().clamp(min=1)
+            self.lengths = lengths.clamp(min=1).repeat_interleave(len(counted) // rows)
 
     def total(self, values: torch.Tensor, positions: torch.BoolTensor) -> torch.Tensor:
-        """The numerator, of the values [R] at some positions [B, L]."""
+        """The numerator, of the values at some positions [R, n]."""
         return (values if self.lengths is None else values / at_positions(self.lengths, positions)).sum()
+
+    def total_of_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """The numerator, of the values [R] of complete rows or blocks."""
+        return (values if self.lengths is None else values / self.lengths).sum()

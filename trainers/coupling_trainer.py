@@ -106,12 +106,12 @@ class CouplingTrainer(DistillationTrainer):
         present = self.process.maskable(x_0) & inputs.get("attention_mask", torch.ones_like(x_0)).bool()
         with torch.autocast(x_0.device.type, enabled=False):
             gain = self.log_gain(rows, x_0, masked, revealed, present, gamma)
-        count = maskable.sum().clamp(min=1)
-        loss = (weights * (nats.sum(dim=1) - gain)).sum() / count
+        mean = self.batch_mean(maskable, inputs)
+        loss = mean.total_of_rows(weights * (nats.sum(dim=1) - gain)) / mean.count
 
         self.record(
             round=self.args.round_of(self.state.global_step),
-            factorised=(weights * nats.sum(dim=1)).sum() / count,
+            factorised=mean.total_of_rows(weights * nats.sum(dim=1)) / mean.count,
             masked_fraction=masked.double().mean(),
         )
         return (loss, {}) if return_outputs else loss

@@ -72,7 +72,7 @@ class DCDTrainer(DistillationTrainer):
         student = self.compute_rows(model, maskable, z_t, alpha_t, inputs)
         with torch.no_grad():
             teacher = self.compute_rows(self.teacher, maskable, z_s, alpha_s, inputs)
-        mean = self.batch_mean(maskable)
+        mean = self.batch_mean(maskable, inputs)
         loss = mean.total(divergence(self.args.divergence, student, teacher), maskable) / mean.count
 
         noised = (z_t != x_0).double().mean(), (z_s != x_0).double().mean()

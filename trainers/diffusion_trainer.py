@@ -381,9 +381,9 @@ class DiffusionTrainer(ExactResumeTrainer):
             attention_mask=inputs.get("attention_mask"),
         )
 
-    def batch_mean(self, counted: torch.Tensor) -> BatchMean:
-        """How the loss is averaged over the tokens [B, L] that count: by `args.loss_norm`."""
-        return BatchMean(counted, self.args.loss_norm)
+    def batch_mean(self, counted: torch.Tensor, inputs: dict) -> BatchMean:
+        """How the loss is averaged over the tokens of `noise_rows` that count: by `args.loss_norm`."""
+        return BatchMean(counted, self.args.loss_norm, len(inputs["input_ids"]))
 
     def record(self, **values: torch.Tensor | float):
         """Records scalars of this micro-batch; their mean over micro-batches and ranks appears in the next log line."""

@@ -81,7 +81,7 @@ class DSCDTrainer(DistillationTrainer):
         teacher_ratio = torch.minimum((ratio * share).clamp(*self.args.teacher_ratio), ratio)
         available = maskable.sum(dim=1)
         least = 0
-        if "labels" in inputs:  # the rows are prompts and answers
+        if "labels" in inputs and self.block_size is None:  # prompts and answers
             ratio, teacher_ratio, least = short_answers(ratio, teacher_ratio, available)
         m = most_masked(u, maskable, (ratio * available).round().clamp(min=least))
         m_teacher = most_masked(u, maskable, (teacher_ratio * available).round())
@@ -91,7 +91,7 @@ class DSCDTrainer(DistillationTrainer):
         with torch.no_grad():
             teacher = self.compute_rows(self.teacher, m_teacher, z_teacher, 1 - teacher_ratio, inputs)
 
-        mean = self.batch_mean(m)
+        mean = self.batch_mean(m, inputs)
         still_masked, tempered = m_teacher[m], at_temperature(student, temperature)
         agree = divergence("teacher_first", tempered.at(still_masked), teacher, temperature=temperature)
         seen = cross_entropy(tempered.at(~still_masked), x_0[m & ~m_teacher])

@@ -99,7 +99,7 @@ class MCDTrainer(DistillationTrainer):
             teacher = self.compute_rows(self.teacher, m_s, z_s, gamma_s, inputs)
 
         still_masked = m_s[m_t]  # of the student's rows, those that are masked for the teacher too
-        mean = self.batch_mean(maskable if self.args.reduction == "all_tokens" else m_t)
+        mean = self.batch_mean(maskable if self.args.reduction == "all_tokens" else m_t, inputs)
         agree = divergence(self.args.divergence, student.at(still_masked), teacher, temperature=tau)
         reveals = self.reveal_loss(student.at(~still_masked), x_0[m_t & ~m_s])
         consistency, reveal = mean.total(agree, m_s), mean.total(reveals, m_t & ~m_s)

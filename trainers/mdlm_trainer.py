@@ -59,7 +59,7 @@ class MDLMTrainer(DiffusionTrainer):
 
         student = self.compute_rows(model, scored, z_t, gamma, inputs)
         levels = at_positions(gamma, scored), at_positions(slope, scored)
-        mean = self.batch_mean(maskable)
+        mean = self.batch_mean(maskable, inputs)
         loss = mean.total(nelbo(self.process, student, z_t[scored], x_0[scored], *levels), scored) / mean.count
 
         self.record(noised_fraction=(z_t != x_0).double().mean())

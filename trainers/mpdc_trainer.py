@@ -68,7 +68,7 @@ class MPDCTrainer(DistillationTrainer):
 
         anchor, still_masked = anchored[:, None].expand_as(m_t)[m_t], m_s[m_t]
         revealed = ~still_masked & ~anchor
-        mean, at_anchors = self.batch_mean(maskable), m_t & anchored[:, None]
+        mean, at_anchors = self.batch_mean(maskable, inputs), m_t & anchored[:, None]
         agree = mean.total(divergence("jensen_shannon", student.at(still_masked), target), m_s)
         from_token = divergence_from_token("jensen_shannon", student.at(revealed), x_0[m_t][revealed])
         agree = agree + mean.total(from_token, m_t & ~m_s & ~at_anchors)

@@ -111,7 +111,7 @@ class SDTTTrainer(DistillationTrainer):
         with torch.no_grad():
             teacher, revealed = self.teacher_targets(z_t, m_t, t, gamma_t, delta, u, second, inputs)
         student = self.compute_rows(model, m_t, z_t, gamma_t, inputs)
-        mean = self.batch_mean(m_t)
+        mean = self.batch_mean(m_t, inputs)
         loss = mean.total(divergence(self.args.divergence, student, teacher), m_t) / mean.count
 
         self.record(round=round, delta=delta, masked_fraction=m_t.double().mean(), revealed_fraction=revealed)
