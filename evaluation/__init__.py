@@ -10,12 +10,14 @@ from .model_card import write_model_card
 from .plot import write_plot
 from .report import RunReport, write_report
 from .results import load_report, save_results
+from .sequence_nelbo import Estimate, sequence_nelbo
 from .table import markdown_table
 from .text import read_texts, text_blocks
 
 
 __all__ = [
     "Bound",
+    "Estimate",
     "EvaluationProtocol",
     "GenerativePerplexity",
     "RunReport",
@@ -32,6 +34,7 @@ __all__ = [
     "matched_gen_ppl",
     "read_texts",
     "save_results",
+    "sequence_nelbo",
     "sequence_nll",
     "step_bound",
     "text_blocks",

@@ -1,4 +1,4 @@
-"""Likelihood on held-out blocks: the NELBO, the bound of a sampler of N steps, and the loss of an autoregressive model."""
+"""Likelihood on held-out blocks: the NELBO, the likelihood of the sampler that is used, and the loss of an autoregressive model."""
 
 import math
 from collections.abc import Sequence
@@ -18,12 +18,13 @@ from modeling_mcd.generation_config_mdlm import DEFAULTS, LENGTHS, MDLMGeneratio
 from modeling_mcd.generation_inputs_mdlm import Request, prepare
 from modeling_mcd.generation_mdlm import blocks_of
 from modeling_mcd.reveal_grid_mdlm import step_times, steps_of
-from modeling_mcd.sampling_mdlm import PLANNED
+from modeling_mcd.sampling_mdlm import ORDERED, PLANNED
 
 
 # What changes the law of a draw, or the text after it, and the values under which it does not.
 PLAIN = {
     "temperature": (1,),
+    "order_temperature": (None, 0),
     "top_k": (None,),
     "top_p": (None,),
     "suppress_tokens": (None, [], ()),
@@ -35,6 +36,12 @@ PLAIN = {
     "num_return_sequences": (1, None),
     "last_step": (None, "ancestral"),
 }
+# Why the other samplers have no likelihood.
+UNLIKELY = {
+    "dream": "it draws every token before it chooses those to keep, so many paths give one text",
+    "remdm": "it masks tokens again, so many paths give one text",
+    "psi": "it masks tokens again, so many paths give one text",
+}
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,12 @@ class Bound:
     Args:
         nats: [n] float64, CPU: of each block.
         tokens: [n] int64, CPU: how many of its tokens were scored.
+        exact: whether `nats` are -log p itself: the sampler has one path to each text.
     """
 
     nats: torch.DoubleTensor
     tokens: torch.LongTensor
+    exact: bool = False
 
     @property
     def mean(self) -> float:
@@ -172,13 +181,14 @@ def causal_loss(judge: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 
     return (nll.sum() / tokens.sum()).item()
 
 
-# --- The bound of the sampler that is used
+# --- The likelihood of the sampler that is used
 
 
 class TeacherForcedCanvas(Canvas):
     """A canvas on which a sampler reveals a given text: every reveal scores the text's tokens and writes them in.
 
-    Any sampler that uses nothing but `reveal` runs on it as it is: its plan, times and forwards are its own.
+    Any sampler that fills the canvas by `Canvas.reveal` or `Answer.reveal` runs on it as it is: its plan or order, its times
+    and its forwards are its own.
 
     Args:
         text: [B, L] int64, on the network's device.
@@ -192,6 +202,10 @@ class TeacherForcedCanvas(Canvas):
     def __init__(self, text: torch.LongTensor, *canvas, **options):
         super().__init__(*canvas, **options)
         self.text, self.nats = text, torch.zeros(text.shape, dtype=torch.float64, device=text.device)
+
+    def ask(self, *arguments, **options) -> Answer:
+        answer = super().ask(*arguments, **options)
+        return TeacherForcedAnswer(self, answer.where, answer.hidden, answer.tokens, answer.row_of)
 
     def reveal(self, where: torch.BoolTensor, time: float | torch.Tensor, greedy: bool = False):
         """Scores the text at the positions [B, L] and fills them with it; no position, no forward."""
@@ -214,9 +228,16 @@ class TeacherForcedCanvas(Canvas):
         places = self.send(where)
         truth = self.text[places]
         log_p = partial(log_probability_of, mask_token_id=self.mask_token_id)
-        scores = answer.map(log_p, truth).double() + gain
+        scores = answer.map(log_p, truth) + gain
         self.nats[places] = -scores
         self.write(where, truth.where(scores.isfinite(), -1))
+
+
+class TeacherForcedAnswer(Answer):
+    """An answer whose `reveal` scores and writes the text: what a sampler calls that looks at the scores before it chooses."""
+
+    def reveal(self, chosen: torch.BoolTensor, v: torch.Tensor | None = None, greedy: bool = False):
+        self.canvas.score(chosen, self.at(chosen))
 
 
 def step_bound(
@@ -229,15 +250,16 @@ def step_bound(
     progress: bool = False,
     **options,
 ) -> Bound:
-    """The N-step bound: an upper bound on -log p_N(x) of held-out blocks under the sampler that is used, in nats.
+    """The likelihood of held-out blocks under the sampler that is used, with its N steps, in nats: exact, or an upper bound.
 
     A plan (G_1, ..., G_N) that is drawn independently of the text makes N steps a model of their own,
     p_N(x) = E_plan prod_k prod_{i in G_k} p(x_i | x revealed before k), and by Jensen's inequality
 
         -log p_N(x) <= E_plan sum_k sum_{i in G_k} -log p(x_i | x revealed before k).
 
-    The right side is what this returns, with one plan for each block: the sampler itself runs, on a canvas that reveals
-    the text. So it costs the sampler's own forwards, the head runs on the revealed rows alone, in chunks, and every option
+    The right side is what this returns for the samplers of `PLANNED`, with one plan for each block. Those of `ORDERED` reveal
+    what the visible tokens say, so one path alone gives a text, and -log p_N(x) is the sum over that path (DUEL, arXiv
+    2603.01367): this returns it, and `exact` is True. The sampler itself runs, on a canvas that reveals the text. So it costs the sampler's own forwards, the head runs on the revealed rows alone, in chunks, and every option
     of `generate` that shapes a plan (`steps`, `sampler`, `locking`, `block_length`, `last_step`, ...) has its meaning here.
     So has `cache`: an approximate one makes another sampler, and the bound is that sampler's.
     Under the independent `ancestral` sampler the limit N -> infinity is the NELBO.
@@ -255,19 +277,19 @@ def step_bound(
         prompt_mask: [n, L] bool, True at the tokens that are given. The bound is then on the rest given these: only the
             rest is scored and counted.
         generation_config: options of `generate`; the model's own are not used.
-        seed: fixes the plans as in `generate`; a sequence gives each block its own seed, so that its plan does not
+        seed: fixes the plans as in `generate`, and changes nothing where the likelihood is exact; a sequence gives each block its own seed, so that its plan does not
             depend on the blocks around it. The same seed under another locking or N is the paired plan.
         batch_size: blocks at a time. Changes no plan.
         progress: show a progress bar.
         options: of `MDLMGenerationConfig`, over those of `generation_config`.
 
     Raises:
-        ValueError: for a sampler whose order depends on the network or that masks tokens again, by name; for an option
-            that changes a draw's law; for blocks or masks of another shape, with nothing to score, or with [MASK].
+        ValueError: for a sampler that has no likelihood, by name; for an option that changes a draw's law or makes an order
+            random; for blocks or masks of another shape, with nothing to score, or with [MASK].
     """
     check_number("batch_size", batch_size, COUNT)
     blocks = torch.as_tensor(blocks, dtype=torch.long)
-    scored = _scored(model.config, blocks, prompt_mask)
+    scored = scored_tokens(model.config, blocks, prompt_mask)
     options = _options_of(generation_config, options, model.config.diffusion_kind, blocks.shape[1])
     uniform = model.config.diffusion_kind == "uniform"
     seeds = None if isinstance(seed, int) else list(seed)
@@ -296,10 +318,10 @@ def step_bound(
                 bar.update(len(rows))
     finally:
         model.train(was_training)
-    return Bound(torch.cat(nats), scored.sum(dim=1))
+    return Bound(torch.cat(nats), scored.sum(dim=1), exact=options.sampler in ORDERED)
 
 
-def _scored(config, blocks: torch.LongTensor, prompt_mask: torch.Tensor | None) -> torch.BoolTensor:
+def scored_tokens(config, blocks: torch.LongTensor, prompt_mask: torch.Tensor | None) -> torch.BoolTensor:
     """The tokens that a sampler would fill, [n, L] on the CPU."""
     if blocks.ndim != 2 or not len(blocks):
         raise ValueError(f"blocks must have the shape (n, L), and n at least 1, not {tuple(blocks.shape)}")
@@ -323,7 +345,7 @@ def _scored(config, blocks: torch.LongTensor, prompt_mask: torch.Tensor | None) 
 
 
 def check_bound(options: MDLMGenerationConfig, kind: str):
-    """Raises ValueError, naming it, for an option of a sampler that has no N-step bound under this `diffusion_kind`."""
+    """Raises ValueError, naming it, for an option of a sampler that has no likelihood under this `diffusion_kind`."""
     if kind == "uniform" and options.locking not in (None, "independent"):
         raise ValueError(
             f"locking {options.locking!r} has no N-step bound under uniform diffusion, where it joins the tokens of a draw: "
@@ -332,12 +354,11 @@ def check_bound(options: MDLMGenerationConfig, kind: str):
     for name, allowed in PLAIN.items():
         value = getattr(options, name)
         if value is not None and value not in allowed:
-            raise ValueError(f"{name} is {value!r}, but the N-step bound is of the model's own law: leave it out")
+            raise ValueError(f"{name} is {value!r}, but the likelihood is of the model's own law: leave it out")
     sampler = options.sampler or DEFAULTS["sampler"]
-    if sampler not in PLANNED:
+    if sampler in UNLIKELY:
         raise ValueError(
-            f"sampler {sampler!r} has no N-step bound: its plan depends on the network, or it masks tokens again; "
-            f"{', '.join(PLANNED)} have one"
+            f"sampler {sampler!r} has no likelihood: {UNLIKELY[sampler]}; {', '.join(PLANNED + ORDERED)} have one"
         )
 
 
@@ -355,13 +376,13 @@ def _options_of(
 
 
 def log_probability_of(logits: torch.Tensor, tokens: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """Log-probability of one token a row, [m, V] and [m] -> [m] float32; [MASK] has none (SUBS)."""
-    scores = substitute(logits, mask_token_id, torch.float32)
+    """Log-probability of one token a row, [m, V] and [m] -> [m] float64, as it is drawn; [MASK] has none (SUBS)."""
+    scores = substitute(logits, mask_token_id, torch.float64)
     return scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(dim=-1)
 
 
 def _of_plan(model, request: Request, text: torch.LongTensor, fillable: torch.BoolTensor) -> torch.DoubleTensor:
-    """Nats of each token [B, L] under one plan a row: block after block, as `generate` fills them, and from its caches."""
+    """Nats of each token [B, L] under one plan a row, or along the order that the text itself gives: block after block, as `generate` fills them, and from its caches."""
     nats = torch.zeros(text.shape, dtype=torch.float64, device=text.device)
     cache = model.cached_trunk(request)
     denoiser = model.denoiser(coupling=request.options.coupling, cache=cache)

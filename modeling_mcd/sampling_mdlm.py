@@ -456,6 +456,9 @@ SAMPLERS = {
 # bound (docs/likelihood.md), and draw through a coupling (docs/coupling.md).
 PLANNED = ("ancestral", "first_hitting", "random")
 
+# Those whose next reveals are a function of what is visible: one path alone gives a text, so its likelihood is exact.
+ORDERED = ("confidence", "entropy", "margin", "adaptive", "entropy_bound")
+
 
 def options_of(sampler: Callable) -> tuple[str, ...]:
     """The options that a sampler uses: its keyword arguments."""

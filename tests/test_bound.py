@@ -205,9 +205,11 @@ def test_means_and_errors_are_those_of_a_ratio_and_of_pairs():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "confidence"}, "sampler 'confidence' has no N-step bound"),
-        ({"sampler": "adaptive"}, "sampler 'adaptive' has no N-step bound"),
-        ({"sampler": "remdm"}, "sampler 'remdm' has no N-step bound"),
+        ({"sampler": "dream"}, "sampler 'dream' has no likelihood: it draws every token before it chooses"),
+        ({"sampler": "remdm"}, "sampler 'remdm' has no likelihood: it masks tokens again"),
+        ({"sampler": "psi"}, "sampler 'psi' has no likelihood: it masks tokens again"),
+        ({"sampler": "margin", "order_temperature": 0.5}, "order_temperature is 0.5"),
+        ({"sampler": "adaptive", "top_p": 0.9}, "top_p is 0.9"),
         ({"temperature": 0.9}, "temperature is 0.9"),
         ({"top_p": 0.9}, "top_p is 0.9"),
         ({"top_k": 4}, "top_k is 4"),

@@ -165,8 +165,8 @@ def test_a_bound_that_cannot_be_measured_says_why(model, rows, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampler": "confidence"}, "sampler 'confidence' has no N-step bound"),
-        ({"sampler": "psi"}, "sampler 'psi' has no N-step bound"),
+        ({"sampler": "remdm"}, "sampler 'remdm' has no likelihood"),
+        ({"sampler": "psi"}, "sampler 'psi' has no likelihood"),
         ({"precision": "legacy_float32"}, "precision is 'legacy_float32'"),
         ({"last_step": "greedy"}, "last_step is 'greedy'"),
         (
