@@ -9,11 +9,12 @@ import pytest
 import torch
 from laws import FALSE_ALARM, p_value
 from small_model import MASK
+from tiny_run import ROOT
 from toy import counts_of, finish, index_of, table_of_logits, toy_canvas
 from toy_distillers import blocks, make_trainer, prompted
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
-from evaluation import step_bound
+from evaluation import read_texts, step_bound, text_blocks
 from evaluation.likelihood import TeacherForcedCanvas
 from modeling_mcd import MDLMConfig
 from modeling_mcd.coupling_mdlm import Chain, Chains, CouplingWeights
@@ -25,6 +26,7 @@ from trainers import CouplingTrainingArguments
 
 
 TOKENS, STATES = 3, 3
+TINY = ROOT / "recipes" / "tiny"
 
 
 def weights(states=STATES, tokens=TOKENS, levels=1, strength=2.0, seed=0) -> CouplingWeights:
@@ -472,6 +474,18 @@ def test_a_coupling_is_saved_and_loaded(coupled, tmp_path):
         for name, value in coupled.state_dict().items():
             assert torch.equal(again.state_dict()[name], value), name
         assert torch.equal(again.generate(seed=3, steps=2), coupled.generate(seed=3, steps=2))
+
+
+def test_the_shipped_chain_is_over_the_shipped_teacher_and_better():
+    model, teacher = load_model(TINY / "coupled"), load_model(TINY / "teacher")
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert (model.generation_config.locking, model.generation_config.steps) == ("spread", 4)
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "coupled")
+    texts = text_blocks(read_texts(TINY / "text" / "validation"), tokenizer, 128, 4)
+    alone, coupled = (step_bound(model, texts, steps=2, locking="spread", coupling=c) for c in (False, True))
+    assert coupled.minus(alone)[0] < -0.08
+    assert torch.equal(step_bound(teacher, texts, steps=2, locking="spread").nats, alone.nats)
 
 
 @pytest.mark.parametrize(

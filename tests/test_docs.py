@@ -6,6 +6,7 @@ above it: `<!-- not run: needs ... -->`.
 """
 
 import ast
+import copy
 import dataclasses
 import importlib
 import re
@@ -94,7 +95,9 @@ def library(tmp_path_factory) -> Path:
         GPT2Config(vocab_size=48, n_positions=256, n_embd=32, n_layer=1, n_head=2, bos_token_id=46, eos_token_id=46)
     )
     tokenizer = character_tokenizer(model_max_length=256)
-    for model, name in ((teacher, "teacher"), (judge, "judge")):
+    coupled = copy.deepcopy(teacher)
+    coupled.add_coupling({"states": 4})
+    for model, name in ((teacher, "teacher"), (coupled, "coupled"), (judge, "judge")):
         model.save_pretrained(tiny / name)
         tokenizer.save_pretrained(tiny / name)
     return folder

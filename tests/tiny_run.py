@@ -86,9 +86,9 @@ def mcd_arguments(inputs: Path, output_dir: Path, **changes) -> list[str]:
         "disable_tqdm": True,
         "seed": 5,
         "output_dir": output_dir,
-        **changes,
+        **changes,  # None leaves a setting out
     }
-    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    return [word for key, value in settings.items() if value is not None for word in (f"--{key}", str(value))]
 
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
