@@ -175,8 +175,7 @@ ORDERS = [
 ]
 
 
-@pytest.mark.parametrize("options", ORDERS, ids=lambda options: options["sampler"])
-@pytest.mark.parametrize("name", BLOCK_MODELS)
+@pytest.mark.parametrize("name, options", [("qwen3", ORDERS[0]), *(("qwen2", options) for options in ORDERS)])
 def test_the_cache_changes_no_logit_and_no_token(name, options, models):
     """Prompts of two lengths in a batch: same tokens, steps and forwards, and fewer tokens computed."""
     model, found = models[name], {}
@@ -261,7 +260,7 @@ def test_blocks_of_one_token_have_the_law_of_the_causal_network():
                 logits = network(input_ids=torch.tensor([[*text[:i], 3]])).logits[0, -1, :3]  # causal still
                 law[number] *= logits.softmax(-1)[text[i]]
     model = as_masked_diffusion(network, 3, attention="block", block_size=1)
-    output = model.generate(steps=1, num_return_sequences=20_000, seed=0, return_dict_in_generate=True)
+    output = model.generate(steps=1, num_return_sequences=8_000, seed=0, return_dict_in_generate=True)
     counts = (output.sequences @ torch.tensor([9, 3, 1])).bincount(minlength=27)
     assert p_value(counts, law) > 1e-5 and p_value(counts, law.roll(1)) < 1e-5
     assert output.computed.unique().tolist() == [1 + 2 + 2]
