@@ -1,6 +1,6 @@
 """What the caches of `generate` save, and what the approximate ones change.
 
-    python -m benchmarks.block_cache                    # minutes on a CPU core
+    python -m benchmarks.block_cache                    # two minutes of a CPU core
     python -m benchmarks.block_cache --hidden_size 1024 --layers 28 --length 1024 --device cuda --dtype bfloat16
 
 Speed: a Qwen3 of random weights fills a canvas block by block, as a block model without a cache and with the exact one, and
@@ -143,8 +143,8 @@ def table(content: dict) -> str:
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8, help="Of each block.")
     parser.add_argument("--repeats", type=int, default=3)
@@ -152,9 +152,9 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--model", default="recipes/tiny/teacher")
     parser.add_argument("--text", default="recipes/tiny/text/validation")
-    parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--bound_steps", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--output", help="The result file; under benchmarks/results/ by default.")
     options = parser.parse_args(arguments)
     settings = {name: value for name, value in vars(options).items() if name != "output"}

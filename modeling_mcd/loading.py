@@ -13,7 +13,8 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .adapters import ADAPTER, base_of, merged_weights
 from .backbone_layouts import is_backbone, read_backbone
@@ -31,6 +32,8 @@ INDEX = "model.safetensors.index.json"
 PICKLES = ("*.ckpt", "*.pt", "*.pth", "*.bin")
 # Classes in Lightning files besides tensors and plain containers, which torch always allows. Unpickling these runs no code.
 ALLOWED_GLOBALS = [argparse.Namespace, defaultdict]
+# Tokenizers that are published with code of their own, over the files of a class that transformers has.
+NATIVE_TOKENIZERS = {"DreamTokenizer": Qwen2Tokenizer}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -91,7 +94,17 @@ def load_tokenizer(source: str | Path, what: str = "tokenizer") -> PreTrainedTok
     Raises:
         ValueError: it is missing or broken; one line.
     """
-    tokenizer = load_pretrained(AutoTokenizer, what, source)
+    try:
+        tokenizer = load_pretrained(AutoTokenizer, what, source)
+    except ValueError:
+        name, revision = split_revision(str(source))
+        try:
+            native = NATIVE_TOKENIZERS[get_tokenizer_config(name, revision=revision).get("tokenizer_class")]
+        except (OSError, ValueError, KeyError):
+            native = None
+        if native is None:
+            raise
+        tokenizer = load_pretrained(native, what, source)
     tokenizer.init_kwargs.pop("auto_map", None)  # or a saved copy would name someone else's code
     return tokenizer
 

@@ -510,6 +510,26 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(layout, run_inputs, tmp_path):
     assert model.generate(**options).max() < 48 <= model.generate(**options, suppress_above=60).max()
 
 
+def test_dreams_tokenizer_needs_none_of_its_own_code(tmp_path):
+    """Its files are those of Qwen2's tokenizer; the converter writes it as that, with its mask named and its code not."""
+    source = published(tmp_path / "theirs", "Dream")
+    words = {chr(code): code - 97 for code in range(97, 123)} | {"ab": 26, "<|endoftext|>": 27}
+    (source / "vocab.json").write_text(json.dumps(words))
+    (source / "merges.txt").write_text("#version: 0.2\na b\n")
+    added = {str(i): {"content": token, "special": True} for i, token in ((27, "<|endoftext|>"), (MASK, "<|mask|>"))}
+    settings = {"tokenizer_class": "DreamTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
+    settings |= {"added_tokens_decoder": added, "eos_token": "<|endoftext|>", "mask_token": "<|mask|>", "unk_token": None}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert(source, tmp_path / "native")
+    for folder in (source, tmp_path / "native"):
+        tokenizer = load_tokenizer(folder)
+        assert type(tokenizer) is hf.Qwen2Tokenizer and tokenizer("abc")["input_ids"] == [26, 2]
+    assert "auto_map" not in json.loads((tmp_path / "native" / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "OtherTokenizer"}))
+    with pytest.raises(ValueError, match="tokenizer .* cannot be loaded"):
+        load_tokenizer(source)
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 def test_the_wrong_shift_is_told_by_a_text(shift, tmp_path, caplog):
     """A network without layers, whose states are the embeddings: it knows a masked token when the one before is the same."""
