@@ -517,8 +517,16 @@ def test_dreams_tokenizer_needs_none_of_its_own_code(tmp_path):
     (source / "vocab.json").write_text(json.dumps(words))
     (source / "merges.txt").write_text("#version: 0.2\na b\n")
     added = {str(i): {"content": token, "special": True} for i, token in ((27, "<|endoftext|>"), (MASK, "<|mask|>"))}
-    settings = {"tokenizer_class": "DreamTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
-    settings |= {"added_tokens_decoder": added, "eos_token": "<|endoftext|>", "mask_token": "<|mask|>", "unk_token": None}
+    settings = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+    }
+    settings |= {
+        "added_tokens_decoder": added,
+        "eos_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+        "unk_token": None,
+    }
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     convert(source, tmp_path / "native")
     for folder in (source, tmp_path / "native"):

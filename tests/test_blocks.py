@@ -15,6 +15,7 @@ from modeling_mcd import as_masked_diffusion
 from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.loading import load_model
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
+from trainers.runs.inputs import check_block_length
 from trainers.trajectories import step_noise
 
 
@@ -409,5 +410,9 @@ def test_the_nelbo_of_one_block_is_that_of_full_attention():
     model = block_model("qwen3")
     found = block_nelbo(model, text, draws=2)
     torch.testing.assert_close(found.nats, block_nelbo(ByHand(model), text, draws=2).nats, rtol=1e-5, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"block_length is 30, but must be a multiple of the teacher's own block_size \(4\)"
+    ):
+        check_block_length(30, "teacher", model.config)  # before anything is trained
     with pytest.raises(ValueError, match=r"blocks are 7 tokens long, which must be a multiple of .* block_size \(4\)"):
         block_nelbo(model, text[:, :7])

@@ -79,10 +79,15 @@ def tokenizer_beside(network: str) -> PreTrainedTokenizerBase | None:
 
 
 def check_block_length(block_length: int, name: str, config):
-    """Raises ValueError if a block is longer than the context of the network that the recipe calls `name`."""
+    """Raises ValueError if a block does not fit the network that the recipe calls `name`: its context, or its own blocks."""
     if block_length > config.max_position_embeddings:
         raise ValueError(
             f"block_length is {block_length}, but the {name}'s context is {config.max_position_embeddings} tokens"
+        )
+    size = getattr(config, "block_size", None)
+    if size is not None and block_length % size:
+        raise ValueError(
+            f"block_length is {block_length}, but must be a multiple of the {name}'s own block_size ({size})"
         )
 
 
