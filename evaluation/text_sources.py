@@ -110,6 +110,7 @@ def open_text(
     split: str = "train",
     config: str | None = None,
     revision: str | None = None,
+    folder: str | None = None,
     streaming: bool = False,
     prompt_column: str | None = None,
     instructions: bool = False,
@@ -121,6 +122,7 @@ def open_text(
         column: the column with the text, for everything but plain text; with `instructions`, see `columns_of`.
         split: split of a Hub dataset (`train[:-1000]` for a slice) or of a saved `DatasetDict`.
         config, revision: of a Hub dataset.
+        folder: of a Hub dataset's repository, if only the files in there are meant.
         streaming: read a table row by row instead of preparing it in the cache of `datasets`.
         prompt_column: the column with the prompts of completions; with `instructions` alone.
         instructions: take prompts with completions, and messages, too; otherwise text alone.
@@ -166,14 +168,22 @@ def open_text(
         used = ("column", "split", "config", "revision")
         load_dataset = datasets_library(name).load_dataset
         try:
-            rows = build_dataset(load_dataset, name, config, split=split, revision=revision, streaming=streaming)
-        except OSError as error:
+            rows = build_dataset(
+                load_dataset, name, config, data_dir=folder, split=split, revision=revision, streaming=streaming
+            )
+        except (OSError, RuntimeError) as error:  # RuntimeError: a dataset that is a script, which is never run
             if _is_disk_error(error):
                 raise
             raise FileNotFoundError(
                 f"text {name!r} is not a local file or folder and could not be loaded from the Hub: {reason_of(error)}"
             ) from None
-        digest = _digest([repr((name, config, revision, split) if streaming else rows._fingerprint).encode()])
+        digest = _digest(
+            [
+                repr(
+                    (name, config, revision, split, *filter(None, [folder])) if streaming else rows._fingerprint
+                ).encode()
+            ]
+        )
     columns = rows.column_names or list(next(iter(rows), {column: None}))  # a stream may not say
     kind = "text"
     if instructions:
