@@ -48,8 +48,9 @@ SMALL = {
     "trainers.run_mdlm": f"{TRAINING} --max_steps 1 --eval_steps 1 --num_hidden_layers 1",
     "trainers.run_judge": f"{TRAINING} --max_steps 1 --num_layers 1",
     "evaluation.search_plan": "--steps 2 --blocks 4 --grid 4",
-    "evaluation.run_eval --perplexity": "--windows 2 --draws 2",
     "evaluation.run_eval": "--samples 2 --seeds 1 --batch_size 2 --steps 2",
+    "evaluation.run_eval --bound": "--samples 2 --seeds 1 --batch_size 2 --steps 2 --bound 2",
+    "evaluation.run_eval --perplexity": "--windows 2 --draws 2",
 }
 
 
@@ -144,8 +145,9 @@ def run(command: str, monkeypatch):
     elif module is None:
         subprocess.run(["bash", "-ec", command], check=True)
     else:
-        job = f"{module} --perplexity" if "--perplexity" in arguments else module
-        monkeypatch.setattr(sys, "argv", [module, *arguments, *SMALL.get(job, "").split()])
+        jobs = [f"{module} {flag}" for flag in ("--perplexity", "--bound") if flag in arguments]
+        small = next((SMALL[job] for job in [*jobs, module] if job in SMALL), "")
+        monkeypatch.setattr(sys, "argv", [module, *arguments, *small.split()])
         main = getattr(importlib.import_module(module), "main", None)
         try:
             main() if main else runpy.run_module(module, run_name="__main__")
