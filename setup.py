@@ -31,7 +31,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_namespace_packages(include=["modeling_mcd*", "trainers*", "evaluation*", "recipes*"]),
-    package_data={"": ["*.yaml", "*.json", "*.txt", "*.safetensors", "*.md"]},
+    package_data={"": ["*.yaml", "*.json", "*.jsonl", "*.parquet", "*.txt", "*.safetensors", "*.md"]},
     install_requires=[
         "torch>=2.9",
         "transformers>=5.17,<6",

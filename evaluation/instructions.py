@@ -67,11 +67,11 @@ def example_of(cells: Sequence, source: TextSource, tokenizer: PreTrainedTokeniz
     names = [name for name in (source.prompt_column, source.column) if name is not None]
     if source.kind == "completion" and all(isinstance(cell, list) for cell in cells):
         return from_chat(prompted_conversation(*cells, *names, tokenizer), tokenizer)
-    beside = any(isinstance(cell, list) for cell in cells)
-    for name, cell in zip(names, cells, strict=True):
-        if isinstance(cell, str) and beside:
+    lists = [isinstance(cell, list) for cell in cells]
+    for name, cell, is_list in zip(names, cells, lists, strict=True):
+        if isinstance(cell, str) and any(lists):
             raise BadCell(name, "holds text, and the other column of the row messages: give two texts or two lists")
-        if not isinstance(cell, str) and (cell is None or not beside or not isinstance(cell, list)):
+        if not isinstance(cell, str) and not (is_list and len(cells) > 1):
             kinds = "text or a list of messages" if source.kind == "completion" else "text"
             raise BadCell(name, f"holds {found(cell)}, not {kinds}")
     texts = [as_plain(cell) for cell in cells]
@@ -81,15 +81,10 @@ def example_of(cells: Sequence, source: TextSource, tokenizer: PreTrainedTokeniz
     def ids_of(text: str) -> list[int]:
         return encode([text], tokenizer)[0] if text else []
 
-    ids = joined(texts, ids_of)
-    start, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    if source.kind == "text":
-        return whole(start + ids[0] + end)
-    return Example([*start, *ids[0], *ids[1], *end], [False] * (1 + len(ids[0])) + [True] * (len(ids[1]) + 1))
-
-
-def whole(ids: list[int]) -> Example:
-    return Example(ids, [True] * len(ids))
+    *prompt, learnt = joined(texts, ids_of)
+    given = [tokenizer.bos_token_id, *prompt[0]] if prompt else []
+    learnt = ([] if prompt else [tokenizer.bos_token_id]) + [*learnt, tokenizer.eos_token_id]
+    return Example([*given, *learnt], [False] * len(given) + [True] * len(learnt))
 
 
 def joined(texts: Sequence[str], ids_of: Callable[[str], list[int]]) -> list[list[int]]:
