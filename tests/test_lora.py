@@ -19,6 +19,7 @@ from transformers import AutoModel, TrainerCallback
 import modeling_mcd
 from evaluation import run_eval
 from modeling_mcd import as_masked_diffusion
+from modeling_mcd.convert_checkpoints import convert
 from modeling_mcd.loading import load_model
 from trainers import run_mcd, run_mdlm
 from trainers.adapters import OUR_TARGETS, AdapterFollower, default_targets, with_adapter
@@ -453,6 +454,22 @@ def test_every_way_of_loading_gives_one_network(inputs, runs):
         assert (logits_of(base) - logits["PeftModel"]).abs().max() > 1e-2
         assert networks["PeftModel"].generate(steps=4, seed=0).shape == (1, 32)
     assert isinstance(load_model(str(adapter)), modeling_mcd.MDLMForMaskedDiffusion)
+
+
+def test_a_wrapped_base_and_an_adapter_as_the_base_of_another(inputs, tmp_path):
+    """Qwen2 with its shift; a student of it; a student of that student's adapter folder; and what mcd-convert makes of it."""
+    model = as_masked_diffusion(make_network("qwen2", dtype=torch.float32), MASK, logits_shift=1)
+    model.save_pretrained(tmp_path / "base")
+    short = {"steps_per_round": 1, "num_rounds": 1, "save_strategy": "no", "warmup_steps": 0}
+    for teacher, student in (("base", "one"), ("one", "two")):
+        distil(inputs, tmp_path / student, teacher=tmp_path / teacher, **short)
+    base, expected = logits_of(model), PeftModel.from_pretrained(model, tmp_path / "one")
+    assert (logits_of(load_model(str(tmp_path / "one"))) - logits_of(expected)).abs().max() < 1e-4
+    expected = PeftModel.from_pretrained(expected.merge_and_unload(), tmp_path / "two")
+    convert(str(tmp_path / "two"), str(tmp_path / "converted"), to="ours")
+    for folder in ("two", "converted"):
+        found = logits_of(load_model(str(tmp_path / folder)))
+        assert (found - logits_of(expected)).abs().max() < 1e-4 < (found - base).abs().max(), folder
 
 
 @pytest.mark.parametrize("rslora", [False, True])
