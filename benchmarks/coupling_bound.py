@@ -4,7 +4,8 @@
 
 MODEL has a coupling (`trainer: coupling`). Under every plan a block has the same rho, so differences are paired. The chain
 alone has the unigrams of the training text in place of the network's distributions; by the chain rule it costs the same at
-every N. Writes `benchmarks/results/coupling_NAME.json`, with the value of every block, and the table in `coupling_NAME.md`.
+every N. Each cell is saved in `benchmarks/results/coupling_NAME.json`, with the value of every block, as soon as it is measured,
+and the table in `coupling_NAME.md`: a command that was killed goes on where it was.
 """
 
 import argparse
@@ -51,6 +52,11 @@ def seconds_of_a_step(model, steps: int, rows: int, coupling: bool, runs: int = 
     return statistics.median(times)
 
 
+def bound_of(cell: dict, tokens: int) -> Bound:
+    nats = torch.tensor(cell["nats"], dtype=torch.float64)
+    return Bound(nats, torch.full(nats.shape, tokens))
+
+
 def table(bounds: dict[str, Bound], numbers: list[int], seconds: dict[str, dict]) -> str:
     """The bounds, what the coupling adds to spread locking, and the time of a step."""
 
@@ -71,6 +77,8 @@ def table(bounds: dict[str, Bound], numbers: list[int], seconds: dict[str, dict]
         differences = [coupled.minus(bounds[name]) for name in (f"spread, {n}", "chain alone")]
         cells = [n, *(value(f"{plan}, {n}") for plan in PLANS), *(f"{d:+.3f} ± {e:.3f}" for d, e in differences)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if not seconds:
+        return "\n".join(lines) + "\n"
     lines += [
         "",
         "Seconds of a step of `generate`, median of 3:",
@@ -91,9 +99,9 @@ def main():
     parser.add_argument("--name", default="tiny", help="Of the result.")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--blocks", type=int, default=96)
-    parser.add_argument("--draws", type=int, default=8, help="Times at which the NELBO is measured on each block.")
+    parser.add_argument("--draws", type=int, default=4, help="Times at which the NELBO is measured on each block.")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="Batches whose steps are timed.")
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 8], help="Batches whose steps are timed.")
     parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"))
     options = parser.parse_args()
     model, tokenizer = load_model(options.model).eval(), AutoTokenizer.from_pretrained(options.model)
@@ -102,38 +110,36 @@ def main():
     length = model.config.max_position_embeddings
     blocks = text_blocks(read_texts(options.text), tokenizer, length, options.blocks)
     batch = {"batch_size": options.batch_size}
-    bounds = {"NELBO": block_nelbo(model, blocks, options.draws, options.batch_size)}
-    for n in options.steps:
-        for plan, how in PLANS.items():
-            bounds[f"{plan}, {n}"] = bound = step_bound(model, blocks, steps=n, progress=True, **how, **batch)
-            print(f"{plan}, {n}: {bound.mean:.4f} ± {bound.error:.4f}", flush=True)
-    alone = chain_alone(model, text_blocks(read_texts(options.train_text), tokenizer, length, 1000))
-    bounds["chain alone"] = step_bound(alone, blocks, steps=1, coupling=True, **batch)
-    seconds = {
-        rows: {
-            name: seconds_of_a_step(model, 2, rows, coupling)
-            for name, coupling in (("without", False), ("with", True))
-        }
-        for rows in options.rows
-    }
-    content = {
-        "weights": fingerprint(model),
-        "coupling": model.config.coupling,
-        "tokens": length,
-        "bounds": {
-            name: {
-                "mean": round(bound.mean, 5),
-                "error": round(bound.error, 5),
-                "nats": [round(value, 3) for value in bound.nats.tolist()],
-            }
-            for name, bound in bounds.items()
-        },
-        "seconds": seconds,
-    }
+    about = {"weights": fingerprint(model), "blocks": len(blocks), "tokens": length, "draws": options.draws}
     path = Path(options.results) / f"coupling_{options.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if {name: content.get(name) for name in about} != about:
+        content = about | {"coupling": model.config.coupling, "cells": {}, "seconds": {}}
+    cells, seconds = content["cells"], content["seconds"]
+
+    def measure(name: str, of):
+        if name not in cells:
+            bound = of()
+            nats = [round(value, 3) for value in bound.nats.tolist()]
+            cells[name] = {"mean": round(bound.mean, 5), "error": round(bound.error, 5), "nats": nats}
+            print(f"{name}: {bound.mean:.4f} ± {bound.error:.4f}", flush=True)
+            write_atomically(path, json.dumps(content | circumstances()) + "\n")
+
+    for n in options.steps:
+        for plan, how in reversed(PLANS.items()):
+            if n > 1 or plan != "independent":  # one step reveals everything, under any locking
+                measure(f"{plan}, {n}", lambda n=n, how=how: step_bound(model, blocks, steps=n, **how, **batch))
+    texts = text_blocks(read_texts(options.train_text), tokenizer, length, 1000)
+    measure("chain alone", lambda: step_bound(chain_alone(model, texts), blocks, steps=1, coupling=True, **batch))
+    measure("NELBO", lambda: block_nelbo(model, blocks, options.draws, options.batch_size))
+    for rows in options.rows:
+        if str(rows) not in seconds:
+            both = (("without", False), ("with", True))
+            seconds[str(rows)] = {name: seconds_of_a_step(model, 2, rows, coupling) for name, coupling in both}
+            write_atomically(path, json.dumps(content | circumstances()) + "\n")
+    bounds = {name: bound_of(cell, length) for name, cell in cells.items()}
     found = table(bounds, options.steps, seconds)
-    write_atomically(path, json.dumps(content | circumstances()) + "\n")
     write_atomically(path.with_suffix(".md"), found)
     print(found)
 
