@@ -64,7 +64,8 @@ def table(bounds: dict[str, Bound], numbers: list[int], seconds: dict[str, dict]
         return f"{bounds[name].mean:.3f} ± {bounds[name].error:.3f}" if name in bounds else "-"
 
     nelbo, alone = value("NELBO"), value("chain alone")
-    count, tokens = len(bounds["NELBO"].nats), int(bounds["NELBO"].tokens[0])
+    first = next(iter(bounds.values()))
+    count, tokens = len(first.nats), int(first.tokens[0])
     lines = [
         f"Nats per token on {count} held-out blocks of {tokens} tokens, ± the standard error over blocks. NELBO: {nelbo}. The "
         f"chain alone, at every N: {alone}.",
