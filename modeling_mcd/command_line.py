@@ -91,7 +91,8 @@ def option_lines(name: str, text: str, choices: Iterable | None, note: str | Non
     text = text if text.endswith("...") else text.removesuffix(".")
     if choices:
         names = [str(choice) for choice in choices if choice is not None]
-        text += f" [{('|' if len(names) < 8 else ' | ').join(names)}]"  # a long list can be wrapped
+        short = len(names) < 8 and sum(map(len, names)) < 64
+        text += f" [{('|' if short else ' | ').join(names)}]"  # a long list can be wrapped
     if note is not None:
         text += f" ({note})"
     options = {"subsequent_indent": " " * 34, "break_long_words": False, "break_on_hyphens": False}
