@@ -100,7 +100,7 @@ def load_tokenizer(source: str | Path, what: str = "tokenizer") -> PreTrainedTok
         name, revision = split_revision(str(source))
         try:
             native = NATIVE_TOKENIZERS[get_tokenizer_config(name, revision=revision).get("tokenizer_class")]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, AttributeError):  # missing, or no JSON object
             native = None
         if native is None:
             raise

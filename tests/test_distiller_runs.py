@@ -289,9 +289,12 @@ def test_an_option_of_another_method_is_refused_by_name(words, says, tmp_path, c
 )
 def test_every_distillation_recipe_is_of_its_method(recipe):
     arguments = {name: method[1] for name, method in run_mcd.METHODS.items()}
-    shared = (run_mcd.MethodArguments, run_mcd.NetworkArguments, run_mcd.TokenizerArguments, run_mcd.TextArguments)
+    shared = (run_mcd.MethodArguments, run_mcd.NetworkArguments, run_mcd.AdapterArguments, run_mcd.TokenizerArguments)
     method, *_, training = parse_recipe_of(
-        "trainer", arguments, (*shared, run_mcd.EvaluationArguments), [str(recipe), "--bf16=false"]
+        "trainer",
+        arguments,
+        (*shared, run_mcd.TextArguments, run_mcd.EvaluationArguments),
+        [str(recipe), "--bf16=false"],
     )
     assert type(training) is run_mcd.METHODS[method.trainer][1]
     assert method.trainer == (recipe.stem.split("_")[-1] if recipe.stem.split("_")[-1] in run_mcd.METHODS else "mcd")
