@@ -51,10 +51,7 @@ def parser() -> OneLineParser:
         "--locking", choices=CHOICES["locking"], help="See docs/locking.md; spread is better at few steps."
     )
     result.add_argument(
-        "--preset",
-        choices=PRESETS,
-        metavar="NAME",
-        help="Published settings, see docs/backbones.md; other options win.",
+        "--preset", choices=PRESETS, help="Published settings, see docs/backbones.md; other options win."
     )
     result.add_argument("--cache", choices=CHOICES["cache"], help="Keys and values to keep, see docs/blocks.md.")
     result.add_argument("--chat", action="store_true", help="The prompt is a message, put into the chat template.")
