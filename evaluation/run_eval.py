@@ -70,7 +70,7 @@ def perplexity_parser() -> argparse.ArgumentParser:
         description="Likelihood of texts: perplexity and bits per byte, in perplexity.json and perplexity.md.",
     )
     add_models(result)
-    result.add_argument("--perplexity", nargs="+", required=True, metavar="TEXT", help=HELP)
+    result.add_argument("--perplexity", nargs="*", required=True, metavar="TEXT", help=HELP)
     result.add_argument(
         "--judge",
         nargs="+",
@@ -201,6 +201,8 @@ def run_perplexity(options: argparse.Namespace):
     check_number("--batch_size", options.batch_size, COUNT)
     check_number("--windows", options.windows, ("be an integer of at least 0", lambda value: value >= 0))
     corpora = [corpus_of(words) for words in options.perplexity]
+    if not corpora:
+        raise ValueError("--perplexity names no text: give a corpus, a file or a dataset")
     for corpus in corpora:
         if sum(other.name == corpus.name for other in corpora) > 1:
             raise ValueError(

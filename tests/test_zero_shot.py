@@ -173,6 +173,7 @@ def test_what_is_known_is_not_measured_again(folder, monkeypatch):
         (["--perplexity", "missing.txt"], "text 'missing.txt': no such file or folder"),
         (["--perplexity", "short.txt"], "'short.txt' holds 4 tokens, less than one window of 20"),
         (["--perplexity", "ptb=ptb.txt", "ptb.txt,name=ptb"], "two texts would have the column 'ptb'"),
+        (["--perplexity"], "--perplexity names no text"),
         (["--judge", "other"], "judge 'other' has other token ids than 'teacher'"),
         (["--judge", "narrow"], "judge 'narrow' sees 8 tokens, but a window has 20: give --length 8"),
     ],
