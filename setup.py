@@ -8,6 +8,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "peft": ["peft>=0.21"],
     "eval": ["evaluate>=0.4.6"],
+    "lm-eval": ["lm-eval>=0.4.13"],
     "tracking": ["tensorboard>=2.20", "trackio>=0.43"],
 }
 EXTRAS["dev"] = [
@@ -52,6 +53,7 @@ setup(
             "mcd-judge=trainers.run_judge:main",
             "mcd-evaluate=evaluation.run_eval:main",
             "mcd-plan=evaluation.search_plan:main",
+            "mcd-lm-eval=evaluation.lm_eval_adapter:main",
             "mcd-generate=modeling_mcd.generate_text:main",
             "mcd-convert=modeling_mcd.convert_checkpoints:main",
         ]
