@@ -38,7 +38,7 @@ PLAIN = {
 }
 # Why the other samplers have no likelihood.
 UNLIKELY = {
-    "dream": "it draws every token before it chooses those to keep, so many paths give one text",
+    "dream": "it draws every token before it chooses those to keep",
     "remdm": "it masks tokens again, so many paths give one text",
     "psi": "it masks tokens again, so many paths give one text",
 }
