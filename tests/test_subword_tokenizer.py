@@ -8,7 +8,6 @@ from transformers import AutoTokenizer
 from evaluation.text import encode
 from trainers.mdlm_trainer import MDLMTrainingArguments
 from trainers.run_mdlm import ModelArguments, build_model
-from trainers.runs.adapter_options import AdapterArguments
 from trainers.runs.inputs import TokenizerArguments, check_tokenizer, load_run_tokenizer
 from trainers.runs.recipe import parse_recipe
 from trainers.runs.text_blocks import TextArguments
@@ -65,7 +64,7 @@ def test_a_recipe_of_a_teacher_has_the_vocabulary_of_its_tokenizer(recipe, tmp_p
     words = [word for key, value in small.items() for word in (f"--{key}", str(value))]
     arguments, tokenizer_arguments, text, _ = parse_recipe(classes, [str(RECIPES / f"{recipe}.yaml"), *words])
     tokenizer = load_run_tokenizer(tokenizer_arguments)
-    config = build_model(arguments, AdapterArguments(), tokenizer, text.block_length).config
+    config = build_model(arguments, tokenizer, text.block_length).config
     check_tokenizer(tokenizer, config, None)
     assert config.vocab_size == len(tokenizer)
     assert config.mask_token_id == (None if "uniform" in recipe else tokenizer.mask_token_id)

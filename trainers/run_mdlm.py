@@ -73,9 +73,8 @@ class ModelArguments:
                 )
 
 
-def build_model(arguments: ModelArguments, adapter: AdapterArguments, tokenizer, context: int) -> PreTrainedModel:
-    if arguments.model is not None:
-        return adapter.load_base(arguments.model, diffusion_kind=arguments.diffusion_kind)
+def build_model(arguments: ModelArguments, tokenizer, context: int) -> PreTrainedModel:
+    """A new network of the given shape, with random weights."""
     kind = arguments.diffusion_kind or "absorbing"
     return MDLMForMaskedDiffusion(
         MDLMConfig(
@@ -107,7 +106,10 @@ def main(arguments: list[str] | None = None):
     source = open_data(text, training)
     set_seed(training.seed)
     run.identify(source, tokenizer)
-    model = build_model(model_arguments, adapter, tokenizer, text.block_length)
+    if model_arguments.model is None:
+        model = build_model(model_arguments, tokenizer, text.block_length)
+    else:
+        model = adapter.load_base(model_arguments.model, diffusion_kind=model_arguments.diffusion_kind)
     check_tokenizer(tokenizer, model.config, model_arguments.model)
     check_block_length(text.block_length, "model", model.config)
     train, validation = load_data(source, tokenizer, training)
