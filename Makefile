@@ -34,7 +34,7 @@ test: setup
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile -q -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile -q -m slow
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -q -m slow
 
 quality: setup
 	$(BIN)/ruff check $(SOURCES)
