@@ -46,7 +46,13 @@ def test_the_command_writes_data_that_a_recipe_reads(tmp_path, capsys):
     assert all(row["completion_mask"] == [0] * 15 + [1] * 8 for row in rows)
 
 
-@pytest.mark.parametrize("sampler, steps, least", [("confidence", 8, 0.9), ("confidence", 1, 0.0)])
+def test_a_number_of_rows_below_one_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="error: questions must be at least 1, not 0"):
+        main([str(tmp_path / "new"), "--questions", "0"])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("sampler, steps, least", [("confidence", 8, 0.9), ("confidence", 1, 0.7)])
 def test_the_shipped_teacher_answers(sampler, steps, least):
     protocol = AnswerProtocol(
         open_questions(str(FOLDER / "questions.jsonl")), count=50, sampler=sampler, batch_size=50

@@ -98,3 +98,20 @@ def log_probabilities(model, z, gamma, inputs, temperature=1.0):
 
 def mask(x_0, u, gamma, maskable):
     return torch.where((u > gamma[:, None]) & maskable, MASK, x_0)
+
+
+def assert_same_step(trainer, inputs: dict, by_hand, **tolerance):
+    """A trainer's loss and gradients are those that it has with `by_hand` in place of `compute_rows`."""
+    found = []
+    for compute_rows in (trainer.compute_rows, by_hand):
+        trainer.compute_rows = compute_rows
+        trainer.reset_noise()
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        found.append({"loss": loss.detach()} | {n: p.grad for n, p in trainer.model.named_parameters()})
+        trainer.model.zero_grad()
+    ours, theirs = found
+    used = [n for n in ours if theirs[n] is not None and theirs[n].abs().max() > 0]
+    assert len(used) > 15
+    for n in used:
+        torch.testing.assert_close(ours[n], theirs[n], **tolerance, msg=lambda m, n=n: f"{n}: {m}")

@@ -9,6 +9,7 @@ there. So a digit often depends on digits far to its right, until the ones betwe
 """
 
 import argparse
+import io
 import json
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
+from modeling_mcd.command_line import one_line_errors
 from modeling_mcd.files import write_atomically
 
 
@@ -63,6 +66,7 @@ def sums_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@one_line_errors
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m trainers.sums_data", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="Where train.parquet, questions.jsonl and tokenizer/ go.")
@@ -70,13 +74,15 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="Rows to ask, not among these (%(default)s).")
     parser.add_argument("--seed", type=int, default=0, help="Of the additions (default: %(default)s).")
     options = parser.parse_args(arguments)
+    check_numbers(options, rows=AT_LEAST_1, questions=AT_LEAST_1)
     rows = sums(options.questions + options.rows, options.seed)
     questions, train = rows[: options.questions], rows[options.questions :]
-    options.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(options.folder / "questions.jsonl", "".join(json.dumps(row) + "\n" for row in questions))
     from datasets import Dataset  # only here: the tokenizer needs none
 
-    Dataset.from_list(train).to_parquet(options.folder / "train.parquet")
+    table = io.BytesIO()
+    Dataset.from_list(train).to_parquet(table)
+    write_atomically(options.folder / "train.parquet", table.getvalue())
     sums_tokenizer().save_pretrained(options.folder / "tokenizer")
     print(f"{len(train)} rows and {len(questions)} questions in {options.folder}")
 
