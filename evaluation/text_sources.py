@@ -153,6 +153,8 @@ def open_text(
                     "na_filter": False,
                     "sep": separator,
                 }
+            if not any(file.stat().st_size for file in files):
+                raise ValueError(f"text {name!r} is empty: give a file with rows")
             data_files = {"train": [str(file) for file in files]}
             load_dataset = datasets_library(name).load_dataset
             try:

@@ -323,6 +323,7 @@ def test_braces_at_the_start_of_a_text_are_text(tmp_path):
         ({"a.txt": "text".encode("utf-16-le")}, "a.txt is not text, or is not UTF-8: .* `iconv -f UTF-16 -t UTF-8`"),
         ({"a.jsonl": b'{"text": "a"}\n{"text": '}, "cannot be read as json"),
         ({"a.parquet": b"text"}, "cannot be read as parquet"),
+        ({"a.jsonl": b""}, "is empty: give a file with rows"),
         ({"state.json": b"{"}, "a saved dataset that cannot be loaded"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
