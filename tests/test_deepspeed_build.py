@@ -1,6 +1,10 @@
 """DeepSpeed's first use compiles: a run says so, and finds the lock of a compile that was killed."""
 
+import threading
+import time
+
 import pytest
+from torch.utils.file_baton import FileBaton
 
 from trainers.deepspeed_build import check_build_cache
 
@@ -40,3 +44,25 @@ def test_a_killed_compiles_lock_is_named_and_a_living_ones_is_not(cache):
         check_build_cache(None)
     assert f"{cache / 'lock'} was left by a compile that was killed" in str(error.value)
     assert str(error.value).endswith(f"rm -r {cache}")
+
+
+def test_a_lock_that_is_released_while_we_look_was_not_left(cache):
+    """Each launch takes the lock, also when nothing is left to compile: another one must not take it for a killed compile's."""
+    cache.mkdir()
+    stop = threading.Event()
+
+    def compiles():
+        while not stop.is_set():
+            baton = FileBaton(str(cache / "lock"))
+            assert baton.try_acquire()
+            time.sleep(0.002)
+            baton.release()
+
+    other = threading.Thread(target=compiles)
+    other.start()
+    try:
+        for _ in range(30):
+            check_build_cache(None)
+    finally:
+        stop.set()
+        other.join()

@@ -161,7 +161,8 @@ def test_a_wrapped_network_with_a_tied_head(config, inputs, tmp_path):
 @pytest.mark.parametrize("config", ["ddp_cpu.yaml", pytest.param("zero3_cpu.yaml", marks=needs_compiler)])
 def test_stopped_and_resumed_is_the_same_run(config, inputs, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert launch(inputs, whole, config, save_steps=6).returncode == 0
+    result = launch(inputs, whole, config, save_steps=6)
+    assert result.returncode == 0, result.stderr
     shutil.copytree(whole, halves)
     shutil.rmtree(halves / "checkpoint-12")
     result = launch(inputs, halves, config, save_steps=6)

@@ -153,7 +153,8 @@ def test_a_finished_run_started_again_trains_no_more(inputs, whole_run):
 
 def test_truncated_checkpoint_is_refused_by_name_and_passed_over(inputs, tmp_path):
     arguments = mcd_arguments(inputs, tmp_path / "run", num_rounds=1)
-    assert run_python(RUN, *arguments).returncode == 0
+    result = run_python(RUN, *arguments)
+    assert result.returncode == 0, result.stderr
     weights = tmp_path / "run" / "checkpoint-4" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     result = run_python(RUN, *arguments, "--resume_from_checkpoint", str(weights.parent))
@@ -230,7 +231,8 @@ def test_a_finished_run_that_never_completed_a_checkpoint(inputs, tmp_path, capl
 
 
 def test_a_folder_with_another_run_is_refused(inputs, tmp_path):
-    assert run_python(RUN, *mcd_arguments(inputs, tmp_path / "run", num_rounds=1)).returncode == 0
+    result = run_python(RUN, *mcd_arguments(inputs, tmp_path / "run", num_rounds=1))
+    assert result.returncode == 0, result.stderr
     result = run_python(RUN, *mcd_arguments(inputs, tmp_path / "run", num_rounds=1, learning_rate=2e-2))
     assert result.returncode == 1
     line = result.stderr.strip().splitlines()[-1]

@@ -244,7 +244,8 @@ def test_two_processes_share_the_work_and_outlive_any_timeout(inputs, tmp_path):
     """The rows are those of one process, although the first is slower than the group's timeout."""
     for name in ("judge", "teacher"):
         (tmp_path / name).symlink_to(inputs / name)
-    assert run_python(TWO_RANKS, "0", "1", str(tmp_path)).returncode == 0
+    result = run_python(TWO_RANKS, "0", "1", str(tmp_path))
+    assert result.returncode == 0, result.stderr
     for process in [start_python(TWO_RANKS, str(rank), "2", str(tmp_path)) for rank in (0, 1)]:
         assert process.wait() == 0, process.read("err")
     one, two = (points_by_temperature(tmp_path / f"report-{size}") for size in (1, 2))

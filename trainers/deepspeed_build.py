@@ -4,9 +4,13 @@ import contextlib
 import glob
 import os
 import sys
+import time
 from pathlib import Path
 
 from torch.utils.cpp_extension import get_default_build_root
+
+
+SECOND_LOOK = 1.0  # seconds
 
 
 def check_build_cache(deepspeed: dict | str | None):
@@ -22,7 +26,7 @@ def check_build_cache(deepspeed: dict | str | None):
         return
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in root.glob("**/lock"):
-        if not is_open(lock):
+        if is_left(lock):
             raise ValueError(
                 f"{lock} was left by a compile that was killed, and DeepSpeed would wait for it without end: "
                 f"rm -r {lock.parent}"
@@ -33,15 +37,25 @@ def check_build_cache(deepspeed: dict | str | None):
         )
 
 
-def is_open(path: Path) -> bool:
-    """Whether any process that we may inspect has a file open. A compile keeps its lock open for as long as it lives."""
+def is_left(lock: Path) -> bool:
+    """Whether a lock outlived its compile, which keeps it open as long as it lives. Only what we may inspect is known.
+
+    A compile that ends closes its lock just before it removes it, perhaps while we look: so a closed lock is looked at again.
+    """
     if not Path("/proc/self/fd").exists():
-        return True
+        return False
     try:
-        status = path.stat()
-        return any(os.path.samestat(status, other) for other in map(_stat, glob.iglob("/proc/[0-9]*/fd/*")) if other)
+        first = lock.stat()
+        if is_open(first):
+            return False
+        time.sleep(SECOND_LOOK)
+        return lock.stat().st_ctime_ns == first.st_ctime_ns and not is_open(first)
     except FileNotFoundError:  # just released
-        return True
+        return False
+
+
+def is_open(status: os.stat_result) -> bool:
+    return any(os.path.samestat(status, other) for other in map(_stat, glob.iglob("/proc/[0-9]*/fd/*")) if other)
 
 
 def _stat(path: str) -> os.stat_result | None:
