@@ -30,9 +30,9 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",  # as transformers and numpy of constraints.txt; nothing is tested on an older one
     packages=find_namespace_packages(include=["modeling_mcd*", "trainers*", "evaluation*", "recipes*"]),
-    package_data={"": ["*.yaml", "*.json", "*.jsonl", "*.parquet", "*.txt", "*.safetensors", "*.md"]},
+    package_data={"": ["*.yaml", "*.json", "*.jsonl", "*.parquet", "*.txt", "*.safetensors", "*.md", "py.typed"]},
     install_requires=[
         "torch>=2.9",
         "transformers>=5.17,<6",
