@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.evaluate_model import FIRST_LOCKING, TROUBLE, step_option
+from evaluation.evaluate_model import FIRST_LOCKING, TROUBLE, locking_options, lockings_for, step_option
 from evaluation.figures import ANSWER_FIGURES, Answer, Samples, figures_of, over_seeds
 from evaluation.instructions import examples
 from evaluation.judge import fingerprint
@@ -24,6 +24,7 @@ from evaluation.team import ALONE, Team
 from evaluation.text_sources import TextSource, open_text
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
 from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig
+from modeling_mcd.generation_inputs_mdlm import is_coupled
 from modeling_mcd.loading import reason_of
 from modeling_mcd.sampling_mdlm import SAMPLERS, options_of
 
@@ -115,7 +116,7 @@ class AnswerProtocol:
             temperature=temperature,
             max_new_tokens=length,
             sampler=self.sampler,
-            locking=None if locking == FIRST_LOCKING else locking,
+            **locking_options(locking),
             last_step=self.last_step,
             precision=self.precision,
             return_dict_in_generate=True,
@@ -137,9 +138,8 @@ class AnswerProtocol:
         """Raises ValueError if this protocol cannot be used with a model, before anything is drawn."""
         if config.mask_token_id is None:
             raise ValueError("answers need a model of absorbing diffusion, whose masks they fill; this one is uniform")
-        for locking in lockings:
-            if locking != FIRST_LOCKING and "locking" not in options_of(SAMPLERS["absorbing"][self.sampler]):
-                raise ValueError(f"locking ({locking!r}) is not used by the sampler {self.sampler!r}")
+        for locking in lockings_for(config, self.sampler, lockings):
+            is_coupled(self.generation_config(1, 1.0, 1, locking), {"coupling"}, config)
             for temperature in temperatures:
                 for n in steps:
                     self.generation_config(n, temperature, 1, locking)
@@ -197,7 +197,7 @@ def evaluate_answers(
     fixed |= {"length": length, "seeds": protocol.seeds, "precision": protocol.precision}
     fixed |= {"weights": team.gather(fingerprint(model))[0]}
     todo = []
-    for locking in lockings:
+    for locking in lockings_for(model.config, protocol.sampler, lockings):
         for temperature in map(float, temperatures):
             for n in steps:
                 point = {"model": name, "steps": n, "temperature": temperature, "sampler": sampler, "locking": locking}

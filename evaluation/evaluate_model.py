@@ -18,6 +18,7 @@ from evaluation.likelihood import Bound, check_bound, step_bound
 from evaluation.team import ALONE, Team
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
 from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig
+from modeling_mcd.generation_inputs_mdlm import is_coupled
 from modeling_mcd.loading import reason_of
 from modeling_mcd.locking_mdlm import LOCKINGS
 from modeling_mcd.noise_mdlm import row_keys
@@ -26,6 +27,10 @@ from modeling_mcd.sampling_mdlm import SAMPLERS, options_of
 
 HELD_OUT_TEXT = "held-out text"
 FIRST_LOCKING = LOCKINGS[0]  # of rows that were written before there was another
+COUPLED = (
+    "+coupling"  # after a locking: with the model's chain (docs/coupling.md); without it the chain is switched off
+)
+EVALUATED_LOCKINGS = (*LOCKINGS, *(locking + COUPLED for locking in LOCKINGS))
 # The point of the grid that a row stands for.
 KEY = ("model", "steps", "temperature", "sampler", "locking")
 # Held-out text gives the entropy to match to the rows that agree with it in these.
@@ -51,6 +56,31 @@ def step_option(sampler: str) -> str:
     if sampler not in STEPPED:
         raise ValueError(f"sampler must be one of {tuple(STEPPED)}, not {sampler!r}")
     return STEPPED[sampler]
+
+
+def lockings_for(config, sampler: str, lockings: Sequence[str]) -> list[str]:
+    """Those of a table's lockings under which a model has rows: the coupled ones are of models with a chain only.
+
+    Raises:
+        ValueError: none is left, or the sampler does not use one of them.
+    """
+    has_chain = getattr(config, "coupling", None) is not None
+    found = [locking for locking in lockings if has_chain or not locking.endswith(COUPLED)]
+    if not found:
+        raise ValueError(
+            f"locking {lockings[0]!r} needs a model with a chain, and this one has none: see docs/coupling.md"
+        )
+    takes_one = "locking" in options_of(SAMPLERS[config.diffusion_kind][sampler])
+    for locking in found:
+        if locking_options(locking)["locking"] is not None and not takes_one:
+            raise ValueError(f"locking ({locking!r}) is not used by the sampler {sampler!r} of this model")
+    return found
+
+
+def locking_options(locking: str) -> dict:
+    """What a locking of a table is in the options of `generate`. `independent` is the default, which some samplers lack."""
+    name = locking.removesuffix(COUPLED)
+    return {"locking": None if name == FIRST_LOCKING else name, "coupling": locking.endswith(COUPLED)}
 
 
 @dataclass
@@ -125,10 +155,8 @@ class EvaluationProtocol:
             )
         if self.convention == "raw_ids":
             check_same_ids(tokenizer, self.judge_tokenizer)
-        takes_one = "locking" in options_of(SAMPLERS[config.diffusion_kind][self.sampler])
-        for locking in lockings:
-            if locking != FIRST_LOCKING and not takes_one:
-                raise ValueError(f"locking ({locking!r}) is not used by the sampler {self.sampler!r} of this model")
+        for locking in lockings_for(config, self.sampler, lockings):
+            is_coupled(self.generation_config(1, 1.0, 2, 1, locking), {"coupling"}, config)
             for temperature in temperatures:
                 for n in steps:
                     self.generation_config(n, temperature, config.max_position_embeddings, 1, locking)
@@ -144,7 +172,7 @@ class EvaluationProtocol:
             temperature=temperature,
             length=length,
             sampler=self.sampler,
-            locking=None if locking == FIRST_LOCKING else locking,  # the default, which other samplers do not take
+            **locking_options(locking),
             last_step=self.last_step,
             precision=self.precision,
             num_return_sequences=count,
@@ -195,7 +223,7 @@ def evaluate_model(
 
     Args:
         team: the processes that share the work; each yields every row. `known_rows` must be the same in all of them.
-        lockings: some of `LOCKINGS`.
+        lockings: some of `EVALUATED_LOCKINGS`, see `lockings_for`.
         bound_blocks: held-out blocks [n, L] in the model's tokens: rows at temperature 1 get the N-step bound on them too
             (`step_bound`), a known row without any new sample.
 
@@ -214,7 +242,7 @@ def evaluate_model(
     fixed |= {"weights": team.gather(fingerprint(model))[0]}
     text = None if bound_blocks is None else digest_of(bound_blocks)
     todo = []
-    for locking in lockings:
+    for locking in lockings_for(model.config, protocol.sampler, lockings):
         for temperature in map(float, temperatures):
             for n in steps:
                 point = {"model": name, "steps": n, "temperature": temperature, "sampler": protocol.sampler_name}

@@ -5,7 +5,7 @@ from typing import Literal
 
 from evaluation.answers import AnswerProtocol, open_questions
 from evaluation.diversity import ENTROPY_UNITS
-from evaluation.evaluate_model import FIRST_LOCKING, STEPPED, EvaluationProtocol
+from evaluation.evaluate_model import COUPLED, EVALUATED_LOCKINGS, FIRST_LOCKING, STEPPED, EvaluationProtocol
 from evaluation.generative_perplexity import CONVENTIONS
 from modeling_mcd.checks_mdlm import AT_LEAST_1, NOT_NEGATIVE, check_numbers
 from modeling_mcd.generation_config_mdlm import CHOICES
@@ -55,8 +55,8 @@ class EvaluationArguments:
     evaluation_lockings: list[str] = field(
         default_factory=lambda: [FIRST_LOCKING],
         metadata={
-            "help": f"How reveals hang together, one or more of {', '.join(LOCKINGS)}; see docs/locking.md. A run's teacher "
-            "is judged under independent too: what its students are compared with."
+            "help": f"How reveals hang together, one or more of {', '.join(LOCKINGS)}; see docs/locking.md. With "
+            f"{COUPLED} at the end through a model's chain, docs/coupling.md. A run's teacher is judged under independent too."
         },
     )
     evaluation_bound: int = field(
@@ -95,10 +95,10 @@ class EvaluationArguments:
             values = getattr(self, name)
             if not values or not all(map(allows, values)):
                 raise ValueError(f"{name} must be one or more {least}, not {values}")
-        unknown = [locking for locking in self.evaluation_lockings if locking not in LOCKINGS]
+        unknown = [locking for locking in self.evaluation_lockings if locking not in EVALUATED_LOCKINGS]
         if unknown or not self.evaluation_lockings:
             raise ValueError(
-                f"evaluation_lockings must be one or more of {list(LOCKINGS)}, not {self.evaluation_lockings}"
+                f"evaluation_lockings must be one or more of {list(EVALUATED_LOCKINGS)}, not {self.evaluation_lockings}"
             )
         check_numbers(self, evaluation_bound=NOT_NEGATIVE)
         if self.evaluation_answer_length is not None and self.evaluation_answers is None:

@@ -422,7 +422,7 @@ def test_run_eval_takes_the_options_of_a_recipe_and_shorter_ones():
         (["--length", "64"], "length is 64, but the context of"),
         (
             ["--lockings", "loose"],
-            "evaluation_lockings must be one or more of ['independent', 'spread', 'interleaved']",
+            "evaluation_lockings must be one or more of ['independent', 'spread', 'interleaved', ",
         ),
         (["--bound", "-1"], "evaluation_bound must be at least 0 and finite, not -1"),
         (["--bound", "--temperatures", "0.5"], "evaluation_bound (64) is of temperature 1"),

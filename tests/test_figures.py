@@ -125,6 +125,27 @@ def test_a_locking_is_part_of_a_rows_point(model, rows, tmp_path):
     assert len(save_results(tmp_path, saved)["results"]) == 3
 
 
+def test_a_chain_is_switched_on_by_the_table_alone(model, build, rows):
+    """Coupled lockings are of models with a chain; without the word such a model draws as if it had none."""
+    coupled = build()
+    coupled.add_coupling({"states": 3})
+    for parameter in coupled.coupling.parameters():
+        parameter.data.normal_(std=2.0, generator=torch.Generator().manual_seed(1))
+    plain, without, chained = (
+        *rows(model, lockings=("spread", "spread+coupling"), bound_blocks=BLOCKS),
+        *rows(coupled, lockings=("spread", "spread+coupling"), bound_blocks=BLOCKS),
+    )
+    assert [row["locking"] for row in (plain, without, chained)] == ["spread", "spread", "spread+coupling"]
+    same = ("gen_ppl", "entropy", "bound", "example")
+    assert all(plain[name] == without[name] and chained[name] != plain[name] for name in same)
+    bound = step_bound(coupled, BLOCKS, steps=2, locking="spread", coupling=True, seed=range(5))
+    assert chained["bound"] == pytest.approx(bound.mean)
+    with pytest.raises(ValueError, match="'spread.coupling' needs a model with a chain, and this one has none"):
+        rows(model, lockings=("spread+coupling",))
+    with pytest.raises(ValueError, match="coupling .True. does not go with the sampler 'confidence'"):
+        rows(coupled, lockings=("independent+coupling",), sampler="confidence")
+
+
 # --- The bound
 
 
