@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.measuring import write_result
+from benchmarks.measuring import count, write_result
 from benchmarks.workloads import SHAPE, WORKLOADS, add_shape
 
 
@@ -95,9 +95,9 @@ def main():
     parser.add_argument("--before", required=True, metavar="REV", help="the commit to compare the working tree with")
     for name, workload in WORKLOADS.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"time only this: {workload.__doc__.split(';')[0]}")
-    parser.add_argument("--processes", type=int, default=3, help="pairs of processes")
+    parser.add_argument("--processes", type=count, default=3, help="pairs of processes")
     parser.add_argument(
-        "--pairs", type=int, default=6, help="timed pairs of calls in each pair of processes; at least 2"
+        "--pairs", type=count, default=6, help="timed pairs of calls in each pair of processes; at least 2"
     )
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "results", help="where the JSON files go"

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.measuring import synchronize, write_result
+from benchmarks.measuring import count, synchronize, write_result
 from evaluation import read_texts, step_bound, text_blocks
 from modeling_mcd import as_masked_diffusion
 from modeling_mcd.cache_mdlm import APPROXIMATE
@@ -142,19 +142,19 @@ def table(content: dict) -> str:
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=8, help="Of each block.")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--hidden_size", type=count, default=256)
+    parser.add_argument("--layers", type=count, default=4)
+    parser.add_argument("--length", type=count, default=256)
+    parser.add_argument("--block", type=count, default=32)
+    parser.add_argument("--steps", type=count, default=8, help="Of each block.")
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--model", default="recipes/tiny/teacher")
     parser.add_argument("--text", default="recipes/tiny/text/validation")
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--bound_steps", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--blocks", type=count, default=8)
+    parser.add_argument("--bound_steps", type=count, nargs="+", default=[2, 4])
+    parser.add_argument("--samples", type=count, default=4)
     parser.add_argument("--output", help="The result file; under benchmarks/results/ by default.")
     options = parser.parse_args(arguments)
     settings = {name: value for name, value in vars(options).items() if name != "output"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.measuring import circumstances
+from benchmarks.measuring import circumstances, count
 from evaluation import Bound, block_nelbo, read_texts, step_bound, text_blocks
 from evaluation.judge import fingerprint
 from modeling_mcd.files import write_atomically
@@ -72,12 +72,12 @@ def main():
     parser.add_argument("--model", default=str(ROOT / "recipes" / "tiny" / "teacher"))
     parser.add_argument("--text", default=str(ROOT / "recipes" / "tiny" / "text" / "validation"))
     parser.add_argument("--name", default="tiny", help="Of the result.")
-    parser.add_argument("--steps", type=int, nargs="+", default=[8, 4, 16, 2, 1, 32], help="In the order of work.")
+    parser.add_argument("--steps", type=count, nargs="+", default=[8, 4, 16, 2, 1, 32], help="In the order of work.")
     parser.add_argument("--lockings", nargs="+", choices=LOCKINGS, default=list(LOCKINGS))
-    parser.add_argument("--blocks", type=int, default=96)
-    parser.add_argument("--length", type=int, help="Tokens of a block; the model's context by default.")
-    parser.add_argument("--draws", type=int, default=16, help="Times at which the NELBO is measured on each block.")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--blocks", type=count, default=96)
+    parser.add_argument("--length", type=count, help="Tokens of a block; the model's context by default.")
+    parser.add_argument("--draws", type=count, default=16, help="Times at which the NELBO is measured on each block.")
+    parser.add_argument("--batch_size", type=count, default=16)
     parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"))
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

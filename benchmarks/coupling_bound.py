@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.measuring import circumstances
+from benchmarks.measuring import circumstances, count
 from evaluation import Bound, block_nelbo, read_texts, step_bound, text_blocks
 from evaluation.judge import fingerprint
 from modeling_mcd.files import write_atomically
@@ -98,11 +98,11 @@ def main():
     parser.add_argument("--text", default=str(ROOT / "recipes" / "tiny" / "text" / "validation"))
     parser.add_argument("--train_text", default=str(ROOT / "recipes" / "tiny" / "text" / "train"))
     parser.add_argument("--name", default="tiny", help="Of the result.")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--blocks", type=int, default=96)
-    parser.add_argument("--draws", type=int, default=4, help="Times at which the NELBO is measured on each block.")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 8], help="Batches whose steps are timed.")
+    parser.add_argument("--steps", type=count, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--blocks", type=count, default=96)
+    parser.add_argument("--draws", type=count, default=4, help="Times at which the NELBO is measured on each block.")
+    parser.add_argument("--batch_size", type=count, default=16)
+    parser.add_argument("--rows", type=count, nargs="*", default=[1, 8], help="Batches whose steps are timed.")
     parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"))
     options = parser.parse_args()
     model, tokenizer = load_model(options.model).eval(), AutoTokenizer.from_pretrained(options.model)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measuring import circumstances, synchronize
+from benchmarks.measuring import circumstances, count, synchronize
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.canvas_mdlm import Canvas
 from modeling_mcd.coupling_mdlm import Chain
@@ -36,12 +36,12 @@ def timed(function) -> float:
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--states", type=int, default=256)
+    parser.add_argument("--states", type=count, default=256)
     parser.add_argument("--windows", type=int, nargs="+", default=[0, 128], help="0: one chain along the canvas.")
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--vocab_size", type=int, default=50258)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--length", type=count, default=1024)
+    parser.add_argument("--vocab_size", type=count, default=50258)
+    parser.add_argument("--layers", type=count, default=12)
+    parser.add_argument("--runs", type=count, default=3)
     parser.add_argument("--results", type=Path, default=RESULT)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -23,7 +23,15 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.measuring import PeakMemory, alternate, in_its_own_process, memory_available, synchronize, write_result
+from benchmarks.measuring import (
+    PeakMemory,
+    alternate,
+    count,
+    in_its_own_process,
+    memory_available,
+    synchronize,
+    write_result,
+)
 from benchmarks.workloads import build_network, build_trainer
 from modeling_mcd import MDLMForMaskedDiffusion
 from modeling_mcd.forward_process_mdlm import sigma_of
@@ -194,14 +202,14 @@ def run(options: argparse.Namespace, side: str, batch_size: int, warmup: int, st
 def main():
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch_size", type=int, help="rows; the largest batch that the plain step fits by default")
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden_size", type=int, default=768)
-    parser.add_argument("--vocab_size", type=int, default=50258)
+    parser.add_argument("--batch_size", type=count, help="rows; the largest batch that the plain step fits by default")
+    parser.add_argument("--length", type=count, default=1024)
+    parser.add_argument("--layers", type=count, default=12)
+    parser.add_argument("--hidden_size", type=count, default=768)
+    parser.add_argument("--vocab_size", type=count, default=50258)
     parser.add_argument("--warmup", type=int, default=3 if on_gpu else 1)
-    parser.add_argument("--steps", type=int, default=10 if on_gpu else 1, help="timed steps of each measurement")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=count, default=10 if on_gpu else 1, help="timed steps of each measurement")
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="dense bf16 peak of the GPU, for MFU")
     parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from benchmarks.measuring import PeakMemory, alternate, in_its_own_process, medians, synchronize, write_result
+from benchmarks.measuring import PeakMemory, alternate, count, in_its_own_process, medians, synchronize, write_result
 from modeling_mcd.head_mdlm import HeadRows
 from trainers.divergences import divergence
 
@@ -73,11 +73,11 @@ def measure(side: str, options: argparse.Namespace) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--hidden_size", type=int, default=768)
-    parser.add_argument("--vocab_size", type=int, default=50258)
+    parser.add_argument("--rows", type=count, default=4096)
+    parser.add_argument("--hidden_size", type=count, default=768)
+    parser.add_argument("--vocab_size", type=count, default=50258)
     parser.add_argument("--kind", choices=("student_first", "teacher_first"), default="student_first")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--measure", choices=("plain", "chunked"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.measuring import alternate, in_its_own_process, medians, write_result
+from benchmarks.measuring import alternate, count, in_its_own_process, medians, write_result
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.checkpoint_layouts import save_published
 from modeling_mcd.loading import load_model
@@ -59,7 +59,7 @@ def write_checkpoints(folder: Path, layout: str):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layout", choices=("ours", "mdlm", "sdtt", "duo"), default="mdlm")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--measure", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:

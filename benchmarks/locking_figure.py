@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.measuring import count
 from modeling_mcd.locking_mdlm import locked_uniforms
 
 
@@ -19,7 +20,7 @@ WIDTH, ROWS, LENGTH, SEED = 80, 40, 1500, 1
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images" / "three_gaps.png")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=count, default=8)
     options = parser.parse_args()
     n = options.steps
     u = torch.rand(ROWS, LENGTH, dtype=torch.float64, generator=torch.Generator().manual_seed(SEED))

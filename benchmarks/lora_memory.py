@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measuring import PeakMemory, in_its_own_process, synchronize, write_result
+from benchmarks.measuring import PeakMemory, count, in_its_own_process, synchronize, write_result
 from benchmarks.workloads import build_network
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.backbones import wrap
@@ -98,13 +98,13 @@ def measure(side: str, options: argparse.Namespace) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden_size", type=int, default=768)
-    parser.add_argument("--vocab_size", type=int, default=50258)
-    parser.add_argument("--steps", type=int, default=2, help="the first makes AdamW's state")
+    parser.add_argument("--rank", type=count, default=64)
+    parser.add_argument("--batch_size", type=count, default=1)
+    parser.add_argument("--length", type=count, default=256)
+    parser.add_argument("--layers", type=count, default=12)
+    parser.add_argument("--hidden_size", type=count, default=768)
+    parser.add_argument("--vocab_size", type=count, default=50258)
+    parser.add_argument("--steps", type=count, default=2, help="the first makes AdamW's state")
     parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:

@@ -1,5 +1,6 @@
 """What the benchmarks share: peak memory, repeats of each side in turn, the machine and versions, where results go."""
 
+import argparse
 import json
 import os
 import platform
@@ -48,6 +49,14 @@ class PeakMemory:
             self.open = False
             self.thread.join()
         self.total, self.bytes = self.highest, self.highest - self.start
+
+
+def count(text: str) -> int:
+    """The type of an argument that must be a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
 
 
 def synchronize():

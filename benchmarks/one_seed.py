@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import modeling_mcd  # noqa: F401 - registers the model with the Auto classes
+from benchmarks.measuring import count
 
 
 WIDTH = 64  # characters in a line of the picture
@@ -46,9 +47,9 @@ def draw(path: Path, texts: dict[int, list[str]]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="recipes/tiny/teacher")
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 64])
+    parser.add_argument("--steps", type=count, nargs="+", default=[4, 8, 16, 64])
     parser.add_argument("--seed", type=int, default=0, help="Of the picture; the figures take those that follow too.")
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=count, default=16)
     options = parser.parse_args()
     model = AutoModel.from_pretrained(options.model, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(options.model)

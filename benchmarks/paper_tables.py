@@ -32,6 +32,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
+from benchmarks.measuring import count
 from benchmarks.paper_report import write_tables
 from evaluation import RunReport, load_report, read_texts, save_results, text_blocks, vocabulary_of
 from evaluation.judge import load_judge
@@ -342,21 +343,21 @@ def options_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipes", default="tiny", help="Common beginning of the recipes' names.")
     parser.add_argument("--methods", nargs="+", choices=[run.label for run in RUNS], help="All by default.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="Of training.")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps_per_round", type=int, default=50, help="Of MCD; the others by their cost.")
-    parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128], help="Of sampling, N.")
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--steps_per_round", type=count, default=50, help="Of MCD; the others by their cost.")
+    parser.add_argument("--steps", type=count, nargs="+", default=[2, 4, 8, 16, 32, 64, 128], help="Of sampling, N.")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.8, 0.6], help="Of the sweeps, besides 1.")
     parser.add_argument(
         "--swept_steps",
-        type=int,
+        type=count,
         nargs="+",
         default=[2, 4, 8, 16, 32],
         help="N of the sweeps, the original code's draws, spread locking, Table 2 and the rounds before the last.",
     )
-    parser.add_argument("--samples", type=int, default=16, help="For each network, N and temperature.")
+    parser.add_argument("--samples", type=count, default=16, help="For each network, N and temperature.")
     parser.add_argument("--spread", action="store_true", help="Lines for spread locking and for the N-step bound too.")
     parser.add_argument("--bound_blocks", type=int, default=16, help="Held-out blocks of the bound.")
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=count, default=8)
     parser.add_argument("--minutes", type=float, default=18.0, help="Stop after so many; start again to go on.")
     parser.add_argument("--output_dir", help="Where the runs go; runs/paper_tables_NAME by default.")
     parser.add_argument("--no_tables", action="store_true", help="Only train and judge.")

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measuring import write_result
+from benchmarks.measuring import count, write_result
 from trainers.run_mdlm import main as pretrain
 
 
@@ -41,7 +41,7 @@ def measure(steps: int, rate: float, way: dict[str, str]) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=count, default=200)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2])
     parser.add_argument("--output", help="File for the figures, instead of the committed one.")
     options = parser.parse_args(arguments)

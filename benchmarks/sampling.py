@@ -24,7 +24,7 @@ import time
 
 import torch
 
-from benchmarks.measuring import in_its_own_process, synchronize, write_result
+from benchmarks.measuring import count, in_its_own_process, synchronize, write_result
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.locking_mdlm import LOCKINGS
 from modeling_mcd.noise_schedule_mdlm import noise_schedule_of
@@ -181,18 +181,18 @@ def memory_table(options: argparse.Namespace) -> list[dict]:
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    result.add_argument("--steps", type=int, nargs="+", default=[8, 16, 64, 256])
-    result.add_argument("--batch", type=int, nargs="+", default=[1])
+    result.add_argument("--steps", type=count, nargs="+", default=[8, 16, 64, 256])
+    result.add_argument("--batch", type=count, nargs="+", default=[1])
     result.add_argument("--precision", nargs="+", choices=("float64", "legacy_float32"), default=["float64"])
-    result.add_argument("--length", type=int, default=1024)
-    result.add_argument("--hidden_size", type=int, default=768)
-    result.add_argument("--layers", type=int, default=12)
-    result.add_argument("--vocab", type=int, default=50258)
+    result.add_argument("--length", type=count, default=1024)
+    result.add_argument("--hidden_size", type=count, default=768)
+    result.add_argument("--layers", type=count, default=12)
+    result.add_argument("--vocab", type=count, default=50258)
     result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    result.add_argument("--repeats", type=int, default=3)
+    result.add_argument("--repeats", type=count, default=3)
     result.add_argument("--no_warm_up", action="store_true", help="Time the first run too: long runs on a CPU.")
-    result.add_argument("--plain_steps", type=int, default=16, help="Steps of the plain side that are timed.")
+    result.add_argument("--plain_steps", type=count, default=16, help="Steps of the plain side that are timed.")
     result.add_argument("--compile", action="store_true", help="Time `generate(compile=True)` too.")
     result.add_argument("--locking", nargs="*", choices=LOCKINGS[1:], default=[], help="Lockings to time too.")
     result.add_argument("--memory", action="store_true", help="Peak memory instead of time; on the CPU.")

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from transformers import AutoTokenizer
 
-from benchmarks.measuring import write_result
+from benchmarks.measuring import count, write_result
 from evaluation import Bound, read_texts, step_bound, text_blocks
 from modeling_mcd import sampling_mdlm
 from modeling_mcd.loading import load_model
@@ -33,8 +33,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="recipes/tiny/teacher")
     parser.add_argument("--text", default="recipes/tiny/text/validation")
-    parser.add_argument("--steps", type=int, nargs="+", default=[2, 3, 4, 6, 8])
-    parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--steps", type=count, nargs="+", default=[2, 3, 4, 6, 8])
+    parser.add_argument("--blocks", type=count, default=32)
     parser.add_argument("--output", help="The result file; under benchmarks/results/ by default.")
     options = parser.parse_args()
     model, tokenizer = load_model(options.model).eval(), AutoTokenizer.from_pretrained(options.model)

@@ -20,6 +20,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
+from benchmarks.measuring import count
 from benchmarks.paper_report import line
 from benchmarks.paper_tables import MCD_COST, ROOT, default_shape
 from evaluation import Bound, block_nelbo, read_texts, step_bound, text_blocks
@@ -179,12 +180,12 @@ def report(options: argparse.Namespace, networks: list[Network], measured: dict)
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps_per_round", type=int, default=25)
-    parser.add_argument("--scratch_steps", type=int, default=300)
-    parser.add_argument("--blocks", type=int, default=16)
-    parser.add_argument("--block_length", type=int, default=256)
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--steps_per_round", type=count, default=25)
+    parser.add_argument("--scratch_steps", type=count, default=300)
+    parser.add_argument("--blocks", type=count, default=16)
+    parser.add_argument("--block_length", type=count, default=256)
+    parser.add_argument("--steps", type=count, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--methods", nargs="+", default=[NELBO, *MCD, SCRATCH], choices=[NELBO, *MCD, SCRATCH])
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "spread_teaching")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "spread_teaching")

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_mcd  # noqa: F401 - registers the model with the Auto classes
+from benchmarks.measuring import count
 from evaluation import causal_loss, read_texts, text_blocks, validation_nelbo
 from modeling_mcd.command_line import one_line_errors
 from modeling_mcd.files import write_json
@@ -58,17 +59,17 @@ def figures_of(teacher, judge, tokenizer, texts: list[str], count: int) -> dict[
 def texts_of(teacher, tokenizer, steps: list[int], temperatures: list[float], lockings: list[str], samples: int):
     """Yields one entry for each way to sample: the same seeds, so the same noise, for all."""
     for locking in lockings:
-        for count in steps:
+        for n in steps:
             for temperature in temperatures:
                 ids = teacher.generate(
                     num_return_sequences=samples,
-                    steps=count,
+                    steps=n,
                     temperature=temperature,
                     locking=locking,
                     seed=list(range(samples)),
                 )
                 texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-                yield {"steps": count, "temperature": temperature, "locking": locking, "texts": texts}
+                yield {"steps": n, "temperature": temperature, "locking": locking, "texts": texts}
 
 
 @one_line_errors
@@ -78,11 +79,11 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("teacher", help="Folder of the teacher, or of its run.")
     parser.add_argument("--judge", help="Folder of the autoregressive model with the same tokenizer.")
     parser.add_argument("--validation_text", required=True, help="Held-out text.")
-    parser.add_argument("--blocks", type=int, default=192, help="Blocks of held-out text.")
-    parser.add_argument("--steps", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--blocks", type=count, default=192, help="Blocks of held-out text.")
+    parser.add_argument("--steps", type=count, nargs="+", default=[8, 16])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8])
     parser.add_argument("--lockings", nargs="+", default=["independent", "spread"])
-    parser.add_argument("--samples", type=int, default=2, help="Texts for each way to sample.")
+    parser.add_argument("--samples", type=count, default=2, help="Texts for each way to sample.")
     parser.add_argument("--ship", help="Save teacher/, judge/ and figures.json here.")
     options = parser.parse_args(arguments)
     ship = None if options.ship is None else Path(options.ship)

@@ -12,7 +12,16 @@ import pytest
 from tiny_run import ROOT
 
 import benchmarks
-from benchmarks import distillation_step, divergence, load_checkpoint, measuring, pretraining, sampling, workloads
+from benchmarks import (
+    bound_table,
+    distillation_step,
+    divergence,
+    load_checkpoint,
+    measuring,
+    pretraining,
+    sampling,
+    workloads,
+)
 
 
 TINY = {"batch_size": 2, "length": 16, "layers": 1, "hidden_size": 32, "vocab_size": 48, "steps": 4, "device": "cpu"}
@@ -23,6 +32,17 @@ def test_every_benchmark_can_be_imported_and_has_a_way_in(name):
     """Benchmarks import from the whole library, so a name that moves there breaks them."""
     module = importlib.import_module(f"benchmarks.{name}")
     assert name in ("measuring", "paper_report") or callable(module.main)
+
+
+@pytest.mark.parametrize(("module", "words"), [(bound_table, ["--blocks", "0"]), (sampling, ["--steps", "4", "-1"])])
+def test_a_number_out_of_range_is_refused_in_one_line(module, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        end.value.code == 2 and line == f"benchmark: error: argument {words[0]}: must be at least 1, not {words[-1]}"
+    )
 
 
 @pytest.mark.parametrize("workload", workloads.WORKLOADS)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.gpu_day import bring, check, speed, students, teacher
 from benchmarks.gpu_day.stage import OUT_OF_TIME, Day, Stage
+from benchmarks.measuring import count
 from modeling_mcd.command_line import OneLineParser
 
 
@@ -34,14 +35,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--novels", help="The corpus: a folder with train/ and validation/, or that as .tar.xz.")
     result.add_argument("--tokenizer", help="Of the sub-word models; the recipe's by default.")
     result.add_argument("--training_minutes", type=float, help="Of each training of the stage teacher.")
-    result.add_argument("--steps_per_round", type=int, default=300, help="Of MCD; the other methods by their cost.")
-    result.add_argument("--samples", type=int, default=1000, help="For each network, N and temperature.")
+    result.add_argument("--steps_per_round", type=count, default=300, help="Of MCD; the other methods by their cost.")
+    result.add_argument("--samples", type=count, default=1000, help="For each network, N and temperature.")
     result.add_argument("--seeds", type=int, nargs="+", default=[1], help="Of the students' training.")
     result.add_argument("--results", help="Where gpu_STAGE.json goes; benchmarks/results by default.")
     result.add_argument("--runs", help="Where networks and logs go; runs/gpu_day by default.")
     result.add_argument("--bring", metavar="FOLDER", help="At the end, copy results and networks here.")
     result.add_argument("--file_mb", type=float, default=15.9, help="A file that comes home is smaller than this.")
-    result.add_argument("--files", type=int, default=8, help="At most so many files come home from one command.")
+    result.add_argument("--files", type=count, default=8, help="At most so many files come home from one command.")
     result.add_argument("--total_mb", type=float, default=64.0, help="And no more than this together.")
     result.add_argument("--source", help="Of unpack: the folder with what was brought.")
     return result
