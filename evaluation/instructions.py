@@ -43,13 +43,17 @@ def examples(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iterator
             completion is empty, a conversation cannot be rendered or told apart, or a token is the mask.
     """
     for number, cells in enumerate(source.cells()):
-        try:
-            example = example_of(cells, source, tokenizer)
-        except BadCell as fault:
-            raise source.bad_row(number, fault.column, str(fault)) from None
-        except ValueError as error:
-            raise source.bad_row(number, None, f"cannot be used: {error}") from None
-        yield example
+        yield example_at(number, cells, source, tokenizer)
+
+
+def example_at(number: int, cells: Sequence, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """The row `number` of a table. Errors are those of `examples`."""
+    try:
+        return example_of(cells, source, tokenizer)
+    except BadCell as fault:
+        raise source.bad_row(number, fault.column, str(fault)) from None
+    except ValueError as error:
+        raise source.bad_row(number, None, f"cannot be used: {error}") from None
 
 
 class BadCell(ValueError):

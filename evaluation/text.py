@@ -81,8 +81,15 @@ def pack(
         ValueError: less text than one block, or what `check_blocks` refuses.
     """
     check_blocks(tokenizer, length)
+    yield from cut(token_stream(documents, tokenizer), tokenizer, length, name)
+
+
+def cut(
+    stream: Iterable[np.ndarray], tokenizer: PreTrainedTokenizerBase, length: int, name: str
+) -> Iterator[np.ndarray]:
+    """Yields the blocks [length] int32 of a stream of tokens that arrives in arrays of any size."""
     body, rest, tokens, blocks = length - 2, np.empty(0, dtype=np.int32), 0, 0
-    for ids in token_stream(documents, tokenizer):
+    for ids in stream:
         tokens += len(ids)
         rest = np.concatenate([rest, ids])
         full = len(rest) // body
@@ -96,21 +103,31 @@ def pack(
         )
 
 
-def token_stream(documents: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
-    """Yields the int32 ids of all documents in arrays of bounded size, with an EOS after each document."""
-    divider = Divider(tokenizer)
+def token_stream(
+    documents: Iterable[Iterable[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    divider: "Divider | None" = None,
+    ends: bool = True,
+) -> Iterator[np.ndarray]:
+    """Yields the int32 ids of all documents in arrays of bounded size, with an EOS after each document.
+
+    Args:
+        divider: divides long documents; by default a new one.
+        ends: whether an EOS follows the last part of a document; false where the one document goes on elsewhere.
+    """
+    divider = divider or Divider(tokenizer)
     texts, last, size = [], [], 0
 
     def encoded() -> np.ndarray:
         arrays = []
-        for ids, ends in zip(encode(texts, tokenizer), last, strict=True):
-            arrays.append(np.array([*ids, tokenizer.eos_token_id] if ends else ids, dtype=np.int32))
+        for ids, is_last in zip(encode(texts, tokenizer), last, strict=True):
+            arrays.append(np.array([*ids, tokenizer.eos_token_id] if is_last else ids, dtype=np.int32))
         return np.concatenate(arrays)
 
     for document in documents:
-        for text, ends in divider.parts(document):
+        for text, is_last in divider.parts(document):
             texts.append(text)
-            last.append(ends)
+            last.append(is_last and ends)
             size += len(text) + 1
             if size >= BATCH:
                 yield encoded()
@@ -145,6 +162,10 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[in
     return encoded
 
 
+class NoPlace(ValueError):
+    """A long document has no place to be cut at."""
+
+
 class Divider:
     """Divides long documents so that the tokens of the parts, concatenated, are the tokens of the document.
 
@@ -159,10 +180,13 @@ class Divider:
     If no place qualifies for `LONGEST` characters (merges that cross spaces, or a text that has none), bounded memory comes
     first: the document is cut where the second condition holds, or anywhere if it never does. The tokens next to such a cut
     may differ from those of the undivided document, but they do not depend on how the document was read.
+
+    Args:
+        may_force: whether such a cut is made; otherwise `NoPlace` is raised.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer, self._cuts = tokenizer, None
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, may_force: bool = True):
+        self.tokenizer, self.may_force, self._cuts = tokenizer, may_force, None
 
     @property
     def cuts(self) -> list[re.Pattern]:
@@ -203,6 +227,8 @@ class Divider:
 
     def forced_place(self, text: str, end: int) -> int:
         """Where to cut, at `end` or shortly before, although the vocabulary allows no cut."""
+        if not self.may_force:
+            raise NoPlace(f"no place to cut in {LONGEST} characters")
         logger.warning_once(
             f"for {LONGEST} characters, the text has no place that no token of this tokenizer can span: it is cut there "
             "all the same, and the tokens next to the cut may differ from those of the undivided text"

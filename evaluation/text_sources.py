@@ -2,16 +2,17 @@
 
 Plain text is UTF-8; a byte-order mark is dropped and line ends become `\\n`. A document is one file of plain text, or one
 row of a table (JSON, CSV, Parquet, a saved or downloaded dataset). Training text and held-out text pass through here alike.
-The rows of a table may also hold a prompt and its completion, or the messages of a conversation (`instructions.py`).
+The rows of a table may also hold a prompt and its completion, the messages of a conversation (`instructions.py`), or token ids.
 """
 
 from __future__ import annotations
 
 import codecs
 import hashlib
+import io
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -31,11 +32,13 @@ PIECE = 2**20  # characters of a file that are read at a time
 # Kind of a file by its suffix in lower case. `text8` and its like have none.
 KINDS = {"": "text", ".txt": "text", ".text": "text", ".md": "markdown", ".markdown": "markdown"}
 KINDS |= {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+KINDS |= {".arrow": "arrow"}
 PLAIN = ("text", "markdown")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
-KNOWN = "plain text (.txt, .md), JSON (.jsonl, .json), CSV (.csv, .tsv) or Parquet (.parquet)"
+KNOWN = "plain text (.txt, .md), JSON (.jsonl, .json), CSV (.csv, .tsv), Parquet (.parquet) or Arrow (.arrow)"
 ZERO = b"\0"
 PROMPT, COMPLETION, MESSAGES = "prompt", "completion", "messages"  # columns of instruction data, as TRL names them
+TOKENS = ("input_ids", "labels", "completion_mask", "attention_mask")  # columns of rows that are tokenised already
 STRINGS = ("string", "large_string", "null")
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32-LE starts as UTF-16-LE does
 
@@ -53,8 +56,11 @@ class TextSource:
         rows: the rows, if it is a table.
         column: the column of `rows` that holds the text, the completion or the messages.
         prompt_column: the column of `rows` that holds the prompt of each completion, if they have one.
-        kind: what a row is: "text", "completion" (with its prompt) or "messages".
+        kind: what a row is: "text", "completion" (with its prompt), "messages" or "tokens".
         uses: the options of `open_text` that mattered for this source.
+        first: the number of the first of `rows`, for messages; other than 0 in a part of a source.
+        span: (start, stop): only these bytes of the one file are read.
+        ends: whether the last document ends with the source; false for a part that ends inside a document.
     """
 
     name: str
@@ -65,6 +71,13 @@ class TextSource:
     uses: tuple[str, ...] = ()
     prompt_column: str | None = None
     kind: str = "text"
+    first: int = 0
+    span: tuple[int, int] | None = None
+    ends: bool = True
+
+    def rows_from(self, start: int, stop: int) -> TextSource:
+        """The part of a table that holds the rows from `start` on and before `stop`."""
+        return replace(self, rows=self.rows.select(range(start, stop)), first=self.first + start)
 
     def documents(self) -> Iterator[Iterator[str]]:
         """The documents, each as an iterator over its pieces, so that no document has to fit into memory.
@@ -73,10 +86,10 @@ class TextSource:
             ValueError: a row does not hold text; names the row and the column.
         """
         for file in self.files:
-            yield _read_plain(file)
+            yield _read_plain(file) if self.span is None else _read_span(file, *self.span)
         if self.rows is None:
             return
-        for number, (text,) in enumerate(self.cells()):
+        for number, (text,) in enumerate(self.cells(), self.first):
             if not isinstance(text, str):
                 raise self.bad_row(number, self.column, f"holds {found(text)}, not text")
             yield iter([as_plain(text)])
@@ -143,7 +156,7 @@ def open_text(
             kind = _kind_of(files, name)
             if kind in PLAIN:
                 return TextSource(name, _digest_of_plain(files), tuple(files))
-            used, digest, options = ("column",), _digest(file.read_bytes() for file in files), {}
+            used, digest, options = ("column",), _digest_of_bytes(files), {}
             if kind == "csv":  # `NA` and an empty cell are text, and so is a number
                 separator = "\t" if files[0].suffix.lower() == ".tsv" else ","
                 texts = [column, *([prompt_column or PROMPT, COMPLETION] if instructions else [])]
@@ -156,11 +169,20 @@ def open_text(
             if not any(file.stat().st_size for file in files):
                 raise ValueError(f"text {name!r} is empty: give a file with rows")
             data_files = {"train": [str(file) for file in files]}
-            load_dataset = datasets_library(name).load_dataset
+            datasets = datasets_library(name)
             try:
-                rows = build_dataset(
-                    load_dataset, kind, data_files=data_files, split="train", streaming=streaming, **options
-                )
+                if kind == "arrow":  # where it is, not copied into the cache
+                    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+                    rows = rows.to_iterable_dataset() if streaming else rows
+                else:
+                    rows = build_dataset(
+                        datasets.load_dataset,
+                        kind,
+                        data_files=data_files,
+                        split="train",
+                        streaming=streaming,
+                        **options,
+                    )
             except Exception as error:  # each format's reader has its own
                 if _is_disk_error(error):
                     raise
@@ -197,6 +219,14 @@ def open_text(
     feature = rows.features[column] if rows.features else None
     if instructions and prompt_column is None and _holds_messages(rows, column, feature):
         kind = "messages"
+    if instructions and prompt_column is None and column == TOKENS[0]:
+        item = getattr(feature, "feature", None)
+        if feature is not None and not str(getattr(item, "dtype", None)).startswith(("int", "uint")):
+            raise ValueError(
+                f"the column {column!r} of {name!r} holds no lists of token ids: give another text_column"
+            )
+        rows = rows.select_columns([wanted for wanted in TOKENS if wanted in columns])
+        return TextSource(name, digest, (), rows, column, used, kind="tokens")
     if kind == "text" and feature is not None and getattr(feature, "dtype", None) not in STRINGS:
         holds = getattr(feature, "dtype", type(feature).__name__)
         raise ValueError(f"the column {column!r} of {name!r} holds {holds}, not text: give another text_column")
@@ -210,14 +240,15 @@ def columns_of(columns: Collection[str], column: str, prompt_column: str | None)
     """The columns with the prompts (None: there are none) and with the completions, texts or messages.
 
     The names are those that TRL knows. A table without a column `text` is read by what it has: `prompt` and
-    `completion`, or else `messages`. `column` "completion" goes with the column `prompt`, any other with `prompt_column`.
+    `completion`, or else `messages`, or else `input_ids`. `column` "completion" goes with the column `prompt`, any other with `prompt_column`.
     """
     missing = column == "text" and column not in columns
     if prompt_column is not None:
         return prompt_column, COMPLETION if missing else column
     if (missing or column == COMPLETION) and {PROMPT, COMPLETION} <= set(columns):
         return PROMPT, COMPLETION
-    return None, MESSAGES if missing and MESSAGES in columns else column
+    others = [other for other in (MESSAGES, TOKENS[0]) if missing and other in columns]
+    return None, next(iter(others), column)
 
 
 def _holds_messages(rows: Dataset | IterableDataset, column: str, feature) -> bool:
@@ -279,6 +310,18 @@ def _read_plain(file: Path) -> Iterator[str]:
         raise
 
 
+def _read_span(file: Path, start: int, stop: int) -> Iterator[str]:
+    """Some bytes of a file that is known to be UTF-8, read as `_read_plain` does. They begin and end between characters."""
+    decoder = io.IncrementalNewlineDecoder(
+        codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")(), translate=True
+    )
+    with file.open("rb") as opened:
+        opened.seek(start)
+        for place in range(start, stop, PIECE):
+            end = min(place + PIECE, stop)
+            yield decoder.decode(opened.read(end - place), final=end == stop)
+
+
 def _remedy(content: bytes) -> str:
     encoding = "UTF-16" if content.startswith(WIDE) or ZERO in content[:1000] else "LATIN1 (or what it is written in)"
     return f"convert it, for example with `iconv -f {encoding} -t UTF-8`"
@@ -306,7 +349,25 @@ def _digest_of_plain(files: list[Path]) -> str:
 
 def _digest(parts) -> str:
     """16 hexadecimal digits of a sequence of bytes objects."""
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+    return _digest_of_digests(hashlib.sha256(part).digest() for part in parts)
+
+
+def _digest_of_digests(digests) -> str:
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+
+
+def _digest_of_bytes(files: list[Path]) -> str:
+    """The digest of what files hold, none of which has to fit into memory."""
+
+    def digests():
+        for file in files:
+            digest = hashlib.sha256()
+            with file.open("rb") as opened:
+                while piece := opened.read(PIECE):
+                    digest.update(piece)
+            yield digest.digest()
+
+    return _digest_of_digests(digests())
 
 
 def _is_json(start: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict
 from tiny_run import run_python
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -108,7 +108,7 @@ def test_streaming_gives_the_same_blocks(folder, tokenizer):
     texts = many(150)
     source = folder(texts)
     blocks, _ = load_blocks(TextArguments(str(source), block_length=13, streaming=True), tokenizer)
-    assert isinstance(blocks, IterableDataset)
+    assert isinstance(blocks, torch.utils.data.IterableDataset)
     assert [row["input_ids"] for row in blocks] == rows(source, tokenizer, 13)
     assert [row["input_ids"] for row in blocks] == rows(source, tokenizer, 13), "a second pass"
 

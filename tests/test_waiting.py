@@ -9,11 +9,15 @@ import sys, time
 from datetime import timedelta
 from types import SimpleNamespace
 import torch.distributed as dist
-from trainers.runs.waiting import main_process_first
+from trainers.runs.waiting import main_process_first, wait_for_all
 rank, place = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=2)
 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
 training = SimpleNamespace(world_size=2, process_index=rank, local_process_index=rank)
+time.sleep(2 * rank)
+open(f"{place}/ready{rank}", "w").close()
+wait_for_all(training, 2)
+open(f"{place}/ready{1 - rank}").close()
 for turn in range(3):
     with main_process_first(training, local=turn == 0):
         if rank == 0:

@@ -200,7 +200,12 @@ def check_training_batch(arguments: TrainingArguments, dataset):
     """Raises ValueError if the text is less than one global batch: with `dataloader_drop_last`, nothing would be trained."""
     processes, accumulation = arguments.world_size, arguments.gradient_accumulation_steps
     batch = arguments.train_batch_size * processes * accumulation
-    blocks = len(dataset) if isinstance(dataset, Sized) else sum(1 for _ in islice(dataset, batch))
+    if isinstance(dataset, Sized):
+        blocks = len(dataset)
+    elif hasattr(dataset, "count"):  # a stream, which may have no end
+        blocks = dataset.count(batch)
+    else:
+        blocks = sum(1 for _ in islice(dataset, batch))
     if blocks < batch:
         raise ValueError(
             f"per_device_train_batch_size is {arguments.per_device_train_batch_size}, a global batch of {batch} "

@@ -21,7 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, check_numbers
-from modeling_mcd.files import read_object
+from modeling_mcd.files import read_object, write_json
 from trainers.adapters import is_adapted
 from trainers.checkpoints import (
     MANIFEST,
@@ -34,6 +34,7 @@ from trainers.deepspeed_build import check_build_cache
 from trainers.length_buckets import LengthBuckets
 
 
+STREAM = "stream"  # the folder of a checkpoint with the place in a stream
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
@@ -204,6 +205,21 @@ class Companion(Protocol):
         """Restores what `save` wrote. Called in every process, once optimizer and networks are ready."""
 
 
+class Stream(Protocol):
+    """A training set without end that knows its own place, see `runs/streams.py`: it is not read again on resume."""
+
+    is_split: bool  # whether each process has its own; otherwise the first one reads for all
+
+    def remember(self, every: int, kept: int):
+        """Asks for the states at the last `kept` multiples of `every` rows."""
+
+    def state_at(self, number: int) -> dict | None:
+        """The state after so many rows, as JSON can hold it; None if it is not known."""
+
+    def start_at(self, state: dict):
+        """Sets where the next iteration begins."""
+
+
 class _Number(NamedTuple):
     """A loss or a gradient norm that must be finite, and where in the run it was met."""
 
@@ -227,6 +243,7 @@ class ExactResumeTrainer(Trainer):
         self.companions: dict[str, Companion] = {}
         self._resumed_from: Path | None = None
         self._unfinished: Path | None = None  # the checkpoint that is being written
+        self._stream_from: Path | None = None  # the checkpoint whose place in a stream is taken up
         self._unchecked: list[_Number] = []
         self.checks_later = self.args.device.type == "cuda"
         self._save_total_limit = args.save_total_limit
@@ -249,6 +266,9 @@ class ExactResumeTrainer(Trainer):
             FloatingPointError: the loss or the gradient norm is not finite. Nothing is saved then.
         """
         self._resumed_from = from_first_process(lambda: self._checkpoint_to_resume(resume_from_checkpoint))
+        ignore_data_skip = self.args.ignore_data_skip
+        if self._resumed_from is not None and self._restore_stream(self._resumed_from):
+            self._stream_from, self.args.ignore_data_skip = self._resumed_from, True
         try:
             result = super().train(self._resumed_from and str(self._resumed_from), **kwargs)
             self.check_pending()
@@ -259,6 +279,7 @@ class ExactResumeTrainer(Trainer):
             raise
         finally:
             self._unfinished, self.args.save_total_limit = None, self._save_total_limit
+            self._stream_from, self.args.ignore_data_skip = None, ignore_data_skip
 
     def end(self):
         """Finishes trackers and the process group, at the end of a command. transformers before 5.20 has no such method."""
@@ -299,6 +320,7 @@ class ExactResumeTrainer(Trainer):
     def _complete_checkpoint(self):
         """Called on every rank after the Trainer has written its last file."""
         self.args.save_total_limit = self._save_total_limit
+        self._save_stream(self._unfinished)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(self._unfinished, learning_rate=self.args.learning_rate)
@@ -318,6 +340,71 @@ class ExactResumeTrainer(Trainer):
             self.lr_scheduler.base_lrs = [rate * new / old for rate in self.lr_scheduler.base_lrs]
             self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
             logger.warning(f"learning_rate: {old:g} until {folder.name}, {new:g} from here on")
+
+    def get_train_dataloader(self):
+        stream = self.train_dataset
+        if not hasattr(stream, "state_at"):
+            return super().get_train_dataloader()
+        args = self.args
+        ahead = (1 if stream.is_split else args.world_size) * (args.gradient_accumulation_steps + 2)
+        stream.remember(every=self._train_batch_size, kept=2 * ahead)
+        if not stream.is_split:
+            return super().get_train_dataloader()
+        return (
+            torch.utils.data.DataLoader(  # not prepared by accelerate, which would let the first process read for all
+                stream,
+                batch_size=self._train_batch_size,
+                collate_fn=self.data_collator,
+                num_workers=args.dataloader_num_workers,
+                pin_memory=args.dataloader_pin_memory,
+            )
+        )
+
+    def _save_stream(self, folder: Path):
+        """Saves the place of a stream, on every rank that reads one."""
+        stream, args = self.train_dataset, self.args
+        if not hasattr(stream, "state_at") or not (stream.is_split or args.process_index == 0):
+            return
+        rows = self.state.global_step * args.gradient_accumulation_steps * args.train_batch_size
+        state = stream.state_at(rows * (1 if stream.is_split else args.world_size))
+        if state is not None:  # otherwise a worker reads, and a resumed run reads the rows before again
+            write_json(folder / STREAM / f"{args.process_index}.json", {"processes": args.world_size, **state})
+
+    def _restore_stream(self, folder: Path) -> bool:
+        """Sets a stream to where a checkpoint was; whether that was possible, on every rank.
+
+        Raises:
+            ValueError: each process had a stream of its own, and there were more or fewer of them.
+        """
+        stream, now = self.train_dataset, self.args.world_size
+        if not hasattr(stream, "state_at"):
+            return False
+
+        def is_known() -> bool:
+            if not (folder / STREAM / "0.json").is_file():
+                return False
+            then, was_split = (
+                read_object(folder / STREAM / "0.json")["processes"],
+                (folder / STREAM / "1.json").exists(),
+            )
+            if then != now and (stream.is_split or was_split):
+                raise ValueError(
+                    f"cannot resume from {folder}: with split_stream each of {then} processes read its own share of the text, "
+                    f"and now there are {now}: start {then}"
+                )
+            return True
+
+        known = from_first_process(is_known)
+        if known:
+            stream.start_at(read_object(folder / STREAM / f"{self.args.process_index if stream.is_split else 0}.json"))
+        return known
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches = super().get_batch_samples(*args, **kwargs)
+        if self._stream_from is not None:  # the loader has drawn a number since the Trainer restored them
+            self._load_rng_state(str(self._stream_from))
+            self._stream_from = None
+        return batches
 
     # Not documented in transformers: `_run_epoch` (there is no callback before an epoch's first step that can prevent it),
     # `_get_grad_norm` (no callback before the optimizer's step is given the norm) and `_get_train_sampler` (there is no
@@ -411,6 +498,12 @@ class _CheckpointCallback(TrainerCallback):
             register_head(network.get_base_model() if is_adapted(network) else network)
         if self.trainer._resumed_from is not None:
             self.trainer._restore(self.trainer._resumed_from)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if hasattr(
+            self.trainer.train_dataset, "state_at"
+        ):  # one epoch, of which a resumed run does not count the start
+            state.epoch = state.global_step / state.max_steps
 
     def on_save(self, args, state, control, **kwargs):
         self.trainer._complete_checkpoint()

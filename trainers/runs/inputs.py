@@ -1,5 +1,6 @@
 """What a run reads besides its networks: the tokenizer and the text."""
 
+import os
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,8 +12,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from modeling_mcd.backbones import warn_of_wrong_shift
 from modeling_mcd.loading import check_tokens, load_tokenizer, split_revision
 from modeling_mcd.modeling_backbone_mdlm import MDLMBackboneForMaskedDiffusion
-from trainers.runs.text_blocks import RunText, TextArguments, load_blocks, open_run_text
-from trainers.runs.waiting import main_process_first
+from trainers.runs.text_blocks import RunText, TextArguments, load_blocks, open_run_text, tokenise_shares
+from trainers.runs.waiting import main_process_first, wait_for_all
 
 
 @dataclass
@@ -112,7 +113,18 @@ def open_data(text: TextArguments, training: TrainingArguments) -> RunText:
 
 
 def load_data(text: RunText | TextArguments, tokenizer: PreTrainedTokenizerBase, training: TrainingArguments):
-    """Training and validation blocks, see `load_blocks`. The first process of each machine fills the cache for the others."""
+    """Training and validation blocks, see `load_blocks`.
+
+    The processes of a machine share the work of tokenising; the first one puts the blocks into the cache for the others.
+    """
     text = text if isinstance(text, RunText) else open_data(text, training)
+    shares = min(training.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", training.world_size)))
+    if shares > 1:
+        tokenise_shares(text, tokenizer, training.local_process_index, shares)
+        wait_for_all(training, shares)
+    seed = training.seed if training.data_seed is None else training.data_seed
     with main_process_first(training):
-        return load_blocks(text, tokenizer)
+        train, validation = load_blocks(text, tokenizer, shares, seed, (training.process_index, training.world_size))
+    if text.arguments.streaming:
+        train.endless = True  # steps are counted, not passes
+    return train, validation

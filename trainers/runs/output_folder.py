@@ -26,7 +26,8 @@ DECISIVE_SETTINGS = (
     *("seed", "data_seed", "tf32", "full_determinism", "train_sampling_strategy"),
 )
 # Settings that the run.json of earlier versions lacks, and what these did.
-EARLIER = {"padding": "unseen", "loss_norm": "tokens", "train_sampling_strategy": "random"}
+EARLIER = {"padding": "unseen", "loss_norm": "tokens", "train_sampling_strategy": "random", "split_stream": False}
+INDECISIVE = ("num_proc",)  # settings that say how something is computed, not what
 # Those that may change when a run goes on from a checkpoint in another folder.
 CHANGEABLE_SETTINGS = ("learning_rate", "max_grad_norm")
 
@@ -34,6 +35,7 @@ CHANGEABLE_SETTINGS = ("learning_rate", "max_grad_norm")
 def run_settings(training: TrainingArguments, *arguments) -> dict:
     """The settings that identify a run: equal ones compute the same, whatever the number of processes."""
     settings = {key: value for instance in arguments for key, value in dataclasses.asdict(instance).items()}
+    settings = {key: value for key, value in settings.items() if key not in INDECISIVE}
     own = {f.name for f in dataclasses.fields(training)} - {f.name for f in dataclasses.fields(TrainingArguments)}
     settings |= {key: value for key, value in training.to_dict().items() if key in own or key in DECISIVE_SETTINGS}
     # The precision that is really used: it may come from `accelerate launch` or its configuration.
@@ -55,7 +57,7 @@ def recipe_text(training: TrainingArguments, *arguments) -> str:
     settings["per_device_train_batch_size"] = settings.pop("global_batch_size") // training.gradient_accumulation_steps
     settings["gradient_accumulation_steps"] = training.gradient_accumulation_steps
     portable = {key: portable_path(value) for key, value in settings.items()}
-    local = [key for key, value in portable.items() if value != settings[key] and not value.startswith("./")]
+    local = [key for key, value in portable.items() if value != settings[key] and not str(value).startswith("./")]
     portable["output_dir"] = portable_path(training.output_dir)
     head = f"# Local files of the author, put yours: {', '.join(local)}\n" if local else ""
     return head + yaml.safe_dump(portable, sort_keys=False)
@@ -63,6 +65,8 @@ def recipe_text(training: TrainingArguments, *arguments) -> str:
 
 def portable_path(value):
     """A path without the parts that only this machine has. Shipped files are named relative to the shipped recipes."""
+    if isinstance(value, list):
+        return [portable_path(item) for item in value]
     if not isinstance(value, str) or not os.path.isabs(value):
         return value
     path = Path(value)

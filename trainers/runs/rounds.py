@@ -139,7 +139,10 @@ def start_report(
         answers.check(tokenizer, config, steps, temperatures, lockings)
     if judge is not None:
         local = Path(text.train_text).exists()
-        vocabulary = vocabulary_of(read_texts(text.train_text, text.text_column, text.train_split)) if local else None
+        vocabulary = None
+        if local:
+            with contextlib.suppress(ValueError):  # token ids have no words
+                vocabulary = vocabulary_of(read_texts(text.train_text, text.text_column, text.train_split))
         protocol = arguments.protocol(*judge, vocabulary)
         protocol.check(tokenizer, config, steps, temperatures, lockings, bound=count > 0)
     if count and (validation is None or judge is None):

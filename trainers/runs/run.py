@@ -112,10 +112,14 @@ class Run:
             verb: what was done on the text.
             about: see `save_results`.
         """
+        names = ", ".join(short_name(name) for name in (text.train_text, *(text.more_text or ())))
+        held_out = short_name(text.validation_text)
+        if text.validation_fraction is not None:
+            held_out = f"{text.validation_fraction:g} of its rows, by hash"
         return save_results(
             self.output_dir,
             recipe=self.recipe(*more),
-            data=f"{verb} on {short_name(text.train_text)}; held out: {short_name(text.validation_text)}.",
+            data=f"{verb} on {names}; held out: {held_out}.",
             repository=self.training.hub_model_id,
             **self.adapter.about(self.base),
             **about,

@@ -1,6 +1,7 @@
 """The training and validation text of a run: cut into blocks by `evaluation/text.py` and kept in the cache of `datasets`.
 
 Prompts with completions, and conversations, are not cut into blocks: each is a row of its own (`evaluation/instructions.py`).
+Rows of token ids are used as they are (`token_rows.py`).
 
 Without that package, plain text can still be used: every command makes its blocks anew and keeps them in memory.
 """
@@ -14,6 +15,8 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +29,13 @@ from evaluation.instructions import examples
 from evaluation.text import check_blocks, pack
 from evaluation.text_sources import TextSource, build_dataset, datasets_library, open_text
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
+from trainers.runs.mixtures import carve, joined_rows, mixed
+from trainers.runs.streams import Mixture, Shuffled, SourceStream, TextStream, is_held_out, split_by_node
+from trainers.runs.token_rows import are_blocks, packed_tokens, token_rows
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
 
 
 logger = logging.get_logger(__name__)
@@ -41,9 +47,9 @@ class TextArguments:
 
     train_text: str = field(
         metadata={
-            "help": "Training text: a UTF-8 text file, a file or folder of .txt, .jsonl, .csv or .parquet, a folder of "
+            "help": "Training text: a UTF-8 text file, a file or folder of .txt, .jsonl, .csv, .parquet or .arrow, a folder of "
             "save_to_disk, or the name of a Hub dataset. Tables may hold prompts and completions or messages, see "
-            "docs/instruction_data.md."
+            "docs/instruction_data.md, or token ids, see docs/data.md."
         }
     )
     validation_text: str | None = field(
@@ -53,7 +59,7 @@ class TextArguments:
         default="text",
         metadata={
             "help": "Column with the text, the completions or the messages; plain text files have none. Where there is no "
-            "column text: completion with prompt, or else messages."
+            "column text: completion with prompt, or else messages, or else input_ids."
         },
     )
     prompt_column: str | None = field(
@@ -76,7 +82,30 @@ class TextArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     streaming: bool = field(
-        default=False, metadata={"help": "Tokenise the training text during training, in order and not shuffled."}
+        default=False, metadata={"help": "Tokenise the training text during training, over and over, in order."}
+    )
+    shuffle_buffer: int | None = field(
+        default=None, metadata={"help": "Shuffle streamed rows within windows of so many; null: in order."}
+    )
+    split_stream: bool = field(
+        default=False,
+        metadata={
+            "help": "Each process of a launch reads its own share of streamed text. Otherwise the first one reads for all."
+        },
+    )
+    more_text: list[str] | None = field(
+        default=None, metadata={"help": "Further training texts, mixed with train_text by text_weights."}
+    )
+    text_weights: list[float] | None = field(
+        default=None, metadata={"help": "Shares of the rows that train_text and each of more_text give."}
+    )
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Hold out this share of the training rows, chosen by the hash of their tokens."},
+    )
+    num_proc: int | None = field(
+        default=None,
+        metadata={"help": "Processes that tokenise, for each process of a launch; null: one, which does not fork."},
     )
     block_length: int = field(
         default=1024,
@@ -89,16 +118,50 @@ class TextArguments:
     )
 
     def __post_init__(self):
-        check_numbers(self, max_validation_blocks=AT_LEAST_1)
+        check_numbers(self, max_validation_blocks=AT_LEAST_1, num_proc=AT_LEAST_1, shuffle_buffer=AT_LEAST_1)
+        check_numbers(self, validation_fraction=("lie in (0, 1)", lambda value: 0 < value < 1))
         for name in ("train_text", "validation_text"):
             if getattr(self, name) == "":  # as a path, it would be the current folder
                 raise ValueError(f"{name} is empty: give a text file, a folder of text, or the name of a dataset")
+        if "" in (self.more_text or ()):
+            raise ValueError(
+                "more_text holds an empty name: give a text file, a folder of text, or the name of a dataset"
+            )
         if self.validation_text is None:
-            for name in ("validation_split", "max_validation_blocks"):
+            names = ("validation_split", *(["max_validation_blocks"] if self.validation_fraction is None else []))
+            for name in names:
                 if getattr(self, name) != default_of(name):
                     raise ValueError(
                         f"{name} is {getattr(self, name)!r}, but there is no validation_text to use it for"
                     )
+        elif self.validation_fraction is not None:
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction}, but validation_text is given: leave one of them out"
+            )
+        self._check_stream_and_weights()
+
+    def _check_stream_and_weights(self):
+        for name in ("shuffle_buffer", "split_stream"):
+            if getattr(self, name) and not self.streaming:
+                raise ValueError(f"{name} is {getattr(self, name)}, but is for streaming text: leave it out")
+        if self.streaming and self.validation_fraction is not None and self.max_validation_blocks is None:
+            raise ValueError(
+                "validation_fraction of a stream needs max_validation_blocks: the held-out rows are read before the training"
+            )
+        count, weights = 1 + len(self.more_text or ()), self.text_weights
+        if (weights is None) != (count == 1) or (weights is not None and len(weights) != count):
+            raise ValueError(
+                f"text_weights is {weights}, but must have one weight for train_text and one for each of more_text "
+                f"({self.more_text})"
+            )
+        if weights is not None and not min(weights) > 0:
+            raise ValueError(
+                f"text_weights is {weights}, but every weight must be positive: leave out what is not wanted"
+            )
+        if self.streaming and self.num_proc is not None and self.validation_text is None:
+            raise ValueError(
+                f"num_proc is {self.num_proc}, but streaming text is tokenised as it is read: leave it out"
+            )
 
 
 def default_of(name: str):
@@ -112,16 +175,22 @@ class RunText:
     Args:
         train, validation: the sources; `validation` is None if there is no validation_text.
         arguments: the options with which they were opened.
+        more: the other training texts.
     """
 
     train: TextSource
     validation: TextSource | None
     arguments: TextArguments
+    more: tuple[TextSource, ...] = ()
+
+    @property
+    def sources(self) -> list[TextSource]:
+        return [source for source in (self.train, *self.more, self.validation) if source is not None]
 
     def check_packed(self, what: str, instead: str):
         """Raises ValueError if a source is not cut into blocks, which `what` needs; `instead` says what to do."""
-        for source in filter(None, (self.train, self.validation)):
-            if not is_packed(source, self.arguments):
+        for source in self.sources:
+            if not (is_packed(source, self.arguments) or are_blocks(source, self.arguments.block_length)):
                 raise ValueError(
                     f"{what} reads text that is cut into blocks, but the rows of {source.name!r} are each a text of its own: "
                     f"{instead}"
@@ -129,13 +198,12 @@ class RunText:
 
     def digests(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
         """What identifies the content, for run.json: a run cannot be resumed with another text or tokenizer."""
-        sources = [source for source in (self.train, self.validation) if source is not None]
-        of_chat = (
-            {}
-            if all(source.kind == "text" for source in sources)
-            else {"chat_template_digest": chat_digest(tokenizer)}
-        )
-        return of_chat | {
+        more = {}
+        if any(source.kind not in ("text", "tokens") for source in self.sources):
+            more["chat_template_digest"] = chat_digest(tokenizer)
+        if self.more:
+            more["more_text_digest"] = [source.digest for source in self.more]
+        return more | {
             "train_text_digest": self.train.digest,
             "validation_text_digest": None if self.validation is None else self.validation.digest,
             "tokenizer_digest": tokenizer_digest(tokenizer),
@@ -151,14 +219,17 @@ def open_run_text(text: TextArguments) -> RunText:
     """
     options = {"column": text.text_column, "config": text.dataset_config, "revision": text.dataset_revision}
     options |= {"prompt_column": text.prompt_column, "instructions": True}
-    train = open_text(text.train_text, split=text.train_split, streaming=text.streaming, **options)
+    train, *more = (
+        open_text(name, split=text.train_split, streaming=text.streaming, **options)
+        for name in (text.train_text, *(text.more_text or ()))
+    )
     validation = None
     if text.validation_text is not None:
         validation = open_text(text.validation_text, split=text.validation_split, **options)
     uses = {"train_split": "split" in train.uses}
     if validation is not None:
         uses["validation_split"] = "split" in validation.uses
-    sources = [source for source in (train, validation) if source is not None]
+    sources = RunText(train, validation, text, tuple(more)).sources
     for name, use in (
         ("text_column", "column"),
         ("prompt_column", "column"),
@@ -173,68 +244,141 @@ def open_run_text(text: TextArguments) -> RunText:
     for source in sources:
         if text.packing is False and source.rows is None:
             raise ValueError(f"packing is false, but {source.name!r} is plain text, which has no rows: leave it out")
-        if text.packing and source.kind != "text":
+        if text.packing and source.kind not in ("text", "tokens"):
             raise ValueError(
                 f"packing is true, but {source.name!r} holds prompts and completions, which are rows of their own: leave it out"
             )
-    if text.completion_only and train.kind == "text":
+    if text.completion_only and train.kind in ("text", "tokens"):
         raise ValueError(
-            f"completion_only is true, but {train.name!r} holds text without prompts: leave it out, or name the columns by "
+            f"completion_only is true, but {train.name!r} holds {train.kind} without prompts: leave it out, or name the columns by "
             "text_column and prompt_column"
         )
-    return RunText(train, validation, text)
+    if text.num_proc is not None and not any(source.kind == "text" and is_packed(source, text) for source in sources):
+        raise ValueError(
+            f"num_proc is {text.num_proc}, but {train.name!r} is not cut into blocks of text, which alone is shared by "
+            "several processes: leave it out"
+        )
+    return RunText(train, validation, text, tuple(more))
 
 
 def is_packed(source: TextSource, text: TextArguments) -> bool:
     """Whether a source is cut into blocks; otherwise each of its rows is a row of a batch."""
-    return source.kind == "text" and text.packing is not False
+    return text.packing is True if source.kind == "tokens" else source.kind == "text" and text.packing is not False
 
 
 def load_blocks(
-    text: TextArguments | RunText, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset | IterableDataset | MemoryBlocks, Dataset | MemoryBlocks | None]:
+    text: TextArguments | RunText,
+    tokenizer: PreTrainedTokenizerBase,
+    shares: int = 1,
+    seed: int = 0,
+    node: tuple[int, int] = (0, 1),
+) -> tuple[Dataset | TextStream | MemoryBlocks, Dataset | MemoryBlocks | None]:
     """Training and validation blocks: rows `{"input_ids": list of block_length ids, uint16 or int32}`.
 
     Rows that are not packed are at most that long, have a `length`, and, if only their completions are to be learnt, a
     `completion_mask` (1: noised and scored).
 
+    Args:
+        shares: processes that have each called `tokenise_shares` before.
+        seed: of the mixture of several texts, and of the order of a shuffled stream.
+        node: with `split_stream`, this process and how many there are.
+
     Raises:
         FileNotFoundError, ValueError: name the file, offset, row or column at fault.
     """
     text = text if isinstance(text, RunText) else open_run_text(text)
-    length, limit = text.arguments.block_length, text.arguments.max_validation_blocks
+    arguments = text.arguments
+    length, limit, fraction = arguments.block_length, arguments.max_validation_blocks, arguments.validation_fraction
+    if len({is_packed(source, arguments) or source.kind for source in (text.train, *text.more)}) > 1:
+        raise ValueError(
+            f"train_text and more_text {arguments.more_text} hold rows of different kinds, which no batch can hold together: "
+            "give texts of one kind"
+        )
 
-    def rows_of(source: TextSource, streaming: bool = False):
-        if is_packed(source, text.arguments):
-            return blocks_of(source, tokenizer, length, streaming)
-        masked = source.kind != "text" and text.arguments.completion_only is not False
-        return examples_of(source, tokenizer, length, masked, streaming)
+    def rows_of(source: TextSource):
+        if is_packed(source, arguments):
+            return blocks_of(source, tokenizer, length, arguments.num_proc, shares)
+        if source.kind == "tokens":
+            return token_rows(source, tokenizer, length)
+        return examples_of(source, tokenizer, length, has_mask(source, arguments))
 
-    train = rows_of(text.train, text.arguments.streaming)
-    if text.validation is None:
-        return train, None
-    validation = rows_of(text.validation)
-    return train, validation if limit is None else validation.select(range(min(limit, len(validation))))
+    validation = None if text.validation is None else rows_of(text.validation)
+    if arguments.streaming:
+        train = stream_of(text, tokenizer, seed, node)
+        if fraction is not None:
+            validation = held_out_rows(text, tokenizer)
+    else:
+        parts = [rows_of(source) for source in (text.train, *text.more)]
+        if fraction is not None:
+            parts, held_out = zip(*(carve(rows, fraction) for rows in parts), strict=True)
+            validation = joined_rows(held_out)
+        train = parts[0] if len(parts) == 1 else mixed(parts, arguments.text_weights, seed)
+    if validation is None or limit is None:
+        return train, validation
+    return train, validation.select(range(min(limit, len(validation))))
 
 
-def blocks_of(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, block_length: int, streaming: bool = False
-) -> Dataset | IterableDataset | MemoryBlocks:
-    """The blocks of one source."""
-    check_blocks(tokenizer, block_length)
-    if source.rows is None and not streaming and importlib.util.find_spec("datasets") is None:
-        return MemoryBlocks(np.stack(list(pack(source.documents(), tokenizer, block_length, source.name))))
+def has_mask(source: TextSource, text: TextArguments) -> bool:
+    """Whether the rows of a source have a `completion_mask`."""
+    return source.kind not in ("text", "tokens") and text.completion_only is not False
+
+
+def tokenise_shares(text: RunText, tokenizer: PreTrainedTokenizerBase, share: int, shares: int):
+    """Tokenises the share of the text that one of several processes has to, into the cache; nothing if the blocks are there."""
+    for source in text.sources:
+        streamed = text.arguments.streaming and source is not text.validation
+        if source.kind != "text" or not is_packed(source, text.arguments) or streamed:
+            continue
+        datasets_library(source.name)
+        from trainers.runs.parallel_text import tokenise_share
+
+        features, identity = _blocks_and_identity(source, tokenizer, text.arguments.block_length)
+        if not _is_cached(features, identity):
+            identity = _identity_of_tokens(source, tokenizer)
+            tokenise_share(source, tokenizer, identity, text.arguments.num_proc, share, shares)
+
+
+def _identity_of_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> tuple:
+    return (RULE, source.digest, tokenizer_digest(tokenizer), str(source.column))
+
+
+def _blocks_and_identity(source: TextSource, tokenizer: PreTrainedTokenizerBase, block_length: int) -> tuple:
+    """The features of blocks, and what identifies them."""
     datasets = datasets_library(source.name)
     item = datasets.Value("uint16" if len(tokenizer) <= 2**16 else "int32")
     features = datasets.Features({"input_ids": datasets.List(item, block_length)})
+    return features, (RULE, source.digest, tokenizer_digest(tokenizer), block_length, str(source.column))
+
+
+def blocks_of(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    block_length: int,
+    processes: int | None = None,
+    shares: int = 1,
+) -> Dataset | MemoryBlocks:
+    """The blocks of one source.
+
+    Args:
+        processes: of this process that tokenise; None: it does so itself.
+        shares: of the text, that so many processes have tokenised into the cache, see `tokenise_shares`.
+    """
+    check_blocks(tokenizer, block_length)
+    if source.rows is None and importlib.util.find_spec("datasets") is None:
+        return MemoryBlocks(np.stack(list(pack(source.documents(), tokenizer, block_length, source.name))))
+    features, identity = _blocks_and_identity(source, tokenizer, block_length)
     arguments = {"source": source, "tokenizer": tokenizer, "block_length": block_length}
-    identity = (RULE, source.digest, tokenizer_digest(tokenizer), block_length, str(source.column))
-    return _made_by(_rows, features, arguments, identity, streaming)
+    if source.kind == "tokens":
+        return _made_by(packed_tokens, features, arguments, (*identity, "tokens"))
+    if processes is not None or shares > 1:
+        from trainers.runs.parallel_text import block_rows
+
+        arguments |= {"identity": _identity_of_tokens(source, tokenizer), "processes": processes, "shares": shares}
+        return _made_by(block_rows, features, arguments, identity)
+    return _made_by(_rows, features, arguments, identity)
 
 
-def examples_of(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, block_length: int, masked: bool, streaming: bool = False
-) -> Dataset | IterableDataset:
+def examples_of(source: TextSource, tokenizer: PreTrainedTokenizerBase, block_length: int, masked: bool) -> Dataset:
     """The rows of one source that is not packed.
 
     Args:
@@ -248,21 +392,77 @@ def examples_of(
     arguments = {"source": source, "tokenizer": tokenizer, "block_length": block_length, "masked": masked}
     identity = (RULE, source.digest, tokenizer_digest(tokenizer), chat_digest(tokenizer), block_length, masked)
     identity += (source.kind, source.prompt_column, source.column)
-    return _made_by(_example_rows, datasets.Features(columns), arguments, identity, streaming)
+    return _made_by(_example_rows, datasets.Features(columns), arguments, identity)
 
 
-def _made_by(rows, features, arguments: dict, identity: tuple, streaming: bool) -> Dataset | IterableDataset:
+def _made_by(rows, features, arguments: dict, identity: tuple) -> Dataset:
     """The rows that a generator function makes of `arguments`, from the cache if what identifies them is there."""
     datasets = datasets_library(arguments["source"].name)
-    if streaming:
-        blocks = datasets.IterableDataset.from_generator(rows, features=features, gen_kwargs=arguments)
-        next(iter(blocks))  # a text shorter than a block is refused now, not at the first step of a run
-        return blocks
-    # A fingerprint of our own: that of a tokenizer object changes with its use, and a path says nothing about the content.
-    fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     return build_dataset(
-        datasets.Dataset.from_generator, rows, features=features, gen_kwargs=arguments, fingerprint=fingerprint
+        datasets.Dataset.from_generator, rows, features=features, gen_kwargs=arguments, fingerprint=_hash(identity)
     )
+
+
+def _hash(identity: tuple) -> str:
+    """A fingerprint of our own: that of a tokenizer object changes with its use, and a path says nothing about the content."""
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+
+
+def _is_cached(features, identity: tuple) -> bool:
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        Dataset.from_generator(_nothing, features=features, fingerprint=_hash(identity))
+    except DatasetGenerationError:
+        return False
+    return True
+
+
+def _nothing() -> Iterator[dict]:
+    """Called by `datasets` only if what it should make is not in the cache."""
+    raise LookupError
+    yield
+
+
+def is_wanted(ids, fraction: float, held_out: bool) -> bool:
+    return is_held_out(ids, fraction) is held_out
+
+
+def held_out_rows(text: RunText, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The first held-out rows of streams, as many of each: `max_validation_blocks` together."""
+    sources, arguments = [text.train, *text.more], text.arguments
+    wanted = partial(is_wanted, fraction=arguments.validation_fraction, held_out=True)
+    rows, each = [], -(-arguments.max_validation_blocks // len(sources))
+    for source in sources:
+        masked = has_mask(source, arguments)
+        stream = SourceStream(source, tokenizer, arguments.block_length, is_packed(source, arguments), masked, wanted)
+        rows += islice(stream.one_pass(), each)
+    if not rows:
+        raise ValueError(f"validation_fraction ({arguments.validation_fraction}) holds out no row: make it larger")
+    return datasets_library(text.train.name).Dataset.from_list(rows)
+
+
+def stream_of(text: RunText, tokenizer: PreTrainedTokenizerBase, seed: int, node: tuple[int, int]) -> TextStream:
+    """The training text as a stream. A text that gives no row is refused now, not at the first step of a run."""
+    arguments = text.arguments
+    streams = [
+        SourceStream(
+            source, tokenizer, arguments.block_length, is_packed(source, arguments), has_mask(source, arguments)
+        )
+        for source in (text.train, *text.more)
+    ]
+    for stream in streams:
+        if arguments.validation_fraction is not None:
+            stream.wanted = partial(is_wanted, fraction=arguments.validation_fraction, held_out=False)
+        if arguments.split_stream and node[1] > 1:
+            stream.source = split_by_node(stream.source, *node)
+        if next(stream.one_pass(), None) is None:
+            raise stream.nothing()
+    rows = streams[0] if len(streams) == 1 else Mixture(streams, arguments.text_weights, seed)
+    if arguments.shuffle_buffer is not None:
+        rows = Shuffled(rows, arguments.shuffle_buffer, seed)
+    return TextStream(rows, arguments.split_stream and node[1] > 1)
 
 
 class MemoryBlocks(torch.utils.data.Dataset):

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch.distributed
 from transformers import TrainingArguments
@@ -31,15 +31,10 @@ def main_process_first(training: TrainingArguments, local: bool = True) -> Itera
         return
     own_rank = training.local_process_index if local else training.process_index
     first = training.process_index - own_rank  # global rank of the process to wait for
-    store = torch.distributed.PrefixStore(
-        "trainers.runs.waiting", torch.distributed.distributed_c10d._get_default_store()
-    )
+    store = _store()
     key = f"{next(_calls)}/{first}"
     if own_rank > 0:
-        pause = 0.01
-        while not store.check([key]):
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        _poll(lambda: store.check([key]))
         if store.get(key) != b"done":
             sys.exit(1)
         yield
@@ -50,3 +45,24 @@ def main_process_first(training: TrainingArguments, local: bool = True) -> Itera
         store.set(key, "failed")
         raise
     store.set(key, "done")
+
+
+def wait_for_all(training: TrainingArguments, count: int):
+    """Waits until the `count` processes of this machine have all come here. All processes must call it."""
+    first = training.process_index - training.local_process_index
+    store, key = _store(), f"all/{next(_calls)}/{first}"
+    store.add(key, 1)
+    _poll(lambda: store.add(key, 0) >= count)
+
+
+def _store() -> torch.distributed.Store:
+    return torch.distributed.PrefixStore(
+        "trainers.runs.waiting", torch.distributed.distributed_c10d._get_default_store()
+    )
+
+
+def _poll(is_done: Callable[[], bool]):
+    pause = 0.01
+    while not is_done():
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
