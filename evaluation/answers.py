@@ -26,6 +26,7 @@ from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
 from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig
 from modeling_mcd.generation_inputs_mdlm import is_coupled
 from modeling_mcd.loading import reason_of
+from modeling_mcd.prompts import up_to_special
 from modeling_mcd.sampling_mdlm import SAMPLERS, options_of
 
 
@@ -66,12 +67,6 @@ def read_questions(source: TextSource, tokenizer: PreTrainedTokenizerBase, count
     if not questions:
         raise ValueError(f"{source.name!r} has no rows, so there is nothing to ask")
     return questions
-
-
-def up_to_special(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids before the first special token."""
-    special = set(tokenizer.all_special_ids)
-    return list(ids[: next((i for i, token in enumerate(ids) if token in special), len(ids))])
 
 
 @dataclass

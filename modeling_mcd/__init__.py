@@ -1,4 +1,5 @@
-"""Masked diffusion language models for transformers. Importing this package registers them with the Auto classes.
+"""Masked diffusion language models for transformers. Importing this package registers them with the Auto classes,
+and the pipeline "text-diffusion".
 
 The files named `*_mdlm.py` travel to the Hub beside the weights, for `trust_remote_code=True`.
 """
@@ -9,6 +10,7 @@ from .requirements_mdlm import MINIMUM  # noqa: F401  (first: an old transformer
 # isort: split
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .backbones import as_masked_diffusion
 from .configuration_backbone_mdlm import MDLMBackboneConfig
@@ -16,6 +18,7 @@ from .configuration_mdlm import MDLMConfig
 from .generation_mdlm import MDLMGenerationConfig, MDLMGenerationOutput
 from .modeling_backbone_mdlm import MDLMBackboneForMaskedDiffusion
 from .modeling_mdlm import MDLMForMaskedDiffusion, MDLMModel
+from .text_diffusion_pipeline import TextDiffusionPipeline
 
 
 __version__ = "0.2.0"
@@ -49,6 +52,9 @@ for config, model, refusal in (
     AutoModelForCausalLM.register(config, refusal, exist_ok=True)
     config.register_for_auto_class()
     model.register_for_auto_class("AutoModel")
+PIPELINE_REGISTRY.register_pipeline(
+    "text-diffusion", pipeline_class=TextDiffusionPipeline, pt_model=(AutoModel,), type="text"
+)
 
 __all__ = [
     "MDLMBackboneConfig",
@@ -58,5 +64,6 @@ __all__ = [
     "MDLMGenerationConfig",
     "MDLMGenerationOutput",
     "MDLMModel",
+    "TextDiffusionPipeline",
     "as_masked_diffusion",
 ]

@@ -1,14 +1,17 @@
 """`mcd-generate`: prompts, several texts, a terminal that shows drafts, a replay page, and one line for every mistake."""
 
 import io
+import json
 import re
+import sys
 
 import pytest
 import torch
 
 from modeling_mcd import MDLMGenerationConfig
-from modeling_mcd.generate_text import Drafts, main
+from modeling_mcd.generate_text import main
 from modeling_mcd.loading import load_model, load_tokenizer
+from modeling_mcd.terminal import DIM, GREEN, PLAIN, Drafts
 
 
 @pytest.fixture
@@ -73,7 +76,7 @@ def test_presets_and_guards_are_options(folder, tokenizer, capsys):
 def test_a_message_goes_through_the_chat_template(folder, tokenizer, capsys):
     """The answer alone is written; without a template, or a message, one line says so."""
     for arguments, message in (
-        (["--chat", "--prompt", "hello"], "--chat: the tokenizer has no chat template"),
+        (["--chat", "--prompt", "hello"], "the tokenizer has no chat template"),
         (["--chat"], "--chat needs a --prompt"),
     ):
         with pytest.raises(SystemExit):
@@ -94,22 +97,68 @@ def test_several_texts_are_told_apart(folder, model, tokenizer, capsys):
     texts = tokenizer.batch_decode(model.generate(num_return_sequences=2, steps=3, seed=5), skip_special_tokens=True)
     out = written(capsys, folder, "--num_return_sequences", "2", "--seed", "5")
     assert out == f"--- 1 of 2\n{texts[0]}\n--- 2 of 2\n{texts[1]}\n"
+    assert written(capsys, folder, "--num", "2", "--seed", "5") == out
+
+
+def test_holes_of_a_text_are_filled_and_no_more(folder, model, tokenizer, capsys):
+    (text,) = expected(model, tokenizer, "h[MASK]llo [MASK][MASK][MASK]!", steps=2, seed=1)
+    assert written(capsys, folder, "--infill", "h[MASK]llo ___!", "--steps", "2", "--seed", "1") == text + "\n"
+    assert re.fullmatch("h.?llo .{0,3}!", text)
+
+
+def test_json_has_a_line_for_each_text_and_what_it_cost(folder, capsys):
+    options = ["--infill", "h___o", "--steps", "2", "--num", "2", "--json"]
+    rows = [json.loads(line) for line in written(capsys, folder, *options).splitlines()]
+    assert [row["number"] for row in rows] == [1, 2] and {row["prompt"] for row in rows} == {"h[MASK][MASK][MASK]o"}
+    assert all(row["nfe"] <= 2 and row["seconds"] > 0 and row["tokens"] == 6 for row in rows)
+    again = written(capsys, folder, *options, "--seed", str(rows[0]["seed"])).splitlines()
+    assert [json.loads(line)["text"] for line in again] == [row["text"] for row in rows], "the seed that was drawn"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
 def test_a_terminal_shows_the_text_as_it_fills(folder, capsys, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
+    monkeypatch.setenv("NO_COLOR", "1")
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    text = written(capsys, folder, "--stream", "--seed", "0", "--prompt", "hello ")
+    text = written(capsys, folder, "--seed", "0", "--prompt", "hello ")
     drafts = [
         draft for draft in re.split(r"\x1b\[\d+F\x1b\[J", terminal.getvalue()[-600:].split("it/s]")[-1]) if draft
     ]
     masks = [draft.count("\u2591") for draft in drafts]
     assert len(drafts) == 3 and masks == sorted(masks, reverse=True) and masks[0] > 0 == masks[-1]
     assert drafts[-1].strip() == text.strip() and drafts[0].strip().startswith("hello ")
+
+
+def test_a_quiet_command_and_a_file_get_no_drafts(folder, capsys, monkeypatch):
+    text = written(capsys, folder, "--seed", "0")
+    for stream, options in ((io.StringIO(), []), (Terminal(), ["--quiet"])):
+        monkeypatch.setattr("sys.stderr", stream)
+        assert written(capsys, folder, "--seed", "0", *options) == text
+        assert "\x1b[J" not in stream.getvalue()
+
+
+def test_what_is_new_is_green_and_what_is_masked_is_dim(tokenizer, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "4")
+    out, mask = io.StringIO(), tokenizer.mask_token_id
+    a, b, c = tokenizer("abc", add_special_tokens=False)["input_ids"]
+    drafts = Drafts(tokenizer, mask, out, color=True)
+    drafts.show(torch.tensor([a, mask, mask]))
+    drafts.show(torch.tensor([a, b, mask]))
+    first, second = out.getvalue().split("\x1b[1F\x1b[J")
+    assert first == f"a{DIM}\u2591\u2591{PLAIN}\n" and second == f"a{GREEN}b{PLAIN}{DIM}\u2591{PLAIN}\n"
+    drafts.show(torch.tensor([a, b, c, c, c, c]))
+    assert out.getvalue().endswith("\x1b[1F\x1b[Jabcc\ncc\n"), "another canvas: nothing of it is new"
+
+
+def test_a_terminal_shows_what_was_given_in_bold(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout", Terminal())
+    main([folder, "--infill", "h___o", "--seed", "0", "--steps", "2"])
+    shown = re.fullmatch(r"\x1b\[1mh\x1b\[0m(.{1,3})\x1b\[1mo\x1b\[0m\n", sys.stdout.getvalue())
+    assert shown and "\x1b" not in shown[1]
 
 
 def test_drafts_fit_the_terminal_and_leave_nothing_behind(tokenizer, monkeypatch):
@@ -144,6 +193,9 @@ def test_a_replay_is_written(folder, capsys, tmp_path):
         (["--prompt", "x" * 40], "input_ids are 41 tokens wide, but length is 32"),
         (["--device", "nonsense"], "--device 'nonsense': "),
         (["--stream"], "--stream needs a terminal on standard error"),
+        (["--infill", "a b__"], "the infill 'a b__' has no hole: write ___ or [MASK]"),
+        (["--infill", "a ___", "--prompt", "a"], "--infill and --prompt do not go together"),
+        (["--num", "0"], "num_return_sequences must be an integer of at least 1, not 0"),
         (["--replay", "no/such/folder/page.html"], "must name a file in a folder that is there"),
         (["--replay", "."], "must name a file in a folder that is there"),
         (["--tokenizer", "no/such/tokenizer"], "tokenizer 'no/such/tokenizer' is not a local file or folder"),
