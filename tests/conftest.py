@@ -28,7 +28,7 @@ from trainers.character_tokenizer import character_tokenizer  # noqa: E402
 torch.set_num_threads(1)
 
 if importlib.util.find_spec("datasets") is None:  # a borrowed machine for `pytest -m gpu`: see docs/gpu_day.md
-    collect_ignore = ["test_bad_input.py", "test_bad_input_table.py", "test_text_blocks.py"]
+    collect_ignore = ["test_bad_input.py", "test_bad_input_table.py", "test_data.py", "test_text_blocks.py"]
 
 
 def pytest_collection_finish():

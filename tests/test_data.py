@@ -37,7 +37,7 @@ def rows(source, tokenizer, **more) -> list[list[int]]:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """Parts of 4 kB instead of 32 MB, and blocks that are never served from the cache of one process."""
+    """Parts of 4 kB instead of 8 MB, and blocks that are never served from the cache of one process."""
     monkeypatch.setattr(parallel_text, "PART_BYTES", 4000)
     monkeypatch.setattr(parallel_text, "WINDOW", 2000)
 

@@ -1,11 +1,12 @@
 """Text tokenised by several processes: the same blocks as by one, byte for byte.
 
-A text is divided into parts of some 32 MB that do not depend on who tokenises them: files, rows of a table, or spans of one
+A text is divided into parts of some 8 MB that do not depend on who tokenises them: files, rows of a table, or spans of one
 large file, which is cut only where `Divider` may cut it. `datasets` tokenises the parts in `num_proc` processes into its cache;
 the processes of a launch each take a share of them. What they wrote is read back memory-mapped, in order, and cut into
 blocks. No process holds more than a few batches of text and tokens.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -21,7 +22,7 @@ from evaluation.text import CONTEXT, Divider, NoPlace, cut, pack, token_stream
 from evaluation.text_sources import TextSource
 
 
-PART_BYTES = 2**25  # of a part
+PART_BYTES = 2**23  # of a part
 WINDOW = 2**16  # bytes in which a place is sought where one part ends and the next begins
 WRITTEN_TOGETHER = 16  # arrays of tokens that a process keeps until it writes them
 
@@ -167,7 +168,7 @@ def _arrays(tokens: list[Dataset]) -> Iterator[np.ndarray]:
 
 
 def tokenise_share(
-    source: TextSource,
+    parts: list[TextSource],
     tokenizer: PreTrainedTokenizerBase,
     identity: tuple,
     processes: int | None,
@@ -178,10 +179,7 @@ def tokenise_share(
 
     A fault is not reported here: the first process meets it again when it puts the parts together.
     """
-    parts = parts_of(source, tokenizer)
     mine = share_of(parts, share, shares)
-    if len(parts) > 1 and mine:
-        try:
+    if mine:
+        with contextlib.suppress(ValueError, OSError):
             tokens_of(mine, tokenizer, identity, processes)
-        except (ValueError, OSError):
-            pass

@@ -325,17 +325,19 @@ def has_mask(source: TextSource, text: TextArguments) -> bool:
 
 def tokenise_shares(text: RunText, tokenizer: PreTrainedTokenizerBase, share: int, shares: int):
     """Tokenises the share of the text that one of several processes has to, into the cache; nothing if the blocks are there."""
+    if importlib.util.find_spec("datasets") is None:
+        return  # plain text, which every process then makes into blocks by itself
     for source in text.sources:
         streamed = text.arguments.streaming and source is not text.validation
         if source.kind != "text" or not is_packed(source, text.arguments) or streamed:
             continue
-        datasets_library(source.name)
-        from trainers.runs.parallel_text import tokenise_share
+        from trainers.runs.parallel_text import parts_of, tokenise_share
 
-        features, identity = _blocks_and_identity(source, tokenizer, text.arguments.block_length)
-        if not _is_cached(features, identity):
+        parts = parts_of(source, tokenizer)
+        blocks = _blocks_and_identity(source, tokenizer, text.arguments.block_length)
+        if len(parts) > 1 and not _is_cached(*blocks):
             identity = _identity_of_tokens(source, tokenizer)
-            tokenise_share(source, tokenizer, identity, text.arguments.num_proc, share, shares)
+            tokenise_share(parts, tokenizer, identity, text.arguments.num_proc, share, shares)
 
 
 def _identity_of_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> tuple:
