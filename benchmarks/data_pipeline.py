@@ -37,7 +37,7 @@ from trainers.runs.text_blocks import TextArguments, load_blocks
 
 MODULE = "benchmarks.data_pipeline"
 ROOT = Path(__file__).resolve().parent.parent
-BATCH, STEPS = 8, 6
+BATCH, STEPS = 4, 3
 LETTERS = "etaoinshrdlcumwfgypb"
 
 
