@@ -24,7 +24,7 @@ from evaluation.text_sources import TextSource
 
 PART_BYTES = 2**23  # of a part
 WINDOW = 2**16  # bytes in which a place is sought where one part ends and the next begins
-WRITTEN_TOGETHER = 16  # arrays of tokens that a process keeps until it writes them
+WRITTEN_TOGETHER = 4  # arrays of tokens that a process keeps until it writes them; some 6 MB each on the way
 
 
 def parts_of(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> list[TextSource]:
