@@ -6,6 +6,7 @@ A test of section "Hooks" that fails after an upgrade of transformers says in it
 import copy
 import json
 import math
+import os
 import shutil
 from functools import partial
 
@@ -95,6 +96,9 @@ def test_a_flipped_byte_in_any_file_is_found(finished):
         assert path.name in fault_of(folder), path
         path.write_bytes(content)
     assert fault_of(folder) is None
+    content = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(content.replace('"learning_rate": 0.', '"learning_rate": 1.'))
+    assert "manifest.json is damaged" in fault_of(folder), "the rate would have been taken for a changed one"
     (folder / MANIFEST).unlink()
     assert "manifest.json is missing: it was never written to the end" in fault_of(folder)
 
@@ -193,11 +197,16 @@ def test_hook_on_save_comes_after_the_last_file(finished):
 
 
 def test_hook_rotation_obeys_the_limit_of_the_moment(trainer_of, tmp_path):
-    """The Trainer reads `args.save_total_limit` when it rotates: so an old checkpoint outlives a new one's save."""
+    """The Trainer reads `args.save_total_limit` when it rotates: so an old checkpoint outlives a new one's save.
+
+    The clock is set back before every save: the step says what is old, not a file's time.
+    """
     trainer, seen = trainer_of(tmp_path, save_total_limit=1), []
 
     class Watch(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
+            for folder in tmp_path.glob("checkpoint-*"):
+                os.utime(folder, (4e9 - state.global_step,) * 2)
             seen.append((names(tmp_path), [f.name for f in tmp_path.glob("checkpoint-*") if (f / MANIFEST).exists()]))
 
     trainer.callback_handler.callbacks.insert(0, Watch())

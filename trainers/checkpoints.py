@@ -4,6 +4,7 @@ A checkpoint is complete when it has a manifest, which is written last and holds
 """
 
 import hashlib
+import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -44,13 +45,20 @@ def write_manifest(folder: Path, **facts):
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "blake2b": digest}
             for path, digest in zip(files, digests, strict=True)
         }
-    write_json(folder / MANIFEST, {"files": entries, **facts})
+    content = {"files": entries, **facts}
+    write_json(folder / MANIFEST, {**content, "digest": _digest_of_manifest(content)})
+
+
+def _digest_of_manifest(content: dict) -> str:
+    """Of a manifest without its own digest: a flipped bit of a fact would otherwise be believed."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
 def fault_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None when every file is there and is what was saved."""
     try:
-        files = read_object(folder / MANIFEST).get("files")
+        manifest = read_object(folder / MANIFEST)
+        files = manifest.get("files")
         read_object(folder / TRAINER_STATE)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing: it was never written to the end"
@@ -58,6 +66,9 @@ def fault_of(folder: Path) -> str | None:
         return str(error)
     if not isinstance(files, dict):
         return f"{MANIFEST} has no digests: it is of an earlier version of this library"
+    digest = manifest.pop("digest", None)  # earlier versions wrote none
+    if digest is not None and digest != _digest_of_manifest(manifest):
+        return f"{MANIFEST} is damaged: its digest is not that of what it says"
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():

@@ -7,6 +7,7 @@ in this file; tests/test_exact_resume.py has one test for each hook, which says 
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import distributed
+from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -32,6 +34,7 @@ from trainers.checkpoints import (
 )
 from trainers.deepspeed_build import check_build_cache
 from trainers.length_buckets import LengthBuckets
+from trainers.stopping import TERMINATED, Termination, has_lost_a_process
 
 
 STREAM = "stream"  # the folder of a checkpoint with the place in a stream
@@ -244,6 +247,7 @@ class ExactResumeTrainer(Trainer):
         self._resumed_from: Path | None = None
         self._unfinished: Path | None = None  # the checkpoint that is being written
         self._stream_from: Path | None = None  # the checkpoint whose place in a stream is taken up
+        self.termination = Termination()
         self._unchecked: list[_Number] = []
         self.checks_later = self.args.device.type == "cuda"
         self._save_total_limit = args.save_total_limit
@@ -261,25 +265,56 @@ class ExactResumeTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Like `Trainer.train`, but resumes only from a checkpoint that is complete and undamaged.
 
+        SIGTERM ends the run after the next step: a checkpoint is saved, and the process exits with status 143 (`SystemExit`).
+
         Raises:
             ValueError: names what is wrong with the checkpoint.
             FloatingPointError: the loss or the gradient norm is not finite. Nothing is saved then.
+            ConnectionError: another process of the launch has ended.
         """
         self._resumed_from = from_first_process(lambda: self._checkpoint_to_resume(resume_from_checkpoint))
         ignore_data_skip = self.args.ignore_data_skip
         if self._resumed_from is not None and self._restore_stream(self._resumed_from):
             self._stream_from, self.args.ignore_data_skip = self._resumed_from, True
+        self.termination = Termination()
         try:
-            result = super().train(self._resumed_from and str(self._resumed_from), **kwargs)
+            with self.termination:
+                result = super().train(self._resumed_from and str(self._resumed_from), **kwargs)
             self.check_pending()
+            if self.termination.stopped:
+                self._exit()
             return result
-        except Exception:
+        except Exception as error:
             if self.args.should_save and self._unfinished is not None:  # a full disk, for example
                 shutil.rmtree(self._unfinished, ignore_errors=True)
+            if has_lost_a_process(error):
+                raise ConnectionError(self._lost()) from None
             raise
         finally:
             self._unfinished, self.args.save_total_limit = None, self._save_total_limit
             self._stream_from, self.args.ignore_data_skip = None, ignore_data_skip
+
+    def _exit(self):
+        """Ends a run that was told to stop, after its checkpoint was saved."""
+        self.end()
+        if self.args.process_index == 0:
+            step, steps = self.state.global_step, self.state.max_steps
+            line = f"stopped by SIGTERM after step {step} of {steps}; start the same command again: {self._going_on()}"
+            print(line, file=sys.stderr, flush=True)
+        raise SystemExit(TERMINATED)
+
+    def _lost(self) -> str:
+        return (
+            "another process of the launch has ended (its own last line says why, unless it was killed); start the same "
+            f"command again: {self._going_on()}"
+        )
+
+    def _going_on(self) -> str:
+        saved = self._last_saved()
+        return "it begins again" if saved is None else f"it goes on from {saved}"
+
+    def _last_saved(self) -> Path | None:
+        return next((f for f in checkpoints_in(Path(self.args.output_dir)) if (f / MANIFEST).exists()), None)
 
     def end(self):
         """Finishes trackers and the process group, at the end of a command. transformers before 5.20 has no such method."""
@@ -325,7 +360,7 @@ class ExactResumeTrainer(Trainer):
         if self.args.should_save:
             write_manifest(self._unfinished, learning_rate=self.args.learning_rate)
             best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
-            rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best, use_mtime=True)
+            rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best)  # by step: clocks are set back
         self._unfinished = None
 
     def _restore(self, folder: Path):
@@ -417,18 +452,28 @@ class ExactResumeTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
-        """`train_sampling_strategy: group_by_length` by an order that a resumed run repeats."""
+        """`train_sampling_strategy: group_by_length` by an order that a resumed run repeats.
+
+        With `dataloader_drop_last`, an epoch ends with its last complete global batch, however that is divided: the Trainer
+        would take one more step of fewer micro-batches.
+        """
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, Sized):
-            return super()._get_train_sampler(train_dataset)
+            sampler = super()._get_train_sampler(train_dataset)
+            full = len(rows) // self._global_batch() * self._global_batch() if isinstance(rows, Sized) else 0
+            if type(sampler) is RandomSampler and self.args.dataloader_drop_last and full:
+                sampler = RandomSampler(rows, num_samples=full, generator=sampler.generator)
+            return sampler
         column = self.args.length_column_name
         if column in getattr(rows, "column_names", ()):
             lengths = rows[column]
         else:
             lengths = [len(rows[i]["input_ids"]) for i in range(len(rows))]
-        args = self.args
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthBuckets(lengths, batch, args.seed if args.data_seed is None else args.data_seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthBuckets(lengths, self._global_batch(), seed, self.args.dataloader_drop_last)
+
+    def _global_batch(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -468,7 +513,7 @@ class ExactResumeTrainer(Trainer):
                 self._stop(number)
 
     def _stop(self, number: "_Number"):
-        saved = next((f for f in checkpoints_in(Path(self.args.output_dir)) if (f / MANIFEST).exists()), None)
+        saved = self._last_saved()
         advice = "start again with a smaller learning_rate and another output_dir"
         if saved is not None:
             advice = (
@@ -504,6 +549,8 @@ class _CheckpointCallback(TrainerCallback):
             self.trainer.train_dataset, "state_at"
         ):  # one epoch, of which a resumed run does not count the start
             state.epoch = state.global_step / state.max_steps
+        if self.trainer.termination.stops_after(state.global_step):
+            control.should_log = control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
         self.trainer._complete_checkpoint()

@@ -18,16 +18,18 @@ class LengthBuckets(Sampler[int]):
     Args:
         lengths: tokens of each row.
         batch: rows in a global batch. Rows that do not fill one come last.
+        drop_last: leave those out.
     """
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int):
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, drop_last: bool = False):
         self.lengths, self.batch, self.seed, self.epoch = torch.as_tensor(lengths), batch, seed, 0
+        self.drop_last = drop_last and len(lengths) >= batch
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) - self.drop_last * (len(self.lengths) % self.batch)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -38,4 +40,5 @@ class LengthBuckets(Sampler[int]):
         if batches:
             batches = torch.cat(batches)
             yield from batches[torch.randperm(len(batches), generator=generator)].flatten().tolist()
-        yield from order[full:].tolist()
+        if not self.drop_last:
+            yield from order[full:].tolist()
