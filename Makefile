@@ -1,9 +1,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-SOURCES := modeling_mcd trainers evaluation tests benchmarks setup.py
+SOURCES := modeling_mcd trainers evaluation tests benchmarks demo examples docs/site setup.py
 
-.PHONY: setup distill evaluate test test-slow quality style bench gpu-day gpu-wheels clean
+.PHONY: setup distill evaluate demo space docs test test-slow quality style bench gpu-day gpu-wheels clean
 
 setup: $(VENV)/installed
 
@@ -29,6 +29,26 @@ evaluate: setup
 	$(EVALUATE) --steps 8 --temperatures 1.0 0.8 0.7 0.4 0.3
 	$(EVALUATE) --steps 4 16 --temperatures 1.0 0.8 0.7
 	$(EVALUATE) --steps 2 32
+
+# Two models write side by side, in a browser.
+demo: setup
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[demo]"
+	$(BIN)/python demo/app.py
+
+# The same as a Space of the Hub, complete in one folder.
+SPACE ?= runs/space
+space:
+	mkdir -p $(SPACE)/recipes/tiny
+	cp demo/README.md demo/requirements.txt demo/app.py demo/studio.py $(SPACE)
+	cp -r modeling_mcd evaluation $(SPACE)
+	cp -r recipes/tiny/teacher recipes/tiny/coupled recipes/tiny/judge $(SPACE)/recipes/tiny
+	find $(SPACE) -name __pycache__ -prune -exec rm -rf {} +
+
+# The pages as a site, in build/site; a link that leads nowhere is an error.
+docs: setup
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/python docs/site/stage.py build/pages
+	$(BIN)/python -m mkdocs build --strict -f docs/site/mkdocs.yml
 
 test: setup
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile -q -m "not slow"

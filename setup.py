@@ -9,6 +9,8 @@ EXTRAS = {
     "peft": ["peft>=0.21"],
     "eval": ["evaluate>=0.4.6"],
     "lm-eval": ["lm-eval>=0.4.13"],
+    "demo": ["gradio>=6.31"],
+    "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
     "tracking": ["tensorboard>=2.20", "trackio>=0.43"],
 }
 EXTRAS["dev"] = [

@@ -21,6 +21,7 @@ from .checks_mdlm import (
     check_numbers,
     check_token_ids,
 )
+from .noise_schedule_mdlm import NOISE_SCHEDULES
 
 
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -91,7 +92,7 @@ class MDLMConfig(PreTrainedConfig):
     rotary_precision: Literal["float32", "native"] = "float32"
     diffusion_kind: Literal["absorbing", "uniform"] = "absorbing"
     time_conditioning: bool | None = None
-    noise_schedule: Literal["log_linear", "cosine"] = "log_linear"
+    noise_schedule: str = "log_linear"
     noise_epsilon: float = 1e-3
     mask_token_id: int | None = None
     coupling: dict | None = None
@@ -109,6 +110,8 @@ class MDLMConfig(PreTrainedConfig):
         if self.mask_token_id is None and self.diffusion_kind == "absorbing":
             self.mask_token_id = self.vocab_size - 1
         check_numbers(self, **NUMBERS)
+        if self.noise_schedule not in list(NOISE_SCHEDULES):
+            raise ValueError(f"noise_schedule must be one of {list(NOISE_SCHEDULES)}, not {self.noise_schedule!r}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "

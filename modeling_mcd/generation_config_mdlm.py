@@ -14,7 +14,9 @@ from .sampling_mdlm import LOOP_FROM, LOOP_TO, ORDERS, REMASKING, SAMPLERS
 
 
 CHOICES = {
-    "sampler": tuple(dict.fromkeys(name for samplers in SAMPLERS.values() for name in samplers)),
+    "sampler": SAMPLERS[
+        "absorbing"
+    ].keys(),  # those of uniform-state models are among them; a view, so that more may come
     "locking": LOCKINGS,
     "last_step": LAST_STEPS,
     "remasking": REMASKING,
@@ -146,7 +148,7 @@ class MDLMGenerationConfig(GenerationConfig):
         check_numbers(self, **NUMBERS)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if value is not None and value not in choices:
+            if value is not None and value not in list(choices):
                 raise ValueError(f"{name} must be one of {list(choices)}, not {value!r}")
         for name in SWITCHES:
             if getattr(self, name) not in (None, True, False):

@@ -44,6 +44,8 @@ class MDLMGenerationOutput(ModelOutput):
 
 
 class MDLMGenerationMixin:
+    """What every network of the library inherits: `generate`, and what a sampler asks of the network."""
+
     generation_config_class = MDLMGenerationConfig
 
     @torch.no_grad()

@@ -1,6 +1,9 @@
-"""A generation as one HTML page: every canvas, step by step, with a slider."""
+"""A generation, step by step: as an HTML page with a slider, or as a picture that moves (SVG)."""
 
 import json
+from collections.abc import Iterator
+from html import escape
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -47,6 +50,16 @@ document.getElementById("play").onclick = () => {
 show();
 </script>
 """
+# Of the picture: characters in a line; the size of one, in pixels; seconds of a step, and steps for which the end is shown.
+COLUMNS, WIDTH, HEIGHT = 72, 8.4, 20
+SECONDS, LINGER = 0.35, 8
+PICTURE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}">
+<style>text {{ font: 14px ui-monospace, Menlo, Consolas, monospace; white-space: pre; fill: #222; }}
+.mask {{ fill: #bbb; }} .new {{ fill: #c2410c; font-weight: bold; }}</style>
+<rect width="100%" height="100%" fill="#fff"/>
+{frames}
+</svg>
+"""
 
 
 class Replay:
@@ -67,9 +80,15 @@ class Replay:
         self.canvases.append(canvas[self.row].tolist())
 
     def save(self, path: str | Path) -> Path:
-        """Writes the page, completely or not at all, and returns its path. It needs only a browser."""
+        """Writes the page or, if its name ends in `.svg`, the picture; completely or not at all. Returns its path.
+
+        Either needs only a browser. What is new in a step stands out.
+        """
         texts = {token: self.tokenizer.decode([token]) for token in {t for canvas in self.canvases for t in canvas}}
         texts[self.tokenizer.mask_token_id] = None
+        if Path(path).suffix == ".svg":
+            write_atomically(Path(path), self._picture(texts))
+            return Path(path)
         frames = [
             {"step": step, "tokens": [texts[token] for token in canvas]}
             for step, canvas in zip(self.steps, self.canvases, strict=True)
@@ -78,3 +97,43 @@ class Replay:
         # "<" is written as an escape: no text of a model can end the script.
         write_atomically(path, PAGE.replace("FRAMES", json.dumps(frames).replace("<", "\\u003c")))
         return path
+
+    def _picture(self, texts: dict[int, str | None]) -> str:
+        """Each canvas is a group that is visible in its turn."""
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.mask_token_id}
+        texts = {token: "" if token in special else text for token, text in texts.items()}
+        end = len(self.canvases) + LINGER
+        groups, most = [], 1
+        for number, canvas in enumerate(self.canvases):
+            lines = list(lines_of(canvas, self.canvases[number - 1] if number else canvas, texts))
+            most = max(most, len(lines))
+            rows = "".join(
+                f'<text x="{WIDTH}" y="{HEIGHT * (row + 1.2):.0f}" xml:space="preserve">{line}</text>'
+                for row, line in enumerate(lines)
+            )
+            last = number == len(self.canvases) - 1
+            times = [0, number / end, 1 if last else (number + 1) / end]
+            show = (
+                f'<animate attributeName="visibility" calcMode="discrete" repeatCount="indefinite" dur="{end * SECONDS:.2f}s" '
+                f'values="hidden;visible;hidden" keyTimes="{";".join(f"{time:.4f}" for time in times)}"/>'
+            )
+            # A viewer that does not animate shows the end.
+            groups.append(f'<g visibility="{"visible" if last else "hidden"}">{show}{rows}</g>')
+        size = {"width": (COLUMNS + 2) * WIDTH, "height": (most + 1) * HEIGHT}
+        return PICTURE.format(frames="\n".join(groups), **size)
+
+
+def lines_of(canvas: list[int], before: list[int], texts: dict[int, str | None]) -> Iterator[str]:
+    """The lines of a canvas as SVG: the letters of a style together."""
+    letters, lines = [], [[]]
+    for token, earlier in zip(canvas, before, strict=True):
+        text, style = texts[token], "new" if token != earlier else ""
+        letters += [("\u2591", "mask")] if text is None else [(letter, style) for letter in text]
+    for letter, style in letters:
+        if letter == "\n" or len(lines[-1]) == COLUMNS:
+            lines.append([])
+        if letter != "\n":
+            lines[-1].append((letter if letter.isprintable() else " ", style))
+    for line in lines:
+        runs = [(style, escape("".join(letter for letter, _ in run))) for style, run in groupby(line, lambda x: x[1])]
+        yield "".join(f'<tspan class="{style}">{text}</tspan>' if style else text for style, text in runs)

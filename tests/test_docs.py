@@ -35,6 +35,8 @@ PAGES = sorted(
     for path in (
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "examples" / "README.md",
         *(ROOT / "recipes").glob("*/README.md"),
         *(ROOT / "docs").glob("*.md"),
     )
@@ -189,7 +191,7 @@ def test_what_is_not_run_says_why():
     assert len(reasons) == NOT_RUN, reasons
 
 
-NOT_RUN = 26
+NOT_RUN = 28
 
 
 def test_console_scripts_start_functions_that_exist():
@@ -286,3 +288,20 @@ def test_hyper_parameters_are_those_of_the_code(name):
     assert {option: value_of(text) for option, text in table.items()} == {option: defaults[option] for option in table}
     general = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert set(defaults) - general <= set(table), "an option without its row"
+
+
+# --- docs/choosing.md
+
+
+def test_advice_quotes_figures_that_stand_on_the_pages_it_names():
+    """Each figure of a row is on a page that the row links to, as it is written there."""
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    seen = 0
+    for row in re.findall(r"^\| (?!you have|---)(.*) \|$", page, re.MULTILINE):
+        cells = row.split(" | ")
+        linked = re.findall(r"\]\((\w+\.md)", cells[-1])
+        sources = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in linked)
+        for figure in re.findall(r"\d+\.\d+", cells[2]):
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d])", sources), f"{figure}: {cells[0]}"
+            seen += 1
+    assert seen > 15

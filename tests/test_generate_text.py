@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from modeling_mcd import MDLMGenerationConfig
 from modeling_mcd.generate_text import main
 from modeling_mcd.loading import load_model, load_tokenizer
+from modeling_mcd.replay import lines_of
 from modeling_mcd.terminal import DIM, GREEN, PLAIN, Drafts
 
 
@@ -179,6 +181,23 @@ def test_a_replay_is_written(folder, capsys, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert page.startswith("<!doctype html>") and page.count('"step"') == 3
     assert text.startswith("hello ")
+
+
+def test_a_replay_is_a_picture_that_moves(folder, capsys, tmp_path):
+    """Each canvas is visible in its turn; without animation, the end is. It is XML, whatever the text."""
+    picture = tmp_path / "page.svg"
+    text = written(capsys, folder, "--replay", str(picture), "--seed", "0", "--prompt", "hello ").rstrip("\n")
+    space = "{http://www.w3.org/2000/svg}"
+    frames = ElementTree.parse(picture).getroot().findall(f"{space}g")
+    shown = ["".join("".join(line.itertext()) for line in frame.findall(f"{space}text")) for frame in frames]
+    masks = [frame.count("\u2591") for frame in shown]
+    assert len(frames) == 3 and masks[0] > masks[1] > masks[2] == 0 and shown[-1] == text
+    assert [frame.get("visibility") for frame in frames] == ["hidden", "hidden", "visible"]
+    turns = [frame.find(f"{space}animate").get("keyTimes").split(";") for frame in frames]
+    assert [turn[2] for turn in turns[:-1]] == [turn[1] for turn in turns[1:]] and turns[-1][2] == "1.0000"
+    first, second = lines_of([0, 1, 2], [0, 3, 2], {0: "<a&", 1: "b\n\0", 2: None, 3: "x"})
+    assert first == '&lt;a&amp;<tspan class="new">b</tspan>'
+    assert second == '<tspan class="new"> </tspan><tspan class="mask">\u2591</tspan>'
 
 
 @pytest.mark.parametrize(
