@@ -1,7 +1,8 @@
 """Answers that are right or wrong: exact match, tokens per forward, and accuracy under parallelism.
 
-A model is given the prompt of each row of a table (`instructions.py`), masks for an answer, and a number of steps. Its answer is
-the text up to the first special token. It is right if it is the reference, white space at either end aside.
+A model is given the prompt of each row of a table (`instructions.py`), room for an answer (masks; random tokens, if it is a
+uniform-state model), and a number of steps. Its answer is the text up to the first special token. It is right if it is the
+reference, white space at either end aside.
 """
 
 import math
@@ -16,7 +17,15 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.evaluate_model import FIRST_LOCKING, TROUBLE, locking_options, lockings_for, step_option
+from evaluation.evaluate_model import (
+    FIRST_LOCKING,
+    TROUBLE,
+    check_draw,
+    check_sampler,
+    locking_options,
+    lockings_for,
+    step_option,
+)
 from evaluation.figures import ANSWER_FIGURES, Answer, Samples, figures_of, over_seeds
 from evaluation.instructions import examples
 from evaluation.judge import fingerprint
@@ -24,7 +33,6 @@ from evaluation.team import ALONE, Team
 from evaluation.text_sources import TextSource, open_text
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
 from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig
-from modeling_mcd.generation_inputs_mdlm import is_coupled
 from modeling_mcd.loading import reason_of
 from modeling_mcd.prompts import up_to_special
 from modeling_mcd.sampling_mdlm import SAMPLERS, options_of
@@ -76,7 +84,7 @@ class AnswerProtocol:
     Args:
         source: the questions, see `open_questions`.
         count: only the first so many; all by default.
-        length: masks to fill for an answer; as many as the longest reference takes, its end included, by default.
+        length: tokens to fill for an answer; as many as the longest reference takes, its end included, by default.
         seeds: number of seeds, 0 .. seeds - 1.
         sampler: name of a sampler of `generate` that takes a number of steps (or, as `adaptive`, the most steps).
         last_step, precision: see `MDLMGenerationConfig`.
@@ -118,7 +126,7 @@ class AnswerProtocol:
         )
 
     def questions(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Question], int]:
-        """The questions in a model's tokens, and the masks for each answer."""
+        """The questions in a model's tokens, and the tokens to fill for each answer."""
         questions = read_questions(self.source, tokenizer, self.count)
         return questions, self.length or max(question.tokens for question in questions)
 
@@ -131,10 +139,9 @@ class AnswerProtocol:
         lockings: Sequence[str] = (FIRST_LOCKING,),
     ):
         """Raises ValueError if this protocol cannot be used with a model, before anything is drawn."""
-        if config.mask_token_id is None:
-            raise ValueError("answers need a model of absorbing diffusion, whose masks they fill; this one is uniform")
+        check_sampler(self, config)
         for locking in lockings_for(config, self.sampler, lockings):
-            is_coupled(self.generation_config(1, 1.0, 1, locking), {"coupling"}, config)
+            check_draw(self.generation_config(1, 1.0, 1, locking), config)
             for temperature in temperatures:
                 for n in steps:
                     self.generation_config(n, temperature, 1, locking)

@@ -18,7 +18,7 @@ from evaluation.likelihood import Bound, check_bound, step_bound
 from evaluation.team import ALONE, Team
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
 from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig
-from modeling_mcd.generation_inputs_mdlm import is_coupled
+from modeling_mcd.generation_inputs_mdlm import check_interleaved, is_coupled
 from modeling_mcd.loading import reason_of
 from modeling_mcd.locking_mdlm import LOCKINGS
 from modeling_mcd.noise_mdlm import row_keys
@@ -56,6 +56,23 @@ def step_option(sampler: str) -> str:
     if sampler not in STEPPED:
         raise ValueError(f"sampler must be one of {tuple(STEPPED)}, not {sampler!r}")
     return STEPPED[sampler]
+
+
+def check_sampler(protocol, config):
+    """Raises ValueError unless a model of this configuration has the sampler and the precision of a protocol."""
+    is_there = protocol.sampler in SAMPLERS[config.diffusion_kind]
+    if not is_there or (config.mask_token_id is None and protocol.precision == "legacy_float32"):
+        raise ValueError(
+            f"sampler {protocol.sampler!r} with {protocol.precision} draws needs a model of absorbing diffusion; this one is "
+            "uniform: take the sampler ancestral and float64"
+        )
+
+
+def check_draw(options: MDLMGenerationConfig, config):
+    """Raises ValueError unless a model of this configuration has the locking and the chain of these options."""
+    is_coupled(options, {"coupling"}, config)
+    if options.locking == "interleaved":
+        check_interleaved(options, config)
 
 
 def lockings_for(config, sampler: str, lockings: Sequence[str]) -> list[str]:
@@ -148,15 +165,11 @@ class EvaluationProtocol:
             raise ValueError(
                 f"length is {self.length}, but the model's context is {config.max_position_embeddings} tokens"
             )
-        if config.diffusion_kind == "uniform" and (self.sampler != "ancestral" or self.precision == "legacy_float32"):
-            raise ValueError(
-                f"sampler {self.sampler!r} with {self.precision} draws needs a model of absorbing diffusion; this one "
-                "is uniform: take the sampler ancestral and float64"
-            )
+        check_sampler(self, config)
         if self.convention == "raw_ids":
             check_same_ids(tokenizer, self.judge_tokenizer)
         for locking in lockings_for(config, self.sampler, lockings):
-            is_coupled(self.generation_config(1, 1.0, 2, 1, locking), {"coupling"}, config)
+            check_draw(self.generation_config(1, 1.0, 2, 1, locking), config)
             for temperature in temperatures:
                 for n in steps:
                     self.generation_config(n, temperature, config.max_position_embeddings, 1, locking)

@@ -75,7 +75,8 @@ class EvaluationArguments:
         },
     )
     evaluation_answer_length: int | None = field(
-        default=None, metadata={"help": "Masks for an answer; by default as many as the longest right one takes."}
+        default=None,
+        metadata={"help": "Tokens to fill for an answer; by default as many as the longest right one takes."},
     )
     evaluation_last_step: Literal[LAST_STEPS] | None = field(
         default=None, metadata={"help": "What follows the steps, see docs/generation.md."}

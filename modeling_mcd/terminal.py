@@ -27,7 +27,7 @@ OPTIONS = {
     "eos_after": (float, "Draw no end of sequence in this first share of the text to write, in [0, 1)."),
     "suppress_above": (int, "Draw no token from this id on: those of a vocabulary larger than its tokenizer."),
 }
-NAMES = (*OPTIONS, "sampler", "locking", "cache")
+NAMES = (*OPTIONS, "sampler", "locking", "cache", "coupling")
 BLANK = "\u2591"  # shows a masked token
 BOLD, DIM, GREEN, PLAIN = "\033[1m", "\033[2m", "\033[32m", "\033[0m"
 
@@ -44,6 +44,20 @@ def add_options(parser: argparse.ArgumentParser):
         "--preset", choices=PRESETS, help="Published settings, see docs/backbones.md; other options win."
     )
     parser.add_argument("--cache", choices=CHOICES["cache"], help="Keys and values to keep, see docs/blocks.md.")
+    chain = parser.add_mutually_exclusive_group()
+    chain.add_argument(
+        "--coupling",
+        action="store_true",
+        default=None,
+        help="Draw a step's tokens jointly, see docs/coupling.md; the default of a model with a coupling.",
+    )
+    chain.add_argument(
+        "--no_coupling",
+        action="store_false",
+        dest="coupling",
+        default=None,
+        help="Draw them independently of each other.",
+    )
     parser.add_argument("--stop_at_eos", action="store_true", help="End a text after the block that ends it.")
     parser.add_argument("--seed", type=int, help="Fixes the text; random by default.")
     parser.add_argument("--tokenizer", help="Folder or Hub name, for a model that comes without one.")

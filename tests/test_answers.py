@@ -19,6 +19,7 @@ from evaluation.answers import (
 )
 from evaluation.answers_table import answers_markdown, order_of
 from evaluation.run_eval import main as run_eval
+from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from trainers import run_mcd
 
 
@@ -164,6 +165,49 @@ def test_a_context_too_short_for_an_answer_is_refused(teacher, tokenizer, right)
         ValueError, match="the longest prompt of .* has 21 tokens and an answer 12, but .* context is 32"
     ):
         evaluate(teacher, tokenizer, protocol_of(right, length=12))
+
+
+@pytest.fixture(scope="module")
+def uniform(teacher):
+    """A uniform-state model of the teacher's tokens."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "conditioning_size": 8}
+    torch.manual_seed(0)
+    config = MDLMConfig(vocab_size=48, max_position_embeddings=32, eos_token_id=46, diffusion_kind="uniform", **shape)
+    model = MDLMForMaskedDiffusion(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model.lm_head.bias.data[46:] = -30.0  # no answer is empty
+    return model
+
+
+@pytest.mark.parametrize("last_step, forwards", [(None, 4), ("none", 3), ("greedy", 4)])
+def test_a_uniform_model_answers_a_batch_as_it_answers_alone(uniform, tokenizer, tmp_path, last_step, forwards):
+    """Also greedily its answer depends on the noise, which is that of the question's number; a forward is counted as one."""
+    rows = []
+    for i, prompt in enumerate(PROMPTS):
+        ids = torch.tensor([[46, *tokenizer(prompt)["input_ids"]]])
+        call = {"steps": 3, "temperature": 0, "max_new_tokens": 6, "last_step": last_step}
+        answer = uniform.generate(ids, seed=[i], **call)[0, ids.shape[1] :]
+        rows.append({"prompt": prompt, "completion": tokenizer.decode(answer).split("<|endoftext|>")[0]})
+    right = write(tmp_path / "right.jsonl", rows)
+    protocol = {"sampler": "ancestral", "last_step": last_step}
+    (row,) = evaluate(uniform, tokenizer, protocol_of(right, **protocol))
+    assert (row["exact_match"], row["nfe"], row["note"]) == (1.0, forwards, None)
+    assert evaluate(uniform, tokenizer, protocol_of(right, batch_size=1, **protocol)) == [row]
+    assert order_of(row) == ("independent" if last_step is None else f"ancestral, last step {last_step}")
+
+
+def test_what_a_uniform_model_does_not_have_is_refused(uniform, teacher, tokenizer, right):
+    for settings, lockings, says in (
+        ({"sampler": "confidence"}, ["independent"], "sampler 'confidence' .* needs a model of absorbing diffusion"),
+        ({"precision": "legacy_float32"}, ["independent"], "'ancestral' with legacy_float32 draws needs a model of"),
+        ({}, ["spread", "interleaved"], "locking 'interleaved' goes with the sampler 'ancestral' of masked diffusion"),
+    ):
+        protocol = protocol_of(right, **{"sampler": "ancestral"} | settings)
+        with pytest.raises(ValueError, match=says):
+            protocol.check(tokenizer, uniform.config, [2], [1.0], lockings)
+        if lockings == ["independent"]:
+            protocol.check(tokenizer, teacher.config, [2], [1.0], lockings)
 
 
 # --- Accuracy under parallelism

@@ -75,6 +75,38 @@ def test_presets_and_guards_are_options(folder, tokenizer, capsys):
     assert written(capsys, folder, "--prompt", "hello ", *given, "--stop_at_eos") == text + "\n"
 
 
+def test_a_coupling_is_switched_on_and_off(folder, build, tokenizer, tmp_path, capsys):
+    """On is the default of a model that has one, whatever its configuration's own is; without one, on is refused."""
+    model = build(
+        mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id, coupling={"states": 5, "levels": 1}
+    )
+    for parameter in model.coupling.parameters():
+        parameter.data *= 8
+    model.save_pretrained(tmp_path / "coupled")
+    tokenizer.save_pretrained(tmp_path / "coupled")
+    model.generation_config.coupling = False
+    model.save_pretrained(tmp_path / "off")
+    tokenizer.save_pretrained(tmp_path / "off")
+    on, off = (expected(model, tokenizer, "hello ", steps=2, seed=1, coupling=c)[0] + "\n" for c in (True, False))
+    assert on != off
+    given = ["--prompt", "hello ", "--steps", "2", "--seed", "1"]
+    for name, flag, text in (
+        ("coupled", [], on),
+        ("coupled", ["--no_coupling"], off),
+        ("off", [], off),
+        ("off", ["--coupling"], on),
+    ):
+        assert written(capsys, str(tmp_path / name), *given, *flag) == text, (name, flag)
+    for arguments, message in (
+        ([folder, "--coupling"], "coupling (True) needs a model that has one, and this has none"),
+        ([folder, "--coupling", "--no_coupling"], "argument --no_coupling: not allowed with argument --coupling"),
+        ([str(tmp_path / "off"), "--coupling", "--sampler", "margin"], "does not go with the sampler 'margin'"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_message_goes_through_the_chat_template(folder, tokenizer, capsys):
     """The answer alone is written; without a template, or a message, one line says so."""
     for arguments, message in (

@@ -3,6 +3,7 @@
 Every statistical test has a fixed seed and a false-alarm rate of 1e-5.
 """
 
+import copy
 import itertools
 import math
 
@@ -12,6 +13,7 @@ from laws import FALSE_ALARM, p_value, uniforms
 from safetensors.torch import load_file
 from tiny_run import BLOCK, write_inputs
 from toy import at, finish
+from toy_distillers import ROWS, SEED, prompted
 from transformers import AutoModel, TextDiffusionStreamer
 
 from evaluation import validation_nelbo
@@ -26,6 +28,8 @@ from modeling_mcd.reveal_grid_mdlm import TAIL
 from modeling_mcd.sampling_mdlm import uniform_ancestral
 from trainers import run_mcd, run_mdlm
 from trainers.character_tokenizer import character_tokenizer
+from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
+from trainers.diffusion_trainer import maskable_tokens
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.trajectories import step_noise
 
@@ -237,6 +241,61 @@ def test_uniform_padding_is_not_filled(uniform):
     assert uniform.generate(ids, attention_mask=mask, length=8, steps=2, seed=0)[0, :4].tolist() == [5, 6, 9, 9]
 
 
+def law_behind(model: MDLMForMaskedDiffusion, prompt: list[int], new: int, steps: int) -> torch.Tensor:
+    """The law of `new` tokens behind a prompt after the chain of `steps` steps and a last one, by enumeration: [K^new]."""
+    after = torch.tensor(list(itertools.product(range(K), repeat=new)))
+    canvases, law = torch.cat([torch.tensor([prompt]).expand(len(after), -1), after], dim=1), torch.ones(1).double()
+    law = law.expand(len(after)) / len(after)
+    for t, s in itertools.pairwise([*times_of(steps), 0.0]):
+        alpha_t, alpha_s = LogLinearSchedule().gamma(torch.tensor([t, s], dtype=torch.float64)).tolist()
+        noise = -torch.tensor([alpha_t]).log().float().expand(len(after))
+        x_hat = model(canvases, timesteps=noise).logits[:, len(prompt) :].double().softmax(-1)
+        moved = torch.zeros_like(law)
+        for here, row in enumerate(after.tolist()):
+            each = torch.ones(1, dtype=torch.float64)
+            for i, z in enumerate(row):
+                each = (each[:, None] * bayes(x_hat[here, i], z, alpha_t, alpha_s)).flatten()
+            moved += law[here] * each
+        law = moved
+    return law
+
+
+@torch.no_grad()
+def test_answers_to_prompts_of_a_padded_batch_have_the_exact_law(build):
+    """Prompts of two lengths, padded on the left: each is answered as if it were alone, and never noised."""
+    model = build(
+        vocab_size=K, max_position_embeddings=4, bos_token_id=None, eos_token_id=None, diffusion_kind="uniform"
+    )
+    prompts, rows = ([3], [1, 2]), 4_000
+    ids = torch.tensor([[0, 3], [1, 2]]).repeat(rows, 1)
+    seen, kept = (torch.tensor([[0, 1], [1, 1]]).repeat(rows, 1), [])
+    call = {"attention_mask": seen, "max_new_tokens": 2, "steps": 2, "seed": 0}
+    answers = model.generate(
+        ids, callback=lambda step, canvas: kept.append(torch.equal(canvas[:, 1], ids[:, 1])), **call
+    )
+    assert kept == [True] * 3 and torch.equal(answers[1::2, :2], ids[1::2])
+    laws = [law_behind(model, prompt, 2, steps=2) for prompt in prompts]
+    for first in (0, 1):
+        counts = index_of(answers[first::2, 2:]).bincount(minlength=16)
+        assert p_value(counts, laws[first]) > FALSE_ALARM
+        assert p_value(counts, laws[1 - first]) < 1e-9, "the test has no power"
+
+
+@pytest.mark.parametrize("options", [{}, {"last_step": "greedy"}, {"last_step": "none"}, {"locking": "spread"}])
+@pytest.mark.parametrize("more", [{}, {"block_length": 3}, {"temperature": 0.0}])
+def test_a_prompt_of_a_uniform_model_is_kept_in_every_step(uniform, options, more):
+    """In a batch, padded on the left, a row is what it is alone."""
+    ids, seen = torch.tensor([[9, 9, 5, 6], [1, 2, 3, 4]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    call = {"max_new_tokens": 7, "steps": 3} | options | more
+    canvases = []
+    both = uniform.generate(
+        ids, attention_mask=seen, seed=[5, 6], callback=lambda step, x: canvases.append(x.clone()), **call
+    )
+    assert len(canvases) > 2 and all(torch.equal(canvas[:, 2:4], ids[:, 2:]) for canvas in canvases)
+    assert torch.equal(both[0, 2:], uniform.generate(ids[:1, 2:], seed=5, **call)[0])
+    assert torch.equal(both[1], uniform.generate(ids[1:], seed=6, **call)[0])
+
+
 def test_what_makes_no_sense_for_a_kind_is_refused_by_name(uniform, model):
     for arguments, message in (
         ({"last_step": "lucky"}, r"last_step must be one of .*'greedy'.*not 'lucky'"),
@@ -366,6 +425,70 @@ def test_the_uniform_training_loss_equals_the_bound_by_hand(build, tmp_path):
         total += literal_nelbo(x_hat[b, i].tolist(), z_t[b, i].item(), x_0[b, i].item(), gamma[b].item(), -(1 - 1e-3))
     assert 4 < noised < 32
     assert loss.item() == pytest.approx(total / 32, rel=1e-4)
+
+
+def nelbo_by_hand(x_hat, z_t, x_0, alpha, slope) -> torch.Tensor:
+    """`literal_nelbo` of one token with a gradient for x_hat [K]."""
+    size = len(x_hat)
+    bar = torch.full((size,), 1 - alpha, dtype=torch.float64)
+    bar[x_0] += size * alpha
+    bar_hat = size * alpha * x_hat + 1 - alpha
+    r, r_hat = bar / bar[z_t], bar_hat / bar_hat[z_t]
+    return -slope / (size * alpha) * (r * (r / r_hat).log() - r + r_hat).sum()
+
+
+@pytest.mark.parametrize("method", ["nelbo", "dcd"])
+@pytest.mark.parametrize("norm", ["tokens", "sequence"])
+def test_prompts_are_neither_noised_nor_scored_and_gradients_are_plain(method, norm, networks, tmp_path):
+    """Rows of different lengths with prompts: the loss and its gradient for every parameter, token by token."""
+    teacher, student = (copy.deepcopy(network) for network in networks["uniform"])
+    settings = {"output_dir": str(tmp_path), "seed": SEED, "ema_decay": None, "save_strategy": "no", "loss_norm": norm}
+    settings["per_device_train_batch_size"] = ROWS
+    if method == "nelbo":
+        trainer = MDLMTrainer(student, MDLMTrainingArguments(**settings))
+    else:
+        arguments = DCDTrainingArguments(**settings, delta=0.125, num_rounds=2, steps_per_round=4)
+        trainer = DCDTrainer(student, arguments, teacher=teacher)
+    inputs, canvases = prompted(), []
+    x_0, maskable = inputs["input_ids"], maskable_tokens(inputs)
+    compute_rows = trainer.compute_rows
+    trainer.compute_rows = lambda network, where, z, *rest: (
+        canvases.append((where, z)),
+        compute_rows(network, where, z, *rest),
+    )[1]
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    found = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True)
+    for where, z in canvases:
+        assert torch.equal(where, maskable) and torch.equal(z[~maskable], x_0[~maskable]), "a prompt was touched"
+        assert (z != x_0).any()
+
+    times = step_noise(SEED, 0, range(ROWS), ROWS, x_0.shape[1], 1 + (method == "dcd"))[0]
+    t = 1e-3 + (1 - 1e-3) * times if method == "nelbo" else times
+    levels = [1 - (1 - 1e-3) * t, 1 - (1 - 1e-3) * (t - 0.125).clamp(min=0)]
+    (z_t, *z_s) = (z for _, z in canvases)
+    seen = inputs["attention_mask"]
+    student.eval()
+    p = student(z_t, timesteps=-levels[0].log().float(), attention_mask=seen).logits.log_softmax(-1)
+    if method == "dcd":
+        with torch.no_grad():
+            q = teacher(z_s[0], timesteps=-levels[1].log().float(), attention_mask=seen).logits.log_softmax(-1)
+    total = 0.0
+    for b, i in maskable.nonzero().tolist():
+        if method == "nelbo":
+            at = z_t[b, i].item(), x_0[b, i].item(), levels[0][b].item(), -(1 - 1e-3)
+            value = nelbo_by_hand(p[b, i].exp(), *at)
+            assert value.item() == pytest.approx(literal_nelbo(p[b, i].exp().tolist(), *at), rel=1e-9)
+        else:
+            value = (p[b, i].exp() * (p[b, i] - q[b, i])).sum()
+        total = total + value / (maskable.sum() if norm == "tokens" else ROWS * maskable[b].sum())
+    assert loss.item() == pytest.approx(total.item(), rel=1e-6)
+    expected = torch.autograd.grad(total, list(student.parameters()), allow_unused=True)
+    assert any(gradient is not None and gradient.abs().max() > 1e-3 for gradient in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
 
 
 # --- From text to a uniform teacher
