@@ -120,7 +120,7 @@ def main():
             train(method, folder, words)
         ask(name, folder, options)
         rows = list(load_report(options.output_dir / "report")["answers"].values())
-        rows.sort(key=lambda row: orders.index(row["sampler"].split(",")[0]))
+        rows.sort(key=lambda row: (orders.index(row["sampler"].split(",")[0]), LOCKINGS.index(row["locking"])))
         write_atomically(options.results.with_suffix(".md"), answers_markdown(rows) + "\n")
         content = [{"network": name, "aup": aup, "rows": of_curve} for name, of_curve, aup in with_aup(rows)]
         write_json(options.results.with_suffix(".json"), content)

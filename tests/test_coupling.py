@@ -193,6 +193,129 @@ def test_joint_draws_have_the_law(drawn, given, window):
     assert not joined or p_value(counts, alone / alone.sum()) < FALSE_ALARM
 
 
+def tempered_law(chain: Chain, p: torch.Tensor, given: dict[int, int], temperature: float) -> dict[tuple, float]:
+    """The law of all masked tokens: p(states, tokens)^(1 / temperature), its sum over the states, and its norm, written out."""
+    start, transition, emission = chain.start.tolist(), chain.transition.tolist(), chain.emission.tolist()
+    weights, power = {}, 1 / temperature
+    for text in itertools.product(range(TOKENS), repeat=len(p)):
+        if any(text[i] != token for i, token in given.items()):
+            continue
+        weights[text] = 0.0
+        for path in itertools.product(range(STATES), repeat=len(p)):
+            weight = 1.0
+            for i, (token, state) in enumerate(zip(text, path, strict=True)):
+                fresh = i == 0 or (chain.window is not None and i % chain.window == 0)
+                weight *= start[state] if fresh else transition[path[i - 1]][state]
+                weight *= emission[token][state] * (1 if i in given else p[i, token].item())
+            weights[text] += weight**power
+    total = sum(weights.values())
+    return {text: weight / total for text, weight in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("drawn", "given", "temperature", "window"),
+    [((0, 1, 2, 3), {}, 0.6, 3), ((1, 3), {0: 2}, 0.4, None), ((0, 2, 3), {1: 0}, 1.7, None)],
+)
+def test_a_temperature_is_that_of_the_joint_law(drawn, given, temperature, window):
+    """Of states and tokens, those that this step does not draw included."""
+    chains, p, draws = Chains(weights(strength=1.0), window), distributions(), 40_000
+    chain = chains.at(0, temperature)
+    evidence = chain.summed_out(p.log())
+    for i, token in given.items():
+        evidence[i] = chain.emission[token]
+    wanted = torch.zeros(draws, 4, dtype=torch.bool)
+    wanted[:, list(drawn)] = True
+    w, v = torch.rand(2, draws, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    states = chain.draw(evidence.expand(draws, -1, -1), torch.ones(draws, 4, dtype=torch.bool), wanted, w)
+    places = [
+        draw_tokens(
+            p[i].log() + chain.log_emission.T[states[:, i]], v[:, i], mask_token_id=None, temperature=temperature
+        )
+        for i in drawn
+    ]
+    base = [TOKENS**k for k in range(len(drawn))]
+    counts = sum(tokens * b for tokens, b in zip(places, base, strict=True)).bincount(minlength=TOKENS ** len(drawn))
+
+    def exact(temperature: float) -> torch.Tensor:
+        law = torch.zeros(TOKENS ** len(drawn), dtype=torch.float64)
+        for text, q in tempered_law(chains.at(0), p, given, temperature).items():
+            law[sum(text[i] * b for i, b in zip(drawn, base, strict=True))] += q
+        return law
+
+    assert p_value(counts, exact(temperature)) > FALSE_ALARM
+    assert p_value(counts, exact(1.1 * temperature)) < FALSE_ALARM, "the test has no power"
+
+
+def texts_of(length: int) -> torch.Tensor:
+    return torch.tensor(list(itertools.product(range(TOKENS), repeat=length)))
+
+
+def law_of_weights(start, transition, weights: torch.Tensor) -> torch.Tensor:
+    """The law of all texts of a chain whose positions have the weights [L, V, S]."""
+    texts = texts_of(len(weights))
+    state = start * weights[0][texts[:, 0]]
+    for i in range(1, len(weights)):
+        state = state @ transition * weights[i][texts[:, i]]
+    return state.sum(-1) / state.sum()
+
+
+def law_of_sharpened_draws(start, transition, weights: torch.Tensor, power: float) -> torch.Tensor:
+    """Every draw to a power by itself: states from right to left given those on their right, and tokens given their states."""
+    texts, evidence, before = texts_of(len(weights)), weights.sum(1), [start]
+    for i in range(len(weights) - 1):
+        before.append(before[-1] * evidence[i] @ transition)
+    tokens = [x / x.sum(0) for x in weights**power]
+    law = torch.zeros(len(texts), dtype=torch.float64)
+    for path in itertools.product(range(len(start)), repeat=len(weights)):
+        drawn = torch.ones(len(texts), dtype=torch.float64)
+        for i, state in enumerate(path):
+            told = transition[:, path[i + 1]] if i + 1 < len(path) else 1
+            chance = (before[i] * evidence[i] * told) ** power
+            drawn = drawn * chance[state] / chance.sum() * tokens[i][texts[:, i], state]
+        law += drawn
+    return law
+
+
+def test_the_temperature_of_the_joint_law_keeps_the_frontier():
+    """At equal entropy, what it draws is likelier under the untempered law than under any other meaning of a temperature,
+    and close to the best that there is, p(x)^(1 / temperature), which no chain can draw from.
+    """
+    excess = {}
+    for seed in range(4):
+        chain, p = chain_of(seed=seed, strength=1.5), distributions(seed=seed)
+        weights = p[:, :, None] * chain.emission
+        untempered = law_of_weights(chain.start, chain.transition, weights)
+        meanings = {
+            "joint": lambda k: law_of_weights(chain.start**k, chain.transition**k, weights**k),  # noqa: B023
+            "each draw": lambda k: law_of_sharpened_draws(chain.start, chain.transition, weights, k),  # noqa: B023
+            "head": lambda k: law_of_weights(chain.start, chain.transition, p[:, :, None] ** k * chain.emission),  # noqa: B023
+            "head and W": lambda k: law_of_weights(chain.start, chain.transition, weights**k),  # noqa: B023
+        }
+        best = [untempered**k / (untempered**k).sum() for k in torch.linspace(1, 8, 141).tolist()]
+        points = [points_of(law, untempered) for law in best]
+        for name, law_at in meanings.items():
+            for power in (1.1, 1.3, 1.6):
+                entropy, nats = points_of(law_at(power), untempered)
+                excess.setdefault(name, []).append(nats - interpolated(points, entropy))
+    mean = {name: sum(values) / len(values) for name, values in excess.items()}
+    assert all(value > -1e-3 for values in excess.values() for value in values), "none beats the best"
+    print(mean)
+    assert mean["joint"] < 0.6 * min(value for name, value in mean.items() if name != "joint"), mean
+
+
+def points_of(law: torch.Tensor, untempered: torch.Tensor) -> tuple[float, float]:
+    """Entropy of a law, and its cross-entropy under the untempered one, in nats."""
+    return -torch.special.xlogy(law, law).sum().item(), -(law * untempered.log()).sum().item()
+
+
+def interpolated(points: list[tuple[float, float]], entropy: float) -> float:
+    """The second value at an entropy between those of falling points."""
+    for (high, above), (low, below) in itertools.pairwise(points):
+        if low <= entropy <= high:
+            return below + (above - below) * (entropy - low) / (high - low)
+    raise AssertionError(f"{entropy} lies outside the points")
+
+
 def test_levels_are_equal_parts_of_the_visible_fraction():
     gamma = torch.tensor([0, 0.001, 0.2499, 0.25, 0.5005, 0.75025, 1.0], dtype=torch.float64)
     assert Chains(weights(levels=4), None).levels_of(gamma).tolist() == [0, 0, 0, 1, 2, 3, 3]
@@ -462,6 +585,10 @@ def test_one_seed_gives_related_texts_at_every_number_of_steps(build):
 def test_temperature_0_is_one_text(coupled):
     many = coupled.generate(seed=[0, 1, 2], num_return_sequences=3, steps=1, temperature=0.0)
     assert (many == many[0]).all()
+    for parameter in coupled.coupling.parameters():
+        parameter.data *= 3
+    for temperature in (0.1, 0.01, 1e-310):  # the states stay at 0.1, where no weight of a strong chain is lost
+        assert not (coupled.generate(seed=0, steps=2, temperature=temperature) == MASK).any()
     greedy = coupled.generate(seed=0, steps=4, last_step="greedy")
     assert not (greedy == MASK).any()
 

@@ -52,12 +52,24 @@ def test_a_number_of_rows_below_one_is_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("sampler, steps, least", [("confidence", 8, 0.9), ("confidence", 1, 0.7)])
-def test_the_shipped_teacher_answers(sampler, steps, least):
+@pytest.mark.parametrize(
+    "teacher, sampler, steps, least",
+    [
+        ("teacher", "confidence", 8, 0.9),
+        ("teacher", "confidence", 1, 0.7),
+        ("uniform_teacher", "ancestral", 8, 0.75),
+        ("uniform_teacher", "ancestral", 1, 0.35),
+    ],
+)
+def test_the_shipped_teachers_answer(teacher, sampler, steps, least):
     protocol = AnswerProtocol(
-        open_questions(str(FOLDER / "questions.jsonl")), count=50, sampler=sampler, batch_size=50
+        open_questions(str(FOLDER / "questions.jsonl")),
+        count=50,
+        sampler=sampler,
+        last_step="none" if sampler == "ancestral" else None,
+        batch_size=50,
     )
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "teacher")
-    model = load_model(FOLDER / "teacher").float().eval()
-    (row,) = evaluate_answers("teacher", model, tokenizer, protocol, [steps], [0.0])
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / teacher)
+    model = load_model(FOLDER / teacher).float().eval()
+    (row,) = evaluate_answers(teacher, model, tokenizer, protocol, [steps], [0.0])
     assert row["exact_match"] >= least and row["nfe"] == steps and row["tokens_per_forward"] == 8 / steps
