@@ -76,7 +76,7 @@ class EvaluationArguments:
     )
     evaluation_answer_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens to fill for an answer; by default as many as the longest right one takes."},
+        metadata={"help": "Tokens of an answer; by default as many as the longest right one takes."},
     )
     evaluation_last_step: Literal[LAST_STEPS] | None = field(
         default=None, metadata={"help": "What follows the steps, see docs/generation.md."}

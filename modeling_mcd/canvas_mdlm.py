@@ -278,7 +278,7 @@ class Answer:
         places = tuple(map(canvas.send, chosen[rows].nonzero().unbind(dim=1)))
         evidence, present = self.evidence(chain)
         drawn, uniforms = canvas.send(chosen[rows]), canvas.send(canvas.w[rows])
-        states = chain.draw(evidence, present, drawn, uniforms, greedy=options.get("temperature", 1.0) == 0)[places]
+        states = chain.draw(evidence, present, drawn, uniforms, options.get("temperature", 1.0) == 0)[places]
 
         def draw(logits: torch.Tensor, v: torch.Tensor, states: torch.LongTensor) -> torch.LongTensor:
             told = chain.log_emission.T[states.clamp(min=0)].masked_fill(states[:, None] < 0, torch.nan)

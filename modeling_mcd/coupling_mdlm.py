@@ -14,7 +14,8 @@ its state is its evidence e_i[s]:
 Z is the forward algorithm over e; a set G of tokens has the probability prod_G p_i(x_i) Z(e with W[x_i] in G) / Z(e); and
 states drawn from right to left, then each token from p_i(v) W[v, s_i], are an exact joint draw. All from one forward of the
 network. A temperature tau takes the joint law of states and tokens to the power 1 / tau: that is a chain again, with a, T and
-p_i(v) W[v, s] to that power. The idea of a chain over the head is that of CoDD (arXiv 2603.00045), for masks of a block; see docs/coupling.md.
+p_i(v) W[v, s] to that power. The idea of a chain over the head is that of CoDD (arXiv 2603.00045), for masks of a block; see
+docs/coupling.md.
 """
 
 import functools
