@@ -264,16 +264,14 @@ def law_of_sharpened_draws(start, transition, weights: torch.Tensor, power: floa
     texts, evidence, before = texts_of(len(weights)), weights.sum(1), [start]
     for i in range(len(weights) - 1):
         before.append(before[-1] * evidence[i] @ transition)
-    tokens = [x / x.sum(0) for x in weights**power]
-    law = torch.zeros(len(texts), dtype=torch.float64)
-    for path in itertools.product(range(len(start)), repeat=len(weights)):
-        drawn = torch.ones(len(texts), dtype=torch.float64)
-        for i, state in enumerate(path):
-            told = transition[:, path[i + 1]] if i + 1 < len(path) else 1
-            chance = (before[i] * evidence[i] * told) ** power
-            drawn = drawn * chance[state] / chance.sum() * tokens[i][texts[:, i], state]
-        law += drawn
-    return law
+    paths = torch.tensor(list(itertools.product(range(len(start)), repeat=len(weights))))
+    chances, drawn = torch.ones(len(paths), dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    for i, tokens in enumerate(x / x.sum(0) for x in weights**power):
+        told = transition[:, paths[:, i + 1]].T if i + 1 < len(weights) else 1
+        chance = (before[i] * evidence[i] * told).expand(len(paths), -1) ** power
+        chances = chances * (chance / chance.sum(-1, keepdim=True)).gather(-1, paths[:, i, None])[:, 0]
+        drawn = drawn * tokens[texts[:, i]][:, paths[:, i]]
+    return drawn @ chances
 
 
 def test_the_temperature_of_the_joint_law_keeps_the_frontier():
