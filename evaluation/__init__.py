@@ -1,6 +1,6 @@
 """How a model is judged: generative perplexity, diversity, likelihood, the report and the model card."""
 
-from .diversity import distinct_n, known_words, unigram_entropy, vocabulary_of
+from .diversity import distinct_n, known_words, rep_n, self_bleu, unigram_entropy, unique_share, vocabulary_of
 from .evaluate_model import EvaluationProtocol, evaluate_held_out_text, evaluate_model
 from .generative_perplexity import GenerativePerplexity, generative_perplexity, sequence_nll
 from .judge import load_judge
@@ -33,12 +33,15 @@ __all__ = [
     "markdown_table",
     "matched_gen_ppl",
     "read_texts",
+    "rep_n",
     "save_results",
+    "self_bleu",
     "sequence_nelbo",
     "sequence_nll",
     "step_bound",
     "text_blocks",
     "unigram_entropy",
+    "unique_share",
     "validation_nelbo",
     "vocabulary_of",
     "write_model_card",

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.evaluate_model import (
     FIRST_LOCKING,
-    TROUBLE,
     check_draw,
     check_sampler,
     locking_options,
@@ -29,6 +28,7 @@ from evaluation.evaluate_model import (
 from evaluation.figures import ANSWER_FIGURES, Answer, Samples, figures_of, over_seeds
 from evaluation.instructions import examples
 from evaluation.judge import fingerprint
+from evaluation.measure import TROUBLE
 from evaluation.team import ALONE, Team
 from evaluation.text_sources import TextSource, open_text
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
@@ -223,7 +223,7 @@ def evaluate_answers(
                 parts = team.gather((answers, trouble))
                 troubles = [trouble for _, trouble in parts if trouble is not None]
                 answers = None if troubles else [one for part, _ in parts for one in part]
-                samples = Samples([], [], [], None, next(iter(troubles), None), answers)
+                samples = Samples([], [], [], None, next(iter(troubles), None), answers=answers)
                 figures, why = figures_of(samples, protocol, ANSWER_FIGURES)
                 by_seed.append(figures)
                 notes += why

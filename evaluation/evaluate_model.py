@@ -1,7 +1,6 @@
 """From a model to rows of figures: samples at a grid of steps and temperatures, scored by the judge."""
 
 import hashlib
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,17 +10,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.diversity import ENTROPY_UNITS
-from evaluation.figures import Samples, figures_of, over_seeds
-from evaluation.generative_perplexity import CONVENTIONS, perplexity_of, score
+from evaluation.generative_perplexity import CONVENTIONS
 from evaluation.judge import check_same_ids, describe_judge, fingerprint
 from evaluation.likelihood import Bound, check_bound, step_bound
+from evaluation.mauve import MauveReference
+from evaluation.measure import TROUBLE, draw_samples, measure
+from evaluation.memorisation import TrainingNgrams
 from evaluation.team import ALONE, Team
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
 from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig
 from modeling_mcd.generation_inputs_mdlm import check_interleaved, is_coupled
 from modeling_mcd.loading import reason_of
 from modeling_mcd.locking_mdlm import LOCKINGS
-from modeling_mcd.noise_mdlm import row_keys
 from modeling_mcd.sampling_mdlm import SAMPLERS, options_of
 
 
@@ -37,14 +37,14 @@ KEY = ("model", "steps", "temperature", "sampler", "locking")
 COMPARABLE = ("judge", "convention", "entropy_unit", "length")
 # What is held fixed over a table. With the key it identifies a row: evaluated again, a row is replaced.
 SETTINGS = (*COMPARABLE, "samples", "seeds", "precision", "vocabulary_words")
+# The N-step bound of a row; `bound_text` says of which text.
+BOUND = ("bound", "bound_se", "bound_blocks", "bound_text")
 # The samplers that take a number of steps, and the option that it is given as.
 STEPPED = {
     name: next(option for option in ("steps", "max_steps") if option in options_of(sampler))
     for name, sampler in SAMPLERS["absorbing"].items()
     if {"steps", "max_steps"} & set(options_of(sampler))
 }
-# Errors of one evaluation (no finite logits, no memory, ...), as opposed to mistakes in its settings.
-TROUBLE = (ValueError, ArithmeticError, RuntimeError)
 
 
 def step_option(sampler: str) -> str:
@@ -117,6 +117,9 @@ class EvaluationProtocol:
         entropy_unit: "tokens", "words" or "trigrams", see `unigram_entropy`.
         vocabulary: words that count as known, see `known_words`.
         batch_size: samples that are drawn and judged at a time. It changes neither samples nor figures.
+        second_judge: another causal language model and its tokenizer, which reads the samples' text too.
+        mauve_reference: held-out text that the samples are compared with by MAUVE.
+        training_ngrams: of the training text, to see what is copied from it.
 
     Raises:
         ValueError: names the setting at fault.
@@ -134,6 +137,9 @@ class EvaluationProtocol:
     entropy_unit: str = "tokens"
     vocabulary: set[str] | None = None
     batch_size: int = 32
+    second_judge: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+    mauve_reference: MauveReference | None = None
+    training_ngrams: TrainingNgrams | None = None
 
     def __post_init__(self):
         choices = {"convention": CONVENTIONS, "entropy_unit": ENTROPY_UNITS, "sampler": STEPPED}
@@ -201,6 +207,19 @@ class EvaluationProtocol:
         """The judge in one line. The first access hashes the judge's weights."""
         return describe_judge(self.judge)
 
+    @cached_property
+    def beside(self) -> dict:
+        """What the figures that are not always measured depend on; only those that are asked for. A row holds it too."""
+        asked = {}
+        if self.second_judge is not None:
+            asked["second_judge"] = describe_judge(self.second_judge[0])
+        if self.mauve_reference is not None:
+            asked["mauve_reference"] = self.mauve_reference.description
+            asked["mauve_text"] = digest_of(self.mauve_reference.features)
+        if self.training_ngrams is not None:
+            asked["training_text"] = self.training_ngrams.digest
+        return asked
+
     def settings(self, length: int, samples: int, seeds: int) -> dict:
         """The `SETTINGS` of a row."""
         return {
@@ -229,7 +248,8 @@ def evaluate_model(
 ) -> Iterator[dict]:
     """Yields a row for each locking, temperature and number of steps as soon as it is measured, so that the caller can save it.
 
-    A point that `known_rows` already holds for the same weights and protocol is left out. All points share their seeds: one
+    A point that `known_rows` already holds for the same weights and protocol is left out, unless it lacks a figure that is asked
+    for (MAUVE, a second judge, the n-grams of the training text): then it is sampled again, and keeps its bound. All points share their seeds: one
     seed gives related texts at every number of steps, so differences between points are less noisy than the figures.
     A figure that cannot be measured (NaN logits, nothing to score, an infinite perplexity) is None, and the row's `note` says
     why.
@@ -253,6 +273,7 @@ def evaluate_model(
     length = protocol.length or model.config.max_position_embeddings
     fixed = protocol.settings(length, protocol.samples, protocol.seeds)
     fixed |= {"weights": team.gather(fingerprint(model))[0]}
+    asked = fixed | protocol.beside
     text = None if bound_blocks is None else digest_of(bound_blocks)
     todo = []
     for locking in lockings_for(model.config, protocol.sampler, lockings):
@@ -260,8 +281,11 @@ def evaluate_model(
             for n in steps:
                 point = {"model": name, "steps": n, "temperature": temperature, "sampler": protocol.sampler_name}
                 point |= {"locking": locking}
-                known = next((row for row in known_rows if _holds(row, point | fixed)), None)
-                bounded = text is not None and temperature == 1 and (known or {}).get("bound_text") != text
+                earlier = next((row for row in known_rows if _holds(row, point | fixed)), None)
+                bounded = text is not None and temperature == 1 and (earlier or {}).get("bound_text") != text
+                known = earlier if earlier is not None and _holds(earlier, asked) else None
+                if earlier is not None and known is None:
+                    point |= {name: earlier[name] for name in BOUND if name in earlier}
                 if known is None or bounded:
                     todo.append((point, known, bounded))
     sampled = sum(known is None for _, known, _ in todo)
@@ -276,7 +300,7 @@ def evaluate_model(
                 return draw_samples(model, protocol, length, **at, seed=seed, share=share, on_batch=progress.update)
 
             if row is None:
-                row = point | measure(draw, protocol.seeds, protocol.samples, tokenizer, protocol, team) | fixed
+                row = point | measure(draw, protocol.seeds, protocol.samples, tokenizer, protocol, team) | asked
             if bounded:
                 how = protocol.generation_config(point["steps"], 1.0, length, 1, point["locking"])
                 bound, trouble = measure_bound(model, bound_blocks, how, protocol.batch_size, team, progress.update)
@@ -285,8 +309,8 @@ def evaluate_model(
             yield row
 
 
-def digest_of(blocks: torch.LongTensor) -> str:
-    """16 hexadecimal digits of blocks of text."""
+def digest_of(blocks: torch.Tensor) -> str:
+    """16 hexadecimal digits of blocks of text, or of any other tensor."""
     return hashlib.sha256(blocks.cpu().contiguous().numpy()).hexdigest()[:16]
 
 
@@ -336,6 +360,7 @@ def evaluate_held_out_text(
     """The row of held-out text: blocks [n, L] take the place of samples, so its point and `nfe` are None."""
     point = dict.fromkeys(KEY) | {"model": HELD_OUT_TEXT}
     fixed = protocol.settings(blocks.shape[1], samples=len(blocks), seeds=1) | {"text": digest_of(blocks)}
+    fixed |= protocol.beside
     known = next((row for row in known_rows if _holds(row, point | fixed)), None)
     if known is not None:
         return known
@@ -345,126 +370,3 @@ def evaluate_held_out_text(
 
     row = point | measure(draw, 1, len(blocks), tokenizer, protocol, team) | fixed
     return row | {"nfe": None}
-
-
-def draw_samples(
-    model: PreTrainedModel,
-    protocol: EvaluationProtocol,
-    length: int,
-    steps: int,
-    temperature: float,
-    locking: str,
-    seed: int,
-    share: range,
-    on_batch: Callable[[int], object] = lambda count: None,
-) -> tuple[torch.LongTensor, torch.Tensor]:
-    """The samples of a seed whose numbers are in `share`, on the CPU: ids [n, L] and forwards [n] of the network.
-
-    A sample depends only on its seed and number, not on the process that draws it or on the samples drawn with it.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    row_keys(share.start, generator)  # those of the samples before
-    sequences, forwards = [torch.empty(0, length, dtype=torch.long)], [torch.empty(0)]
-    for start in range(share.start, share.stop, protocol.batch_size):
-        count = min(protocol.batch_size, share.stop - start)
-        options = protocol.generation_config(steps, temperature, length, count, locking)
-        output = model.generate(generation_config=options, generator=generator)
-        sequences.append(output.sequences.cpu())
-        forwards.append(output.nfe.cpu())
-        on_batch(count)
-    return torch.cat(sequences), torch.cat(forwards)
-
-
-def measure(
-    draw: Callable[[int, range], tuple[torch.Tensor, torch.Tensor]],
-    seeds: int,
-    count: int,
-    tokenizer: PreTrainedTokenizerBase,
-    protocol: EvaluationProtocol,
-    team: Team,
-) -> dict:
-    """The figures, `nfe`, `example` and `note` of a row.
-
-    Args:
-        draw: (seed, the numbers of some of its `count` samples) -> ids [n, L] and forwards [n].
-    """
-    by_seed, notes, nfe, example = [], [], [], None
-    for seed in range(seeds):
-        samples, forwards, trouble = _samples(draw, seed, count, tokenizer, protocol, team)
-        if samples is None:
-            by_seed.append(over_seeds([]))
-            notes.append(trouble)
-            continue
-        figures, why = figures_of(samples, protocol)
-        by_seed.append(figures)
-        notes += why
-        nfe.append(forwards)
-        if seed == 0:
-            example = samples.text[0].strip()
-    mean_nfe = statistics.fmean(nfe) if len(nfe) == seeds else None
-    note = "; ".join(dict.fromkeys(notes)) or None
-    return {"nfe": mean_nfe} | over_seeds(by_seed) | {"example": example, "note": note}
-
-
-def _samples(draw, seed, count, tokenizer, protocol, team) -> tuple[Samples | None, float | None, str | None]:
-    """The samples of one seed with their scores, and the mean number of forwards; or None, None and what went wrong.
-
-    An error in one process counts for all: whatever happens, every process takes part in every exchange.
-    """
-    ids = forwards = scores = trouble = None
-    try:
-        ids, forwards = draw(seed, team.share(count))
-        scores = score(
-            judged_form(ids, tokenizer, protocol),
-            protocol.judge,
-            protocol.judge_tokenizer,
-            protocol.convention,
-            protocol.batch_size,
-        )
-    except TROUBLE as error:
-        trouble = reason_of(error)
-    parts = team.gather((ids, forwards, scores, trouble))
-    troubles = [part[3] for part in parts if part[3] is not None]
-    if any(part[0] is None for part in parts):
-        return None, None, troubles[0]
-    judged = None
-    try:
-        if not troubles:
-            nll, tokens = (torch.cat(of_all) for of_all in zip(*(part[2] for part in parts), strict=True))
-            judged = perplexity_of(nll, tokens, protocol.convention)
-    except TROUBLE as error:
-        troubles.append(reason_of(error))
-    ids = torch.cat([part[0] for part in parts])
-    specials = special_strings(tokenizer)
-    text = [_replace(text, specials, " ") for text in tokenizer.batch_decode(ids)]
-    ids = ids.tolist()
-    units = ids if protocol.entropy_unit == "tokens" else text
-    forwards = torch.cat([part[1] for part in parts]).double().mean().item()
-    return Samples(ids, text, units, judged, troubles[0] if troubles else None), forwards, None
-
-
-def judged_form(
-    ids: torch.LongTensor, tokenizer: PreTrainedTokenizerBase, protocol: EvaluationProtocol
-) -> list[str] | torch.LongTensor:
-    """Samples [n, L] as the judge reads them: ids, or texts with the judge's EOS in place of the model's BOS and EOS.
-
-    If the judge's tokenizer adds a BOS by itself, the mark at the start of a text is left out.
-    """
-    if protocol.convention == "raw_ids":
-        return ids
-    end_of_text = protocol.judge_tokenizer.eos_token or " "
-    specials = special_strings(tokenizer)
-    texts = [_replace(text, specials, end_of_text) for text in tokenizer.batch_decode(ids)]
-    if protocol.judge_tokenizer("")["input_ids"]:
-        return [text.removeprefix(end_of_text) for text in texts]
-    return texts
-
-
-def special_strings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    return {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
-
-
-def _replace(text: str, specials: set[str], replacement: str) -> str:
-    for special in specials:
-        text = text.replace(special, replacement)
-    return text

@@ -9,7 +9,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from evaluation.diversity import distinct_n, known_words, unigram_entropy
+import torch
+
+from evaluation.diversity import distinct_n, known_words, rep_n, self_bleu, unigram_entropy, unique_share
 from evaluation.generative_perplexity import GenerativePerplexity
 
 
@@ -22,6 +24,8 @@ class Samples:
         text: each sample decoded, BOS and EOS replaced by a space.
         units: ids or text, whichever the protocol's `entropy_unit` counts.
         judge: the judge's scores; None if there are none, and `trouble` says why.
+        second: those of the second judge; None if there is none.
+        features: hidden states [n, d] for MAUVE; None if it is not asked for.
         answers: to the questions that were asked, if any were.
     """
 
@@ -30,6 +34,8 @@ class Samples:
     units: Sequence
     judge: GenerativePerplexity | None
     trouble: str | None = None
+    second: GenerativePerplexity | None = None
+    features: torch.Tensor | None = None
     answers: Sequence["Answer"] | None = None
 
 
@@ -103,6 +109,46 @@ FIGURES = (
         "{:.1%}".format,
         "known words",
     ),
+    Figure("rep_2", "units", lambda units, _: rep_n(units, 2)),
+    Figure("rep_3", "units", lambda units, _: rep_n(units, 3)),
+    Figure("rep_4", "units", lambda units, _: rep_n(units, 4), "{:.1%}".format, "rep-4"),
+    Figure(
+        "self_bleu",
+        "units",
+        lambda units, _: self_bleu(units) if len(units) > 1 else None,
+        title="self-BLEU",
+        grows=True,
+    ),
+    Figure("unique_share", "units", lambda units, _: unique_share(units), "{:.1%}".format, "unique", grows=True),
+    # What follows is measured where it is asked for.
+    Figure(
+        "memorised_8",
+        "text",
+        lambda text, protocol: protocol.training_ngrams and protocol.training_ngrams.share(text, 8),
+        "{:.2%}".format,
+        "8-grams of the training text",
+    ),
+    Figure(
+        "memorised_13",
+        "text",
+        lambda text, protocol: protocol.training_ngrams and protocol.training_ngrams.share(text, 13),
+    ),
+    Figure(
+        "mauve",
+        "features",
+        lambda features, protocol: protocol.mauve_reference.compare(features).mauve,
+        title="MAUVE",
+        spread=True,
+        grows=True,
+    ),
+    Figure(
+        "second_gen_ppl",
+        "second",
+        lambda judged, _: judged.perplexity,
+        format_perplexity,
+        "Gen-PPL of the second judge",
+        spread=True,
+    ),
 )
 
 
@@ -135,7 +181,7 @@ def figures_of(
         figures[figure.name] = None
         source = getattr(samples, figure.reads)
         if source is None:
-            notes.append(samples.trouble)
+            notes += [samples.trouble] if samples.trouble else []
             continue
         try:
             value = figure.function(source, protocol)

@@ -126,8 +126,8 @@ class EvaluationArguments:
             **{name: getattr(self, PREFIX + name) for name in names},
         )
 
-    def protocol(self, judge, judge_tokenizer, vocabulary: set[str] | None = None) -> EvaluationProtocol:
-        """The evaluation protocol that these options describe, with a loaded judge."""
+    def protocol(self, judge, judge_tokenizer, vocabulary: set[str] | None = None, **beside) -> EvaluationProtocol:
+        """The evaluation protocol that these options describe, with a loaded judge; `beside`: other arguments of it."""
         names = ("samples", "seeds", "length", "sampler", "last_step", "precision", "batch_size")
         return EvaluationProtocol(
             judge,
@@ -136,4 +136,5 @@ class EvaluationArguments:
             entropy_unit=self.entropy_unit,
             vocabulary=vocabulary,
             **{name: getattr(self, PREFIX + name) for name in names},
+            **beside,
         )

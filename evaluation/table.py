@@ -138,6 +138,10 @@ def _caption(rows: list[dict], target: dict | None, swept: bool) -> str:
             f" Bound: nats per token of {' or '.join(map(str, bounds))} held-out blocks, an upper bound on -log p of this "
             "sampler with its steps, ± the standard error over blocks; differences on the same blocks are much surer."
         )
+    if row.get("second_judge") is not None:
+        caption += f" Second judge: {row['second_judge']}; text re-tokenised by it."
+    if row.get("mauve_reference") is not None:
+        caption += f" MAUVE: hidden states of {row['mauve_reference']}; its ceiling is the figure of held-out text."
     if target is not None:
         same = target["samples"] == row["samples"]
         others = [f for f in _others() if target.get(f.name) is not None and (same or not f.grows)]

@@ -151,16 +151,6 @@ def test_what_cannot_be_scored_is_refused_by_name(judge, tokenizer):
         generative_perplexity(["ab"], judge, tokenizer, convention="macro")
 
 
-def test_the_evaluate_module_gives_the_same_figure(judge, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
-    evaluate = pytest.importorskip("evaluate")
-    judge.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    path = Path(__file__).parents[1] / "evaluation" / "metrics" / "gen_ppl.py"
-    result = evaluate.load(str(path)).compute(predictions=TEXTS, judge=str(tmp_path))
-    assert result["gen_ppl"] == pytest.approx(generative_perplexity(TEXTS, judge, tokenizer).perplexity)
-
-
 def test_unigram_entropy_of_known_counts():
     assert unigram_entropy([[7, 7, 7, 7]]) == 0
     assert unigram_entropy([range(8)]) == pytest.approx(math.log(8))
