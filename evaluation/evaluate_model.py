@@ -245,6 +245,7 @@ def evaluate_model(
     team: Team = ALONE,
     lockings: Sequence[str] = (FIRST_LOCKING,),
     bound_blocks: torch.LongTensor | None = None,
+    keep_scores: bool = False,
 ) -> Iterator[dict]:
     """Yields a row for each locking, temperature and number of steps as soon as it is measured, so that the caller can save it.
 
@@ -259,6 +260,7 @@ def evaluate_model(
         lockings: some of `EVALUATED_LOCKINGS`, see `lockings_for`.
         bound_blocks: held-out blocks [n, L] in the model's tokens: rows at temperature 1 get the N-step bound on them too
             (`step_bound`), a known row without any new sample.
+        keep_scores: whether a row that is sampled holds the scores of its samples too, as `scores`, see `measure`.
 
     Yields:
         dict: the figures of `FIGURES` (means over seeds), `gen_ppl_std` (sample standard deviation over seeds; None for
@@ -288,22 +290,30 @@ def evaluate_model(
                     point |= {name: earlier[name] for name in BOUND if name in earlier}
                 if known is None or bounded:
                     todo.append((point, known, bounded))
-    sampled = sum(known is None for _, known, _ in todo)
-    total = sampled * sum(len(team.share(protocol.samples)) for _ in range(protocol.seeds))
-    total += sum(bounded for *_, bounded in todo) * (0 if text is None else len(team.share(len(bound_blocks))))
-    with tqdm(total=total, desc=name, unit="text", disable=not todo or team.rank > 0) as progress:
+    # In forwards of one text, so that the time left is about right: 32 steps take as long as 16 times 2.
+    texts = len(team.share(protocol.samples)) * protocol.seeds
+    blocks = 0 if text is None else len(team.share(len(bound_blocks)))
+    total = sum(point["steps"] * (texts * (row is None) + blocks * bounded) for point, row, bounded in todo)
+    with tqdm(total=total, desc=name, unit="forward", disable=not todo or team.rank > 0) as progress:
         for point, row, bounded in todo:
             at = {key: point[key] for key in ("steps", "temperature", "locking")}
             progress.set_postfix(at)
 
-            def draw(seed: int, share: range, at: dict = at) -> tuple[torch.Tensor, torch.Tensor]:
-                return draw_samples(model, protocol, length, **at, seed=seed, share=share, on_batch=progress.update)
+            def advance(count: int, steps: int = point["steps"]):
+                progress.update(count * steps)
+
+            def draw(
+                seed: int, share: range, at: dict = at, advance: Callable = advance
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+                return draw_samples(model, protocol, length, **at, seed=seed, share=share, on_batch=advance)
 
             if row is None:
-                row = point | measure(draw, protocol.seeds, protocol.samples, tokenizer, protocol, team) | asked
+                scores = [] if keep_scores else None
+                figures = measure(draw, protocol.seeds, protocol.samples, tokenizer, protocol, team, scores)
+                row = point | figures | asked | ({"scores": scores} if scores else {})
             if bounded:
                 how = protocol.generation_config(point["steps"], 1.0, length, 1, point["locking"])
-                bound, trouble = measure_bound(model, bound_blocks, how, protocol.batch_size, team, progress.update)
+                bound, trouble = measure_bound(model, bound_blocks, how, protocol.batch_size, team, advance)
                 note = "; ".join(filter(None, dict.fromkeys((row["note"], trouble)))) or None
                 row = row | bound | {"bound_text": text, "note": note}
             yield row

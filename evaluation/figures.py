@@ -26,6 +26,7 @@ class Samples:
         judge: the judge's scores; None if there are none, and `trouble` says why.
         second: those of the second judge; None if there is none.
         features: hidden states [n, d] for MAUVE; None if it is not asked for.
+        seconds: that one process took to draw a sample, the mean.
         answers: to the questions that were asked, if any were.
     """
 
@@ -36,6 +37,7 @@ class Samples:
     trouble: str | None = None
     second: GenerativePerplexity | None = None
     features: torch.Tensor | None = None
+    seconds: float | None = None
     answers: Sequence["Answer"] | None = None
 
 
@@ -119,7 +121,7 @@ FIGURES = (
         title="self-BLEU",
         grows=True,
     ),
-    Figure("unique_share", "units", lambda units, _: unique_share(units), "{:.1%}".format, "unique", grows=True),
+    Figure("unique_share", "units", lambda units, _: unique_share(units), "{:.1%}".format, grows=True),
     # What follows is measured where it is asked for.
     Figure(
         "memorised_8",

@@ -28,9 +28,9 @@ EVERY = sys.maxsize  # blocks
 THE_JUDGE = "the judge"  # what MAUVE's features come from where no other model is named
 
 
-def add_models(parser: argparse.ArgumentParser):
+def add_models(parser: argparse.ArgumentParser, nargs: str = "+"):
     parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="Folder or Hub name (`@revision`); `label=MODEL` names its rows."
+        "models", nargs=nargs, metavar="MODEL", help="Folder or Hub name (`@revision`); `label=MODEL` names its rows."
     )
     parser.add_argument(
         "--rounds", action="store_true", help="MODEL is a run's output folder: judge its teacher and every round."
@@ -40,10 +40,14 @@ def add_models(parser: argparse.ArgumentParser):
     )
 
 
-def add_evaluation_arguments(parser: argparse.ArgumentParser, required: tuple[str, ...], **defaults):
-    """The options of `EvaluationArguments`: by their names in a recipe, and without the prefix."""
+def add_evaluation_arguments(
+    parser: argparse.ArgumentParser, required: tuple[str, ...], leave_out: tuple[str, ...] = (), **defaults
+):
+    """The options of `EvaluationArguments`: by their names in a recipe, and without the prefix; `leave_out` some."""
     hints = get_type_hints(EvaluationArguments)
     for option in dataclasses.fields(EvaluationArguments):
+        if option.name in leave_out:
+            continue
         hint = next((kind for kind in get_args(hints[option.name]) if get_origin(kind) is Literal), hints[option.name])
         settings = {}
         if get_origin(hint) is Literal:
@@ -150,7 +154,7 @@ def judge_models(
                 answers.check(tokenizers[name], config, **grid)
             if protocol is not None:
                 protocol.check(tokenizers[name], config, **grid, bound=arguments.evaluation_bound > 0)
-        reports.append(RunReport(folder, protocol, **grid, team=team, answers=answers))
+        reports.append(RunReport(folder, protocol, **grid, team=team, answers=answers, keep_scores=True))
     folder.mkdir(parents=True, exist_ok=True)
 
     # The rows of the folder's own model go into its card; a run's output folder holds the last round's student.

@@ -184,8 +184,7 @@ def _spread_start(rows: torch.Tensor, clusters: int, generator: torch.Generator)
 def curve_area(p: torch.Tensor, q: torch.Tensor, scale: float = SCALE, points: int = POINTS) -> float:
     """Area under the divergence curve of two histograms [k] that add up to 1.
 
-    The curve goes through (exp(-c KL(q | r)), exp(-c KL(p | r))) for r = w p + (1 - w) q, w from 0 to 1. The area is the mean of
-    those towards either axis.
+    The curve goes through (exp(-c KL(q | r)), exp(-c KL(p | r))) for r = w p + (1 - w) q, w from 0 to 1.
     """
     weights = torch.linspace(1e-6, 1 - 1e-6, points, dtype=torch.float64)[:, None]
     mixture = weights * p + (1 - weights) * q
@@ -193,12 +192,7 @@ def curve_area(p: torch.Tensor, q: torch.Tensor, scale: float = SCALE, points: i
     # From (1, 0), where the mixture is q, to (0, 1).
     x = torch.cat([torch.tensor([1.0]), x, torch.tensor([0.0])])
     y = torch.cat([torch.tensor([0.0]), y, torch.tensor([1.0])])
-    return ((_area(x, y) + _area(y, x)) / 2).item()
-
-
-def _area(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    order = x.argsort(stable=True)
-    return torch.trapezoid(y[order], x[order])
+    return torch.trapezoid(x, y).item()
 
 
 def _divergence(p: torch.Tensor, mixture: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """The figures of one row: its samples are drawn, read by the judges and counted. All processes share the work."""
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from evaluation.diversity import sample_entropies
 from evaluation.figures import Samples, figures_of, over_seeds
 from evaluation.generative_perplexity import perplexity_of, score
 from evaluation.team import Team
@@ -54,11 +56,14 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     protocol,
     team: Team,
+    scores: list[dict] | None = None,
 ) -> dict:
     """The figures, `nfe`, `example` and `note` of a row.
 
     Args:
         draw: (seed, the numbers of some of its `count` samples) -> ids [n, L] and forwards [n].
+        scores: a list that gets the scores of each seed's samples: nats, tokens, entropy and trigram entropy of each, and
+            the seconds that it took to draw one. A seed without a judge's scores gets none.
     """
     by_seed, notes, nfe, example = [], [], [], None
     for seed in range(seeds):
@@ -71,11 +76,23 @@ def measure(
         by_seed.append(figures)
         notes += why
         nfe.append(forwards)
+        if scores is not None and samples.judge is not None and samples.judge.nll.isfinite().all():
+            scores.append(_scores_of(samples, protocol))
         if seed == 0:
             example = samples.text[0].strip()
     mean_nfe = statistics.fmean(nfe) if len(nfe) == seeds else None
     note = "; ".join(dict.fromkeys(notes)) or None
     return {"nfe": mean_nfe} | over_seeds(by_seed) | {"example": example, "note": note}
+
+
+def _scores_of(samples: Samples, protocol) -> dict:
+    return {
+        "nll": samples.judge.nll.tolist(),
+        "tokens": samples.judge.tokens.tolist(),
+        "entropy": sample_entropies(samples.units, protocol.entropy_unit),
+        "trigram_entropy": sample_entropies(samples.text, "trigrams"),
+        "seconds": samples.seconds,
+    }
 
 
 def _samples(draw, seed, count, tokenizer, protocol, team) -> tuple[Samples | None, float | None, str | None]:
@@ -84,11 +101,14 @@ def _samples(draw, seed, count, tokenizer, protocol, team) -> tuple[Samples | No
     An error in one process counts for all: whatever happens, every process takes part in every exchange.
     """
     ids = forwards = features = trouble = None
+    seconds = 0.0
     judges = [(protocol.judge, protocol.judge_tokenizer, protocol.convention)]
     judges += [(*protocol.second_judge, "retokenized")] if protocol.second_judge is not None else []
     scores = []
     try:
+        start = time.perf_counter()
         ids, forwards = draw(seed, team.share(count))
+        seconds = time.perf_counter() - start
         for judge, judge_tokenizer, convention in judges:
             read = judged_form(ids, tokenizer, judge_tokenizer, convention)
             scores.append(score(read, judge, judge_tokenizer, convention, protocol.batch_size))
@@ -96,7 +116,7 @@ def _samples(draw, seed, count, tokenizer, protocol, team) -> tuple[Samples | No
             features = protocol.mauve_reference.features_of(plain_texts(ids, tokenizer))
     except TROUBLE as error:
         trouble = reason_of(error)
-    parts = team.gather((ids, forwards, scores, features, trouble))
+    parts = team.gather((ids, forwards, scores, features, seconds, trouble))
     troubles = [part[-1] for part in parts if part[-1] is not None]
     if any(part[0] is None for part in parts):
         return None, None, troubles[0]
@@ -118,6 +138,7 @@ def _samples(draw, seed, count, tokenizer, protocol, team) -> tuple[Samples | No
         trouble=troubles[0] if troubles else None,
         second=judged[1] if len(judged) > 1 else None,
         features=torch.cat(of_all) if of_all and not troubles else None,
+        seconds=sum(part[4] for part in parts) / count,
     )
     return samples, torch.cat([part[1] for part in parts]).double().mean().item(), None
 

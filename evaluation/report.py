@@ -18,6 +18,7 @@ from evaluation.evaluate_model import (
 from evaluation.model_card import write_model_card
 from evaluation.plot import write_plot
 from evaluation.results import load_report, report_lock, save_results
+from evaluation.scores import save_scores
 from evaluation.table import markdown_table
 from evaluation.team import ALONE, Team
 from modeling_mcd.adapters import ADAPTER_CONFIG
@@ -58,6 +59,7 @@ class RunReport:
         bound_blocks: held-out blocks [n, L] for the N-step bound, see `evaluate_model`.
         team: the processes that share the work. All call the same methods in the same order; the first one writes.
         answers: of questions, each of whose answers is right or wrong; None if nothing is asked.
+        keep_scores: whether the scores of single samples are kept beside the report, see `scores.py`.
     """
 
     def __init__(
@@ -70,10 +72,11 @@ class RunReport:
         lockings: Sequence[str] = (FIRST_LOCKING,),
         bound_blocks: torch.LongTensor | None = None,
         answers: AnswerProtocol | None = None,
+        keep_scores: bool = False,
     ):
         self.folder, self.protocol, self.team = Path(folder), protocol, team
         self.steps, self.temperatures, self.lockings = steps, temperatures, lockings
-        self.bound_blocks, self.answers = bound_blocks, answers
+        self.bound_blocks, self.answers, self.keep_scores = bound_blocks, answers, keep_scores
 
     def judge_text(self, blocks: torch.LongTensor, tokenizer: PreTrainedTokenizerBase):
         """Adds the row of held-out text, blocks [n, L], unless it is there."""
@@ -101,7 +104,10 @@ class RunReport:
         of_model = name, model, tokenizer
         if self.protocol is not None:
             known = {"known_rows": self.known_rows(), "bound_blocks": self.bound_blocks}
-            for row in evaluate_model(*of_model, self.protocol, **grid, **known):
+            for row in evaluate_model(*of_model, self.protocol, **grid, **known, keep_scores=self.keep_scores):
+                scores = row.pop("scores", None)
+                if scores is not None and self.team.rank == 0:  # first: a row that is saved is not measured again
+                    save_scores(self.folder, row, scores)
                 self.save([row], label=label)
         if self.answers is not None:
             for row in evaluate_answers(*of_model, self.answers, **grid, known_rows=self.known_answers()):

@@ -28,6 +28,7 @@ from evaluation.judging import (
 from evaluation.model_card import BESIDE, is_ours
 from evaluation.report import MODELS
 from evaluation.sequence_nelbo import EVEN
+from evaluation.team import launched_team
 from evaluation.text import check_blocks
 from evaluation.zero_shot import (
     HELP,
@@ -97,8 +98,12 @@ def main(arguments: list[str] | None = None):
 
 def run(options: argparse.Namespace):
     """Raises ValueError or OSError before the first sample is drawn and the first byte written."""
-    report, own_label = judge_models(options, [judging_of(options)])
-    print(report.write(label=own_label))
+    with launched_team() as team:
+        report, own_label = judge_models(options, [judging_of(options)], team)
+        table = report.write(label=own_label)
+    if team.rank > 0:
+        return
+    print(table)
     folder = report.folder
     plots = [name for name in ("eval.png", "answers.png") if (folder / name).exists()]
     print(f"\nSaved in {folder}: {', '.join(['eval.json', 'eval.md', *plots])}")

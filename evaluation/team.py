@@ -1,8 +1,16 @@
 """The processes that share the work of one evaluation."""
 
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
 
 class Team:
-    """One process alone. A team of several has the same four members, see `trainers/runs/rounds.py`."""
+    """One process alone. A team of several has the same four members."""
 
     rank, size = 0, 1
 
@@ -16,3 +24,35 @@ class Team:
 
 
 ALONE = Team()
+
+
+class Ranks(Team):
+    """All processes of a launch. They exchange their results through a group of their own, on the CPU.
+
+    A group's timeout applies to each of its exchanges, and training wants a short one. Here a process may have to wait for as
+    long as another one judges, so this group has the longest timeout that gloo can count (milliseconds in 32 bits).
+    """
+
+    def __init__(self):
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=24))
+
+    def gather(self, part) -> list:
+        parts = [None] * self.size
+        dist.all_gather_object(parts, part, group=self.group)
+        return parts
+
+
+@contextlib.contextmanager
+def launched_team() -> Iterator[Team]:
+    """The processes that `accelerate launch` or `torchrun` started, each with a GPU of its own if there are any; else `ALONE`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("gloo")
+    try:
+        yield Ranks()
+    finally:
+        dist.destroy_process_group()

@@ -49,7 +49,7 @@ def take_hub_api(training: TrainingArguments) -> HfApi | None:
 def push_to_hub(training: TrainingArguments, api: HfApi):
     """Uploads the output folder, without its checkpoints. If that fails, prints the command to try again."""
     repository = training.hub_model_id
-    ignored = ["checkpoint-*", "teacher/*", "round-*", "runs/*", "run.json", ".*"]
+    ignored = ["checkpoint-*", "teacher/*", "round-*", "runs/*", "scores/*", "run.json", ".*"]
     try:
         api.create_repo(repository, private=training.hub_private_repo, exist_ok=True)
         url = api.upload_folder(

@@ -2,12 +2,10 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence, Sized
-from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils import logging
@@ -17,7 +15,7 @@ from evaluation.evaluate_model import FIRST_LOCKING
 from evaluation.figures import FIGURES
 from evaluation.judge import load_judge
 from evaluation.options import EvaluationArguments
-from evaluation.team import ALONE, Team
+from evaluation.team import ALONE, Ranks
 from modeling_mcd.loading import reason_of
 from trainers.runs.text_blocks import TextArguments
 
@@ -26,23 +24,6 @@ logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 HELD_OUT_BLOCKS = 512  # judged, evenly spread over the validation set
-
-
-class Ranks(Team):
-    """All processes of a run. They exchange their results through a group of their own, on the CPU.
-
-    A group's timeout applies to each of its exchanges, and training wants a short one. Here a process may have to wait for as
-    long as another one judges, so this group has the longest timeout that gloo can count (milliseconds in 32 bits).
-    """
-
-    def __init__(self):
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=24))
-
-    def gather(self, part) -> list:
-        parts = [None] * self.size
-        dist.all_gather_object(parts, part, group=self.group)
-        return parts
 
 
 @contextlib.contextmanager
