@@ -54,6 +54,7 @@ setup(
             "mcd-pretrain=trainers.run_mdlm:main",
             "mcd-judge=trainers.run_judge:main",
             "mcd-evaluate=evaluation.run_eval:main",
+            "mcd-frontier=evaluation.run_frontier:main",
             "mcd-plan=evaluation.search_plan:main",
             "mcd-lm-eval=evaluation.lm_eval_adapter:main",
             "mcd-generate=modeling_mcd.generate_text:main",

@@ -160,9 +160,8 @@ def judge_models(
     # The rows of the folder's own model go into its card; a run's output folder holds the last round's student.
     own = folder.resolve() == Path(first).resolve()
     own_label = list(labelled_paths(options.models[:1], options.rounds))[-1] if own else None
-    for report in reports:
-        if reference:
-            report.judge_text(blocks, tokenizers[label])
+    if reference and judge is not None:
+        reports[0].judge_text(blocks, tokenizers[label])
     for name, path in paths.items():
         model = load_model(path).to(device)
         for report, arguments in zip(reports, protocols, strict=True):

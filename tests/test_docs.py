@@ -52,6 +52,7 @@ SMALL = {
     "evaluation.search_plan": "--steps 2 --blocks 4 --grid 4",
     "evaluation.run_eval": "--samples 2 --seeds 1 --batch_size 2 --steps 2",
     "evaluation.run_eval --bound": "--samples 2 --seeds 1 --batch_size 2 --steps 2 --bound 2",
+    "evaluation.run_frontier": "--samples 2 --seeds 2 --batch_size 2 --steps 2 --bound 2",
     "evaluation.run_eval --perplexity": "--windows 2 --draws 2",
 }
 
@@ -196,7 +197,7 @@ NOT_RUN = 29
 
 def test_console_scripts_start_functions_that_exist():
     scripts = console_scripts()
-    names = ("distill", "pretrain", "judge", "evaluate", "plan", "generate", "chat", "convert")
+    names = ("distill", "pretrain", "judge", "evaluate", "frontier", "plan", "generate", "chat", "convert")
     assert {f"mcd-{name}" for name in names} == set(scripts)
     for target in scripts.values():
         module, function = target.split(":")

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_run import run_python
 
-from evaluation import run_eval, search_plan
+from evaluation import run_eval, run_frontier, search_plan
 from modeling_mcd import chat, convert_checkpoints, generate_text
 from modeling_mcd.command_line import line_of, one_line_errors
 
@@ -67,9 +67,10 @@ def test_a_fault_of_ours_keeps_its_traceback():
         (chat.parser, ["MODEL"]),
         (convert_checkpoints.parser, ["SOURCE", "OUT"]),
         (run_eval.parser, ["MODEL", "--steps"]),
+        (run_frontier.parser, []),
         (search_plan.parser, ["MODEL", "--text"]),
     ],
-    ids=["mcd-generate", "mcd-chat", "mcd-convert", "mcd-evaluate", "mcd-plan"],
+    ids=["mcd-generate", "mcd-chat", "mcd-convert", "mcd-evaluate", "mcd-frontier", "mcd-plan"],
 )
 def test_help_is_short_and_says_what_is_required(parser, required, capsys, monkeypatch):
     """A line or two for each option; those of the recipes' commands: test_recipe.py."""
