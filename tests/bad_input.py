@@ -665,7 +665,7 @@ def recipes(world: World) -> list[Case]:
                      "tokenizer": str(world.tokenizer_folder), "train_text": str(world.text)}, "lr_scheduler_kwargs", "foo"),
         ("run_mcd", {"hub_model_id": "a/b/c", "push_to_hub": True}, "hub_model_id", "a/b/c"),
         ("run_mcd", {"hub_model_id": "tiny", "push_to_hub": True}, "hub_model_id", "tiny"),
-        ("run_mcd", {"hub_strategy": "every_save", "push_to_hub": True, "hub_model_id": "a/b"}, "hub_strategy"),
+        ("run_mcd", {"hub_strategy": "checkpoint", "push_to_hub": True, "hub_model_id": "a/b"}, "hub_strategy"),
         ("run_mcd", {"trainer": "sdtt", "teacher_steps": 600, "delta": 0.002, "num_rounds": 1}, "teacher_steps", "600"),
         ("run_mdlm", {"model": str(world.teacher), "hidden_size": 64}, "hidden_size", "64", "model"),
         ("run_mdlm", {"model": str(world.teacher), "noise_schedule": "cosine"}, "noise_schedule", "cosine", "model"),

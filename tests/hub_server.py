@@ -1,6 +1,6 @@
 """A Hub on this machine, for tests: the real client creates a repository, uploads a folder, and loads a model from it.
 
-Only what that takes, over LFS (the client needs HF_HUB_DISABLE_XET=1). Everything is in memory, on 127.0.0.1.
+Only what that takes, over LFS (the client needs HF_HUB_DISABLE_XET=1), and branches. Everything is in memory, on 127.0.0.1.
 """
 
 import base64
@@ -31,6 +31,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             for pattern, status in self.server.broken.items():
                 if re.fullmatch(pattern, request):
+                    if status == CUT:
+                        self.server.requests.append((request, status))
+                        self.close_connection = True
+                        return
                     raise Refusal(status, "Broken")
             for pattern, (needs_token, route) in ROUTES.items():
                 if match := re.fullmatch(pattern, request):
@@ -72,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
         commits = self.server.commits.get(name)
         if commits is None or (self.server.private[name] and not self.has_token()):
             raise Refusal(404, "RepoNotFound")
-        commit = list(commits)[-1] if revision in (None, "main") else revision
+        commit = self.server.branches[name].get(revision or "main", revision)
         if commit not in commits:
             raise Refusal(404, "RevisionNotFound")
         return commit, commits[commit]
@@ -96,7 +100,14 @@ class Handler(BaseHTTPRequestHandler):
         yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
         return {"errors": [], "warnings": []}, {}
 
-    def choose_upload_modes(self, body, name):
+    def create_branch(self, body, name, branch):
+        commit, _ = self.commit_of(name, "main")
+        if branch in self.server.branches[name]:
+            raise Refusal(409, "BranchExists")
+        self.server.branches[name][branch] = commit
+        return {}, {}
+
+    def choose_upload_modes(self, body, name, revision):
         modes = {True: "lfs", False: "regular"}
         files = [(file["path"], modes[file["path"].endswith(".safetensors")]) for file in json.loads(body)["files"]]
         return {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in files]}, {}
@@ -114,15 +125,15 @@ class Handler(BaseHTTPRequestHandler):
         self.server.large_files[digest] = body
         return b"", {}
 
-    def commit(self, body, name):
-        files = dict(self.commit_of(name, "main")[1])
+    def commit(self, body, name, revision):
+        files = dict(self.commit_of(name, revision)[1])
         for entry in map(json.loads, body.splitlines()):
             value = entry["value"]
             if entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.server.large_files[value["oid"]]
-        commit = self.server.add_commit(name, files)
+        commit = self.server.add_commit(name, files, revision)
         return {"commitUrl": f"{self.server.endpoint}/{name}/commit/{commit}", "commitOid": commit}, {}
 
     def describe(self, body, name, revision=None):
@@ -139,15 +150,17 @@ class Handler(BaseHTTPRequestHandler):
         return files[path], {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"'}
 
 
+CUT = "cut"  # in place of a status: the connection ends without an answer
 NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
 ROUTES = {  # request -> whether only the owner's token opens it, and what answers
     r"GET /api/whoami-v2": (True, Handler.name_the_user),
     r"POST /api/repos/create": (True, Handler.create_repository),
     r"POST /api/validate-yaml": (False, Handler.validate_card),
-    rf"POST /api/models/{NAME}/preupload/main": (True, Handler.choose_upload_modes),
+    rf"POST /api/models/{NAME}/branch/(?P<branch>[^/]+)": (True, Handler.create_branch),
+    rf"POST /api/models/{NAME}/preupload/{REVISION}": (True, Handler.choose_upload_modes),
     rf"POST /{NAME}\.git/info/lfs/objects/batch": (True, Handler.offer_large_uploads),
     r"PUT /large-files/(?P<digest>[0-9a-f]{64})": (False, Handler.take_large_file),
-    rf"POST /api/models/{NAME}/commit/main": (True, Handler.commit),
+    rf"POST /api/models/{NAME}/commit/{REVISION}": (True, Handler.commit),
     rf"GET /api/models/{NAME}(/revision/{REVISION})?": (False, Handler.describe),
     rf"(GET|HEAD) /{NAME}/resolve/{REVISION}/(?P<path>.+)": (False, Handler.send_file),
 }
@@ -157,16 +170,24 @@ class HubServer(ThreadingHTTPServer):
     """`with HubServer() as hub:` answers at `hub.endpoint`.
 
     Attributes:
-        commits: repository -> commit -> path -> content, the newest commit last.
+        commits: repository -> commit -> path -> content, in the order in which they came.
+        branches: repository -> branch -> its newest commit.
         private: repository -> whether only the owner may see it.
         requests: ("METHOD /path", status) of every request so far.
-        broken: regular expression for "METHOD /path" -> status with which such requests fail; may change at any time.
+        broken: regular expression for "METHOD /path" -> status with which such requests fail, or `CUT`; may change at any time.
     """
 
     def __init__(self, token: str, user: str = "user"):
         super().__init__(("127.0.0.1", 0), Handler)
         self.token, self.user, self.endpoint = token, user, f"http://127.0.0.1:{self.server_address[1]}"
-        self.commits, self.private, self.large_files, self.requests, self.broken = {}, {}, {}, [], {}
+        self.commits, self.branches, self.private, self.large_files, self.requests, self.broken = (
+            {},
+            {},
+            {},
+            {},
+            [],
+            {},
+        )
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -176,11 +197,12 @@ class HubServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def add_commit(self, name: str, files: dict[str, bytes]) -> str:
+    def add_commit(self, name: str, files: dict[str, bytes], branch: str = "main") -> str:
         commits = self.commits.setdefault(name, {})
         commit = hashlib.sha1(f"{name} {len(commits)}".encode()).hexdigest()
         commits[commit] = files
+        self.branches.setdefault(name, {})[branch] = commit
         return commit
 
-    def files(self, name: str) -> dict[str, bytes]:
-        return list(self.commits[name].values())[-1]
+    def files(self, name: str, branch: str = "main") -> dict[str, bytes]:
+        return self.commits[name][self.branches[name][branch]]

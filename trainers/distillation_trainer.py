@@ -20,6 +20,15 @@ class DistillationArguments(DiffusionTrainingArguments):
     )
     learning_rate: float = field(default=6e-5, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=500, metadata={"help": "Steps of linear warm-up."})
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "end: push the finished model; every_save: each round's student too, as the branch round-k."
+        },
+    )
+    hub_strategies = DiffusionTrainingArguments.hub_strategies | {
+        "every_save": "each round's student too, as a branch"
+    }
 
     def __post_init__(self):
         check_numbers(self, num_rounds=AT_LEAST_1, steps_per_round=AT_LEAST_1)

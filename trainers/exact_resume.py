@@ -93,6 +93,8 @@ class ExactResumeArguments(TrainingArguments):
     output_dir: str = field(metadata={"help": "Folder of the run: its checkpoints and the finished model."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; null: all."})
     hub_strategy: str = field(default="end", metadata={"help": "When to push to the Hub: only 'end' is possible."})
+    # Those that a run follows, and why it refuses the others.
+    hub_strategies = {"end": "a run is pushed once, when it is finished"}
 
     def __post_init__(self):
         check_build_cache(self.deepspeed)
@@ -115,9 +117,10 @@ class ExactResumeArguments(TrainingArguments):
                 "save_total_limit is 1, but with load_best_model_at_end or metric_for_best_model the best and the last "
                 "checkpoint are both needed: give at least 2"
             )
-        if self.hub_strategy != "end":
+        if self.hub_strategy.value not in self.hub_strategies:
             raise ValueError(
-                f"hub_strategy is {self.hub_strategy.value!r}, but a run is pushed once, when it is finished: set it to 'end'"
+                f"hub_strategy is {self.hub_strategy.value!r}, but {', or '.join(self.hub_strategies.values())}: set it to "
+                f"{' or '.join(map(repr, self.hub_strategies))}"
             )
         try:
             for callback in get_reporting_integration_callbacks(self.report_to):

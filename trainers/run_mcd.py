@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None):
             table = report.write()
             if run.is_first:
                 print(f"\n{table}\n", flush=True)
-        trainer.add_callback(RoundCallback(trainer, tokenizer, run.save, report))
+        trainer.add_callback(RoundCallback(trainer, tokenizer, run.save, report, run.push_rounds))
         trainer.train(run.checkpoint)
 
         student = trainer.whole_student()

@@ -9,6 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
 from modeling_mcd.loading import reason_of
+from trainers.runs.round_pushes import PUSHED
 
 
 def take_hub_api(training: TrainingArguments) -> HfApi | None:
@@ -18,8 +19,12 @@ def take_hub_api(training: TrainingArguments) -> HfApi | None:
 
     Raises:
         ValueError: the name is not valid, has no namespace and the Hub does not say whose token this is, or is given
-            although nothing would be pushed.
+            although nothing would be pushed; so is `hub_strategy`.
     """
+    if training.hub_strategy != "end" and not training.push_to_hub:
+        raise ValueError(
+            f"hub_strategy is {training.hub_strategy.value!r}, but push_to_hub is false: set it to true, or leave both out"
+        )
     if training.hub_model_id is not None and not training.push_to_hub:
         raise ValueError(
             f"hub_model_id is {training.hub_model_id!r}, but push_to_hub is false: set it to true, or leave both out"
@@ -49,7 +54,7 @@ def take_hub_api(training: TrainingArguments) -> HfApi | None:
 def push_to_hub(training: TrainingArguments, api: HfApi):
     """Uploads the output folder, without its checkpoints. If that fails, prints the command to try again."""
     repository = training.hub_model_id
-    ignored = ["checkpoint-*", "teacher/*", "round-*", "runs/*", "scores/*", "run.json", ".*"]
+    ignored = ["checkpoint-*", "teacher/*", "round-*", "runs/*", "scores/*", "run.json", PUSHED, ".*"]
     try:
         api.create_repo(repository, private=training.hub_private_repo, exist_ok=True)
         url = api.upload_folder(

@@ -151,10 +151,18 @@ class RoundCallback(TrainerCallback):
     Args:
         save: `Run.save`.
         report: None if nothing is judged. It must be None in all processes or in none.
+        push: `Run.push_rounds`.
     """
 
-    def __init__(self, trainer, tokenizer: PreTrainedTokenizerBase, save: Callable, report: RunReport | None):
-        self.trainer, self.tokenizer, self.save, self.report = trainer, tokenizer, save, report
+    def __init__(
+        self,
+        trainer,
+        tokenizer: PreTrainedTokenizerBase,
+        save: Callable,
+        report: RunReport | None,
+        push: Callable = lambda: None,
+    ):
+        self.trainer, self.tokenizer, self.save, self.report, self.push = trainer, tokenizer, save, report, push
         self.exported: str | None = None  # the round that is still to be judged
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -171,6 +179,7 @@ class RoundCallback(TrainerCallback):
         student = self.trainer.whole_student()
         with self.trainer.complete_networks():
             self.save(student, self.tokenizer, self.exported)
+        self.push()
         if args.save_strategy != "no" and not control.should_save:
             control.should_save = True
             # The log then gets a line here too: a run that resumes at this step no longer has the losses before it.

@@ -21,6 +21,7 @@ from trainers.runs.output_folder import (
     save_model,
     short_name,
 )
+from trainers.runs.round_pushes import RoundPushes
 from trainers.runs.text_blocks import RunText, TextArguments
 
 
@@ -56,7 +57,10 @@ class Run:
         self.adapter = next(adapters, AdapterArguments())
         self.output_dir = Path(training.output_dir)
         self.is_first = training.process_index == 0
-        self._hub = take_hub_api(training)
+        self._hub, self._rounds = take_hub_api(training), None
+        if self._hub is not None and self.is_first and training.hub_strategy == "every_save":
+            to = training.hub_model_id, training.hub_private_repo, self.output_dir
+            self._rounds = RoundPushes(self._hub, *to)
         self.settings = run_settings(training, *arguments)
         self.checkpoint = from_first_process(self._find_checkpoint)
 
@@ -130,7 +134,14 @@ class Run:
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         write_json(self.output_dir / "eval_results.json", finite)
 
+    def push_rounds(self):
+        """Begins to upload the rounds that the Hub lacks, if the settings say so; returns at once."""
+        if self._rounds is not None:
+            self._rounds.start()
+
     def push(self):
-        """Uploads the output folder to the Hub if the settings say so."""
+        """Uploads the output folder to the Hub if the settings say so, and what is missing of the rounds."""
+        if self._rounds is not None:
+            self._rounds.finish()
         if self._hub is not None and self.is_first:
             push_to_hub(self.training, self._hub)
