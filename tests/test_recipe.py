@@ -10,6 +10,7 @@ import yaml
 from transformers import TrainingArguments
 
 from trainers import run_judge, run_mcd, run_mdlm
+from trainers.exact_resume import ExactResumeArguments
 from trainers.runs.output_folder import recipe_text, run_settings
 from trainers.runs.recipe import RECIPE_FOLDER, parse_recipe, parse_recipe_of
 from trainers.runs.text_blocks import TextArguments
@@ -271,6 +272,18 @@ def test_settings_of_the_trainer_without_effect_are_refused(tmp_path, capsys, ke
     assert f"'{key}' in recipe '{recipe}' has no effect here: " in line
     line = refusal(capsys, lambda: parse_recipe((TrainingArguments,), ["--output_dir=run", f"--{key}=true"]))
     assert f"'{key}' in the command line has no effect here: " in line
+
+
+def test_only_a_run_with_rounds_may_push_each_round(tmp_path, capsys):
+    words = ["--output_dir=run", "--hub_strategy=every_save", "--push_to_hub=true"]
+    (training,) = parse_recipe((run_mcd.MCDTrainingArguments,), words)
+    assert training.hub_strategy == "every_save"
+    with pytest.raises(
+        ValueError, match="hub_strategy is 'checkpoint', but a run is pushed once.* 'end' or 'every_save'"
+    ):
+        run_mcd.MCDTrainingArguments(output_dir="run", hub_strategy="checkpoint")
+    line = refusal(capsys, lambda: parse_recipe((ExactResumeArguments,), words[:2]))
+    assert "'hub_strategy' in the command line has no effect here: the finished model is pushed once" in line
 
 
 def test_a_folder_for_the_run_is_required(tmp_path, capsys):

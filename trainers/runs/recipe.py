@@ -67,6 +67,7 @@ class RecipeParser(HfArgumentParser):
     """
 
     elsewhere: dict[str, str] = {}  # keys that are refused -> why
+    unused: dict[str, str] = {}  # those of them that are keys all the same
 
     def __init__(self, dataclass_types, **kwargs):
         kwargs = {"usage": "%(prog)s [RECIPE.yaml] [--key value ...]", "allow_abbrev": False, **kwargs}
@@ -153,14 +154,17 @@ def parse_recipe(
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = RecipeParser(dataclass_types)
-    parser.elsewhere = UNUSED | (elsewhere or {})
+    # Only a run with rounds has more to push than its finished model.
+    pushes_more = any(len(getattr(kind, "hub_strategies", ())) > 1 for kind in dataclass_types)
+    parser.unused = {key: why for key, why in UNUSED.items() if not (pushes_more and key == "hub_strategy")}
+    parser.elsewhere = parser.unused | (elsewhere or {})
     recipe = {}
     words = arguments
     if arguments and not arguments[0].startswith("-"):
         recipe, words = _read_recipe(parser, arguments[0])[0], arguments[1:]
         arguments = _recipe_arguments(parser, arguments[0]) + words
     given = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-    for key in sorted(given & UNUSED.keys()):
+    for key in sorted(given & parser.unused.keys()):
         _refuse_key(parser, key, "the command line")
     for first, second in TOGETHER:
         if first in given and second not in given and recipe.get(second) is not None:
@@ -228,7 +232,7 @@ def _recipe_arguments(parser: HfArgumentParser, name: str) -> list[str]:
     known = _keys(parser)
     arguments = []
     for key, value in recipe.items():
-        if key not in known or key in UNUSED:
+        if key not in known or key in parser.unused:
             _refuse_key(parser, str(key), f"recipe {name!r}")
         if value is None and key not in parser.optional_keys:
             parser.error(f"{key!r} in recipe {name!r} cannot be null: give a value, or leave the key out")
