@@ -215,7 +215,7 @@ class EvaluationProtocol:
             asked["second_judge"] = describe_judge(self.second_judge[0])
         if self.mauve_reference is not None:
             asked["mauve_reference"] = self.mauve_reference.description
-            asked["mauve_text"] = digest_of(self.mauve_reference.features)
+            asked["mauve_text"] = self.mauve_reference.digest
         if self.training_ngrams is not None:
             asked["training_text"] = self.training_ngrams.digest
         return asked
@@ -319,8 +319,8 @@ def evaluate_model(
             yield row
 
 
-def digest_of(blocks: torch.Tensor) -> str:
-    """16 hexadecimal digits of blocks of text, or of any other tensor."""
+def digest_of(blocks: torch.LongTensor) -> str:
+    """16 hexadecimal digits of blocks of text."""
     return hashlib.sha256(blocks.cpu().contiguous().numpy()).hexdigest()[:16]
 
 

@@ -8,6 +8,7 @@ A figure depends on the number of texts, their length, the model of the features
 compared only with figures of the same settings, and with the ceiling: what held-out text itself reaches.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,6 +73,11 @@ class MauveReference:
     @cached_property
     def description(self) -> str:
         return f"{describe_judge(self.model)} on {len(self.texts)} held-out texts"
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits of the texts. Not of the features, whose last bits depend on the machine."""
+        return hashlib.sha256("\0".join(self.texts).encode(errors="surrogatepass")).hexdigest()[:16]
 
     def features_of(self, texts: Sequence[str]) -> torch.Tensor:
         return text_features(texts, self.model, self.tokenizer, self.batch_size)

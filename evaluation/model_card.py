@@ -48,6 +48,10 @@ def write_model_card(folder: str | Path, report: dict, name: str | None = None) 
         library_name="peft" if adapter else "transformers",
         base_model=report.get("base_model"),
         base_model_relation="adapter" if adapter else report.get("base_model_relation"),
+        language=report.get("language"),
+        license=report.get("license"),
+        datasets=report.get("datasets"),
+        metrics=_metrics(own, own_answers),
         pipeline_tag="text-generation" if causal else "fill-mask",
         tags=None if causal else tags,
         eval_results=[result for row in own for result in _eval_results(row)] + list(map(_exact_match, own_answers))
@@ -135,6 +139,16 @@ def _eval_results(row: dict) -> list[EvalResult]:
         )
         for metric, title in (("gen_ppl", "Gen-PPL"), ("entropy", "Unigram entropy (nats)"))
     ]
+
+
+def _metrics(own: list[dict], answers: list[dict]) -> list[str] | None:
+    """The metrics of the folder's own model by the names that the Hub knows."""
+    measured = {
+        "perplexity": any(row.get("gen_ppl") is not None for row in own),
+        "mauve": any(row.get("mauve") is not None for row in own),
+        "exact_match": bool(answers),
+    }
+    return [name for name, is_measured in measured.items() if is_measured] or None
 
 
 def _exact_match(row: dict) -> EvalResult:

@@ -8,7 +8,8 @@ import os
 import re
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from report_rows import held_out, line, row
 from tiny_run import run_python, save_judge
 
@@ -243,6 +244,26 @@ def test_the_card_holds_table_recipe_and_an_index_of_its_model(tmp_path):
     ):
         assert part in card.text
     assert "round-1 wrote this" in card.text
+
+
+def test_the_card_s_metadata_is_what_the_hub_reads(tmp_path):
+    """Read back by huggingface_hub: what a model comes from, its data, language, licence, metrics and tags."""
+    about = {"label": "round-1", "base_model": "someone/teacher", "base_model_relation": "finetune", "license": "mit"}
+    about |= {"datasets": ["Skylion007/openwebtext"], "language": ["en"]}
+    (tmp_path / "config.json").write_text("{}")
+    write_report(tmp_path, save_results(tmp_path, sweep_of_two_models(), **about))
+    metadata = metadata_load(tmp_path / "README.md")
+    index = metadata.pop("model-index")
+    name, results = model_index_to_eval_results(index)
+    data = ModelCardData(**metadata, model_name=name, eval_results=results)
+    read = ModelCard.load(tmp_path / "README.md").data
+    assert (
+        data.to_dict() == read.to_dict() and [result.metric_type for result in results] == ["gen_ppl", "entropy"] * 2
+    )
+    for key, value in {key: value for key, value in about.items() if key != "label"}.items():
+        assert metadata[key] == value, key
+    assert metadata["metrics"] == ["perplexity"] and metadata["library_name"] == "transformers"
+    assert "arxiv:2602.00792" in metadata["tags"] and metadata["pipeline_tag"]
 
 
 def test_a_card_without_results_is_whole(tmp_path):

@@ -50,10 +50,10 @@ ALL = {("held-out text", None), *((name, n) for name in ("teacher", "round-1", "
 def test_trackers_hear_of_every_round(inputs, tmp_path):
     """TensorBoard's files hold figures and a sample of the teacher at step 0 and of each round at its last step."""
     output = tmp_path / "run"
-    run(inputs, output, report_to="tensorboard", steps_per_round=2)
+    run(inputs, output, report_to="tensorboard", steps_per_round=2, evaluation_bound=3)
     events = EventAccumulator(str(next(output.glob("runs/*")))).Reload()
     rows = points(output)
-    for name in ("gen_ppl", "entropy"):
+    for name in ("gen_ppl", "entropy", "rep_4", "bound"):
         for n in (2, 4):
             logged = [(event.step, event.value) for event in events.Scalars(f"eval/{name}_{n}_steps")]
             expected = [rows[model, n][name] for model in ("teacher", "round-1", "round-2")]

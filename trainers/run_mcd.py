@@ -22,6 +22,7 @@ from trainers.dscd_trainer import DSCDTrainer, DSCDTrainingArguments
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments
 from trainers.runs.adapter_options import AdapterArguments
+from trainers.runs.hub import CardArguments
 from trainers.runs.inputs import (
     TokenizerArguments,
     check_block_length,
@@ -66,10 +67,18 @@ class NetworkArguments:
 
 @one_line_errors
 def main(arguments: list[str] | None = None):
-    method, networks, adapter, tokenizer_arguments, text, judging, training = parse_recipe_of(
+    method, networks, adapter, tokenizer_arguments, text, judging, card, training = parse_recipe_of(
         "trainer",
         {name: arguments_class for name, (_, arguments_class, _) in METHODS.items()},
-        (MethodArguments, NetworkArguments, AdapterArguments, TokenizerArguments, TextArguments, EvaluationArguments),
+        (
+            MethodArguments,
+            NetworkArguments,
+            AdapterArguments,
+            TokenizerArguments,
+            TextArguments,
+            EvaluationArguments,
+            CardArguments,
+        ),
         arguments,
     )
     trainer_class, _, title = METHODS[method.trainer]
@@ -117,7 +126,7 @@ def main(arguments: list[str] | None = None):
             run.save(first, tokenizer, "teacher")
         if run.is_first:
             method_line = f"Distilled from {short_name(networks.teacher)} by {title}."
-            run.save_about(text, judging, verb="Distilled", method=method_line)
+            run.save_about(text, judging, card, verb="Distilled", method=method_line, **card.about())
         if report is not None:  # all processes share the work
             if validation is not None and judge is not None:
                 report.judge_text(held_out_blocks(validation), tokenizer)

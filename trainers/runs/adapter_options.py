@@ -93,11 +93,11 @@ class AdapterArguments:
             )
         return load_model(source, DTYPES[self.base_dtype or "float32"], **options)
 
-    def about(self, base: str) -> dict:
-        """What the model card says of the base."""
+    def about(self, base: str | None) -> dict:
+        """What the model card says of the base, the network that an adapter or a student starts from."""
+        on_hub = None if base is None or Path(base).exists() else base.partition("@")[0]
         if self.lora_r is None:
-            return {}
-        on_hub = None if Path(base).exists() else base.partition("@")[0]
+            return {} if on_hub is None else {"base_model": on_hub, "base_model_relation": "finetune"}
         return {"base_model": on_hub, "base_model_relation": "finetune" if self.merge_adapters else "adapter"}
 
 

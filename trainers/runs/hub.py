@@ -1,7 +1,9 @@
-"""Pushing a finished run to the Hub."""
+"""Pushing a finished run to the Hub, and what its card says there."""
 
+import re
 import shlex
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -10,6 +12,31 @@ from transformers import TrainingArguments
 
 from modeling_mcd.loading import reason_of
 from trainers.runs.round_pushes import PUSHED
+
+
+@dataclass
+class CardArguments:
+    """What a model card says that no run can know."""
+
+    card_license: str | None = field(
+        default=None, metadata={"help": "Licence of the model, as the Hub names it: apache-2.0, mit, ..."}
+    )
+    card_language: list[str] | None = field(default=None, metadata={"help": "Languages of the text: en, de, ..."})
+
+    def __post_init__(self):
+        if self.card_license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.card_license):
+            raise ValueError(
+                f"card_license is {self.card_license!r}, but the Hub names licences in small letters: apache-2.0, mit, other"
+            )
+        for language in self.card_language or []:
+            if not re.fullmatch(r"[a-z]{2,3}", language):
+                raise ValueError(
+                    f"card_language holds {language!r}: give codes of two or three small letters, such as en"
+                )
+
+    def about(self) -> dict:
+        """For `save_results`."""
+        return {"license": self.card_license, "language": self.card_language}
 
 
 def take_hub_api(training: TrainingArguments) -> HfApi | None:

@@ -125,6 +125,7 @@ class Run:
             recipe=self.recipe(*more),
             data=f"{verb} on {names}; held out: {held_out}.",
             repository=self.training.hub_model_id,
+            datasets=None if Path(text.train_text).exists() else [text.train_text.partition("@")[0]],
             **self.adapter.about(self.base),
             **about,
         )
