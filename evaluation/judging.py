@@ -30,7 +30,11 @@ THE_JUDGE = "the judge"  # what MAUVE's features come from where no other model 
 
 def add_models(parser: argparse.ArgumentParser, nargs: str = "+"):
     parser.add_argument(
-        "models", nargs=nargs, metavar="MODEL", help="Folder or Hub name (`@revision`); `label=MODEL` names its rows."
+        "models",
+        nargs=nargs,
+        default=None,  # without it, argparse calls even `*` required
+        metavar="MODEL",
+        help="Folder or Hub name (`@revision`); `label=MODEL` names its rows.",
     )
     parser.add_argument(
         "--rounds", action="store_true", help="MODEL is a run's output folder: judge its teacher and every round."
