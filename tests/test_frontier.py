@@ -191,17 +191,14 @@ def test_the_page_needs_nothing_from_elsewhere(swept):
     assert page.count("<svg") == 1 and page.count("<table>") == 3 and "2.000 ± 0.196" in page
     assert files["frontier.png"].read_bytes().startswith(b"\x89PNG")
     assert files["frontier.svg"].read_text().rstrip().endswith("</svg>")
-    before = {name: path.read_bytes() for name, path in files.items()}
-    write_page(folder, frontier_of(rows, folder))
-    assert before == {name: path.read_bytes() for name, path in files.items()}, "the same rows, the same files"
 
 
 # --- The command
 
 
-GRID = ["--steps", "2", "3", "--temperatures", "1.0", "0.7", "--lockings", "independent", "spread", "--seeds", "2"]
+GRID = ["--steps", "2", "--temperatures", "1.0", "0.7", "--lockings", "independent", "spread", "--seeds", "2"]
 GRID += ["--samples", "3", "--batch_size", "2", "--bound", "2", "--precisions", "float64", "legacy_float32"]
-POINTS = 8 + 4  # legacy draws have no locking but independent
+POINTS = 4 + 2  # legacy draws have no locking but independent
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +247,7 @@ def test_a_killed_grid_goes_on_and_ends_the_same(inputs, complete, tmp_path, mon
 
     def killed(model, *arguments, **options):
         calls.append(None)
-        if len(calls) == 15:
+        if len(calls) == 10:
             raise KeyboardInterrupt
         return generate(model, *arguments, **options)
 
@@ -260,7 +257,7 @@ def test_a_killed_grid_goes_on_and_ends_the_same(inputs, complete, tmp_path, mon
     done = len(figures(tmp_path)) - 1
     assert 0 < done < POINTS and not (tmp_path / "frontier.html").exists()
     main(words_for(inputs, tmp_path))
-    assert len(calls) == 15 + (POINTS - done) * 4, "no row is sampled again"
+    assert len(calls) == 10 + (POINTS - done) * 4, "no row is sampled again"
     assert figures(tmp_path) == figures(complete)
 
 
