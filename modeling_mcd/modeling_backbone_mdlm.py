@@ -56,7 +56,7 @@ class MDLMBackboneForMaskedDiffusion(MDLMGenerationMixin, PreTrainedModel):
 
     def __init__(self, config: MDLMBackboneConfig, network: PreTrainedModel | None = None):
         super().__init__(config)
-        if network is None:  # by its class: under ZeRO-3, `from_config` would partition a teacher too
+        if network is None:  # by its class: under ZeRO-3, `from_config` would partition it, wanted or not
             network = language_model_class(config.backbone_config)(config.backbone_config)
         self.network = network
         self.takes_positions = "position_ids" in inspect.signature(network.base_model.forward).parameters

@@ -20,6 +20,8 @@ from benchmarks import (
     measuring,
     pretraining,
     sampling,
+    scale_costs,
+    sharded_memory,
     workloads,
 )
 
@@ -114,3 +116,15 @@ def test_ways_to_pre_train_differ_and_learn(monkeypatch):
     monkeypatch.setattr(pretraining, "SHAPE", pretraining.SHAPE | {"num_hidden_layers": 1, "hidden_size": 48})
     nelbo = {name: pretraining.measure(5, 0.01, way)["nelbo"] for name, way in pretraining.WAYS.items()}
     assert len(set(nelbo.values())) == 3 and max(nelbo.values()) < math.log(3071)
+
+
+def test_what_a_run_costs_is_counted_by_hand():
+    """The 169M shape: 12 layers of 12 d^2 weights, attention over 1,024 tokens, half the positions before the head."""
+    job = scale_costs.jobs()["Table 1: MCD of the 169M model (small.yaml)"]
+    width, length, vocabulary = 768, 1024, 50258
+    forward = 12 * (2 * 12 * width**2 + 4 * length * width)
+    assert job.flops() == 4 * forward + 4 * vocabulary * width
+    assert job.sent()["DDP"] == 8 * job.network.num_parameters()
+    # Dividing among more processes never costs memory, and FSDP2 of two needs less than DDP.
+    each = [sharded_memory.bytes_of(mode, 1, 8) for mode in ("ddp", "zero1", "zero2", "zero3", "fsdp2")]
+    assert each == sorted(each, reverse=True) and each[0] == 28 and each[-1] == 3

@@ -357,7 +357,13 @@ def test_the_advice_after_a_nan_works_when_followed(tmp_path, monkeypatch):
         ({"save_only_model": True}, "save_only_model is true, but such checkpoints have no optimizer"),
         ({"hub_strategy": "every_save"}, "hub_strategy is 'every_save', but a run is pushed once"),
         ({"learning_rate": None}, "learning_rate is null, but must be a positive number"),
-        ({"fsdp": True}, "FSDP is not supported"),
+        ({"fsdp": True}, r"FSDP needs GPUs \(on a CPU it would silently be DDP\)"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "fsdp_version is 1, but only 2 is supported"),
+        (
+            {"fsdp": True, "fsdp_config": {"fsdp_cpu_ram_efficient_loading": True}},
+            "fsdp_cpu_ram_efficient_loading is true, but the first teacher is needed",
+        ),
+        ({"fsdp": True, "save_on_each_node": True}, "save_on_each_node is true, but every process writes a part"),
         ({"save_total_limit": 0}, "save_total_limit must be at least 1, not 0"),
         ({"save_total_limit": 1, "metric_for_best_model": "loss"}, "save_total_limit is 1, but with load_best"),
         ({"save_steps": 3, "logging_steps": 2}, r"save_steps \(3\) must be a multiple of logging_steps \(2\): a run"),
@@ -372,10 +378,17 @@ def test_settings_that_would_break_resume_are_refused(settings, says, tmp_path):
         ExactResumeArguments(output_dir=str(tmp_path), **settings)
 
 
-def test_fsdp_from_the_launcher_is_refused(tmp_path, monkeypatch):
+def test_fsdp_from_the_launcher_that_would_not_shard(trainer_of, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="FSDP is not supported"):
+    with pytest.raises(ValueError, match="fsdp_version is 1, but only 2"):  # accelerate's default
         ExactResumeArguments(output_dir=str(tmp_path))
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="FSDP needs GPUs"):
+        ExactResumeArguments(output_dir=str(tmp_path))
+    # Whatever the settings say, the trainer looks at what accelerate has made of them.
+    monkeypatch.setattr("trainers.sharded_trainer.refuse_without_accelerator", lambda arguments: None)
+    with pytest.raises(ValueError, match="FSDP is asked for, but accelerate would run NO: start several processes"):
+        trainer_of(tmp_path)
 
 
 def test_ratios_are_of_the_steps(trainer_of, tmp_path):

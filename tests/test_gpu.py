@@ -258,28 +258,39 @@ def test_the_divergence_needs_a_fraction_of_the_memory(record_property):
 # --- Packages that a borrowed machine may lack
 
 
+def launched_losses(inputs: Path, run: Path, launcher: tuple[str, ...]) -> list[float]:
+    """Those of `accelerate launch` with these words."""
+    words = mcd_arguments(inputs, run, save_steps=12, max_steps=12)
+    script = str(ROOT / "trainers" / "run_mcd.py")
+    result = run_python("accelerate.commands.launch", *launcher, script, *words, launcher=("-m",))
+    assert result.returncode == 0, result.stderr[-2000:]
+    history = json.loads((run / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
 @needs_gpu
 @needs("deepspeed")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_with_one_process(tmp_path, stage):
-    inputs, losses = write_inputs(tmp_path), []
+    inputs = write_inputs(tmp_path)
     config = (ROOT / "recipes" / "accelerate" / f"zero{stage}_cpu.yaml").read_text()
     (tmp_path / "one.yaml").write_text(config.replace("num_processes: 2", "num_processes: 1"))
-    for launcher in ([], ["--config_file", str(tmp_path / "one.yaml")]):
-        run = tmp_path / f"run{len(losses)}"
-        words = mcd_arguments(inputs, run, save_steps=12, max_steps=12)
-        script = str(ROOT / "trainers" / "run_mcd.py")
-        result = run_python("accelerate.commands.launch", *launcher, script, *words, launcher=("-m",))
-        assert result.returncode == 0, result.stderr[-2000:]
-        history = json.loads((run / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
-        losses.append([entry["loss"] for entry in history if "loss" in entry])
+    launcher = ("--config_file", str(tmp_path / "one.yaml"))
+    losses = [launched_losses(inputs, tmp_path / f"run{k}", words) for k, words in enumerate(((), launcher))]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-def test_fsdp_is_refused_by_name(trainer_of):
-    """Sharding by FSDP2 is not offered: what would be measured is that it says so, on a card as elsewhere."""
-    with pytest.raises(ValueError, match="FSDP is not supported"):
-        trainer_of("mcd", fsdp=True)
+@needs_gpu
+def test_fsdp_with_one_process(tmp_path):
+    """The division itself is tested on a CPU, in two processes: tests/test_fsdp.py."""
+    inputs = write_inputs(tmp_path)
+    config = (
+        (ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text().replace("num_processes: 8", "num_processes: 1")
+    )
+    (tmp_path / "one.yaml").write_text(config.replace("mixed_precision: bf16", "mixed_precision: 'no'"))
+    launcher = ("--config_file", str(tmp_path / "one.yaml"))
+    losses = [launched_losses(inputs, tmp_path / f"run{k}", words) for k, words in enumerate(((), launcher))]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 @needs_gpu

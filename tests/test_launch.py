@@ -17,6 +17,7 @@ from toy_backbones import MASK, make_network
 from evaluation import load_report
 from modeling_mcd import as_masked_diffusion
 from modeling_mcd.files import LOCK, lock_folder
+from trainers.teacher import saved_weights
 
 
 pytestmark = pytest.mark.slow
@@ -72,8 +73,7 @@ def test_same_losses_and_same_networks(name, inputs, reference, tmp_path):
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(reference), abs=1e-5)
     for network in ("teacher", "ema"):
-        ours = load_file(tmp_path / "run" / "checkpoint-12" / network / "model.safetensors")
-        theirs = load_file(reference / "checkpoint-12" / network / "model.safetensors")
+        ours, theirs = (saved_weights(run / "checkpoint-12" / network) for run in (tmp_path / "run", reference))
         assert ours.keys() == theirs.keys()
         assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-4
     final, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", reference))
@@ -180,7 +180,7 @@ def test_stopped_and_resumed_is_the_same_run(config, inputs, tmp_path):
     assert result.returncode == 0 and "resuming from" in result.stderr, result.stderr
     assert losses(whole) == losses(halves)
     for network in ("teacher", "ema"):
-        ours, theirs = (load_file(run / "checkpoint-12" / network / "model.safetensors") for run in (halves, whole))
+        ours, theirs = (saved_weights(run / "checkpoint-12" / network) for run in (halves, whole))
         assert all(ours[key].equal(theirs[key]) for key in theirs)
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available
 
-from trainers.teacher import Follower, gather_for_forwards
+from trainers.sharding import parameters_of, shard
+from trainers.teacher import Follower, gather_for_forwards, saved_weights
 
 
 if is_peft_available():
@@ -141,6 +142,8 @@ class AdapterFollower(Follower):
         off: begin without an adapter, so as the base alone; the first `follow` gives it one.
     """
 
+    in_parts = False  # the adapter is complete on every rank
+
     def __init__(self, student: "PeftModel", off: bool = False):
         shared = {id(parameter): parameter for parameter in student.parameters() if not parameter.requires_grad}
         self.model = copy.deepcopy(student, shared).requires_grad_(False).eval()
@@ -161,6 +164,21 @@ class AdapterFollower(Follower):
         for parameter in self.parameters().values():
             parameter.data = parameter.data.to(device)
         return self
+
+    def shard(self, student: "PeftModel", accelerator):
+        """Divides the base, and then takes the student's parts of it. The adapter stays complete on every rank."""
+        adapters = [(layer.lora_A, layer.lora_B) for layer in self.layers]
+        for layer in self.layers:
+            layer.lora_A, layer.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        shard(self.model, accelerator)
+        theirs = parameters_of(student)
+        for name, module in self.model.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    setattr(module, key, theirs[f"{name}.{key}"])
+        for layer, (factor_a, factor_b) in zip(self.layers, adapters, strict=True):
+            layer.lora_A, layer.lora_B = factor_a, factor_b
+        self.to(accelerator.device)
 
     def turn_off(self):
         """Takes the adapter out: the network is the base, and computes and holds nothing else."""
@@ -187,7 +205,7 @@ class AdapterFollower(Follower):
 
     @torch.no_grad()
     def load(self, folder: str):
-        saved = self.read(folder)
+        saved = saved_weights(folder)
         if self.spare and saved:
             self.turn_on(self.model.device)
         elif not self.spare and not saved:

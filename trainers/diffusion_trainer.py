@@ -19,7 +19,8 @@ from modeling_mcd.transfer_mdlm import send
 from trainers.adapters import AdapterFollower, follower_of, is_adapted, with_adapter
 from trainers.batch_mean import LOSS_NORMS, BatchMean
 from trainers.exact_resume import ExactResumeArguments, ExactResumeTrainer
-from trainers.teacher import EMACallback, Follower, full_weights
+from trainers.sharding import full_weights, is_sharded
+from trainers.teacher import EMACallback, Follower
 from trainers.trajectories import spread_rows, step_noise
 
 
@@ -252,6 +253,8 @@ class DiffusionTrainer(ExactResumeTrainer):
         self.choose_parameters(model, args)
         super().__init__(with_adapter(model, peft_config, args.seed), args, data_collator, **kwargs)
         train_in_float32(self.model)
+        if self.is_fsdp_enabled and is_adapted(self.model):
+            self.model.to(args.device)  # the first teacher is its base, which may be judged before it is divided
         if self.train_dataset is not None:
             check_training_batch(args, self.train_dataset)
         if args.eval_strategy != "no":
@@ -262,7 +265,9 @@ class DiffusionTrainer(ExactResumeTrainer):
         self.schedule, self.mask_token_id = self.process.schedule, self.model.config.mask_token_id
         self.block_size = getattr(self.model.config, "block_size", None)  # of a block model
         if args.ema_decay is not None:
-            self.companions["ema"] = follower_of(self.model).to(args.device)
+            self.companions["ema"] = follower_of(self.model)
+            if not self.is_fsdp_enabled:  # which moves the parts alone
+                self.companions["ema"].to(args.device)
             self.add_callback(EMACallback(self.companions["ema"], args.ema_decay))
         elif is_adapted(self.model):
             self._copy = AdapterFollower(self.model).to(args.device)
@@ -281,11 +286,13 @@ class DiffusionTrainer(ExactResumeTrainer):
         """
         self.check_pending()
         if "ema" in self.companions:
-            return self.companions["ema"].model
-        if is_adapted(self.model):
+            return self.complete(self.companions["ema"].model)
+        if is_adapted(self.model) and not is_sharded(self.model):
             self._copy.follow(self.model)
             return self._copy.model
-        return Follower(self.accelerator.unwrap_model(self.model)).model
+        student = self.accelerator.unwrap_model(self.model)
+        complete = self.complete(student)
+        return Follower(student).to(self.args.device).model if complete is student else complete
 
     def complete_networks(self):
         """A context in which every network of the run can be used by each process for itself: to generate, judge or merge.
@@ -297,11 +304,11 @@ class DiffusionTrainer(ExactResumeTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Saves the network that is handed on (see the class) into `output_dir` or `args.output_dir`."""
         checkpoint = _internal_call and output_dir is not None
-        if checkpoint or "ema" not in self.companions:
+        if checkpoint or ("ema" not in self.companions and not is_sharded(self.model)):
             return super().save_model(output_dir, _internal_call)
-        output_dir = output_dir or self.args.output_dir
+        output_dir, student = output_dir or self.args.output_dir, self.whole_student()
         if self.args.should_save:
-            self.whole_student().save_pretrained(output_dir)
+            student.save_pretrained(output_dir)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
         if self.args.push_to_hub and not _internal_call:

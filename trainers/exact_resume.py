@@ -1,7 +1,8 @@
 """Exact resume: a run that is stopped at any moment and started again ends bitwise like one that was never stopped.
 
 `checkpoints.py` says what a checkpoint is on the disk. Everything that we use of `Trainer` beyond its documented interface is
-in this file; tests/test_exact_resume.py has one test for each hook, which says what an upgrade of transformers broke.
+in this file and, for FSDP2, in `sharded_trainer.py`; tests/test_exact_resume.py has one test for each hook here, which says what
+an upgrade of transformers broke.
 """
 
 import math
@@ -16,7 +17,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import distributed
 from torch.utils.data import RandomSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
@@ -34,6 +35,7 @@ from trainers.checkpoints import (
 )
 from trainers.deepspeed_build import check_build_cache
 from trainers.length_buckets import LengthBuckets
+from trainers.sharded_trainer import ShardedTrainer, check_fsdp
 from trainers.stopping import TERMINATED, Termination, has_lost_a_process
 
 
@@ -144,11 +146,7 @@ class ExactResumeArguments(TrainingArguments):
 
     def _check_processes(self):
         """Raises ValueError for launches that would not do what they say."""
-        if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            raise ValueError(
-                "FSDP is not supported (on a CPU it would silently be DDP): use recipes/accelerate/ddp_gpu.yaml, or "
-                "zero2_cpu.yaml or zero3_cpu.yaml there to shard optimizer or weights"
-            )
+        check_fsdp(self)
         if self.mixed_precision == "fp16" and self.device.type == "cpu":
             raise ValueError(
                 "fp16 does nothing on a CPU, where a run would silently be in float32: leave it out, or take bf16"
@@ -204,8 +202,13 @@ def check_intervals(args: TrainingArguments, max_steps: int):
 class Companion(Protocol):
     """Something that a run keeps beside the network that the Trainer trains. Every checkpoint holds it."""
 
+    in_parts: bool  # whether each process holds a part, and takes part in saving
+
     def save(self, folder: str):
-        """Creates a folder and writes its state there. Called in the process that saves."""
+        """Creates a folder and writes its state there. Called in the process that saves; with `in_parts` in all, together."""
+
+    def shard(self, student, accelerator):
+        """Called in every process once FSDP2 has divided the student, and never without FSDP2."""
 
     def load(self, folder: str):
         """Restores what `save` wrote. Called in every process, once optimizer and networks are ready."""
@@ -236,7 +239,7 @@ class _Number(NamedTuple):
     done: torch.cuda.Event | None  # happens when the value has arrived on the CPU
 
 
-class ExactResumeTrainer(Trainer):
+class ExactResumeTrainer(ShardedTrainer):
     """A Trainer that resumes only from complete checkpoints, and that stops when a loss or gradient norm is not finite.
 
     A subclass puts everything else that it trains or follows into `self.companions`, under the name of its folder in a
@@ -351,9 +354,10 @@ class ExactResumeTrainer(Trainer):
             if folder.exists():
                 logger.warning(f"writing {folder} again")
                 shutil.rmtree(folder)
-            for name, companion in self.companions.items():
-                companion.save(str(folder / name))
         self.accelerator.wait_for_everyone()  # other ranks write into the folder too
+        for name, companion in self.companions.items():
+            if self.args.should_save or companion.in_parts:
+                companion.save(str(folder / name))
 
     def _complete_checkpoint(self):
         """Called on every rank after the Trainer has written its last file."""

@@ -10,6 +10,7 @@ from modeling_mcd.forward_process_mdlm import at_positions
 from trainers.diffusion_trainer import DiffusionTrainer, DiffusionTrainingArguments
 from trainers.divergences import nelbo
 from trainers.muon import build_muon
+from trainers.sharded_trainer import asks_for_fsdp
 
 
 @dataclass
@@ -24,9 +25,11 @@ class MDLMTrainingArguments(DiffusionTrainingArguments):
     )
 
     def __post_init__(self):
-        if self.muon and (self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"):
+        deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        if self.muon and (deepspeed or asks_for_fsdp(self)):
             raise ValueError(
-                "muon is true, but DeepSpeed shards the matrices that Muon needs in one piece: leave it out"
+                f"muon is true, but {'DeepSpeed' if deepspeed else 'FSDP'} shards the matrices that Muon needs in one piece: "
+                "leave it out"
             )
         super().__post_init__()
         if self.muon and self.optim != OptimizerNames(type(self).__dataclass_fields__["optim"].default):

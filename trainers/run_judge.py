@@ -19,6 +19,7 @@ from trainers.runs.inputs import TokenizerArguments, load_data, load_run_tokeniz
 from trainers.runs.recipe import parse_recipe
 from trainers.runs.run import Run
 from trainers.runs.text_blocks import TextArguments
+from trainers.sharding import is_sharded
 from trainers.teacher import Follower
 
 
@@ -82,7 +83,8 @@ def main(arguments: list[str] | None = None):
 
     with run.start():
         trainer.train(run.checkpoint)
-        run.save(Follower(judge).model, tokenizer)  # a copy that is not sharded
+        complete = trainer.complete(judge) if is_sharded(judge) else Follower(judge).model
+        run.save(complete, tokenizer)
         figures = None
         if validation is not None:
             loss = trainer.evaluate()["eval_loss"]

@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None):
         report = start_report(judging, judge, tokenizer, teacher.config, text, training, validation)
 
     with run.start():
-        first = trainer.teacher if trainer.has_teacher else trainer.whole_student()
+        first = trainer.complete(trainer.teacher) if trainer.has_teacher else trainer.whole_student()
         if run.checkpoint is None and adapter.lora_r is None:  # the base of an adapter is where it was
             run.save(first, tokenizer, "teacher")
         if run.is_first:

@@ -26,6 +26,7 @@ from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.noise_schedule_mdlm import NoiseSchedule
 from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
 from trainers.divergences import check_divergence, divergence
+from trainers.sharding import full_weights
 from trainers.teacher import TeacherCallback
 
 
@@ -108,7 +109,8 @@ class SDTTTrainer(DistillationTrainer):
         gamma_t = self.schedule.gamma(t)
         z_t, m_t = self.process.corrupt(x_0, gamma_t, u, maskable)
 
-        with torch.no_grad():
+        # Its rows are put together, so they need one head: ZeRO-3 would gather another copy for each forward.
+        with torch.no_grad(), full_weights(self.teacher.get_output_embeddings().parameters()):
             teacher, revealed = self.teacher_targets(z_t, m_t, t, gamma_t, delta, u, second, inputs)
         student = self.compute_rows(model, m_t, z_t, gamma_t, inputs)
         mean = self.batch_mean(m_t, inputs)

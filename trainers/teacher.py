@@ -1,24 +1,17 @@
 """Networks that follow the student without a gradient: the teacher (a snapshot or an EMA) and the student's own EMA."""
 
-import contextlib
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import distributed, nn
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-
-def full_weights(parameters: Iterable[nn.Parameter]):
-    """A context in which parameters that ZeRO-3 has partitioned are gathered on every rank. Others need nothing."""
-    if not is_deepspeed_zero3_enabled():
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(parameters))
+from trainers.sharding import complete, cut, full_weights, like, parameters_of, part_of, shard
 
 
 def gather_for_forwards(model: nn.Module):
@@ -52,15 +45,25 @@ class _Gathering:
         self.open.pop().__exit__(None, None, None)
 
 
-class Follower:
-    """A frozen copy of a network, complete on every rank, that can be moved towards the student's weights.
+def saved_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """What `Follower.save` has written in one process or in several: name -> complete tensor, mapped from its file."""
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    return {name: value for file in files for name, value in load_file(file).items()}
 
-    It is a companion (`trainers.exact_resume.Companion`): every checkpoint holds it.
+
+class Follower:
+    """A frozen copy of a network that can be moved towards the student's weights.
+
+    It is complete on every rank until `shard` divides it as FSDP2 divides the student: then following needs no communication.
+    It is a companion (`trainers.exact_resume.Companion`): every checkpoint holds it, as complete tensors, which any launch can
+    load.
 
     Args:
         model: the network to copy.
         dtype: the copy's dtype.
     """
+
+    in_parts = False
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32):
         if is_deepspeed_zero3_enabled():
@@ -75,32 +78,42 @@ class Follower:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of all that follows, and that a checkpoint holds."""
-        return dict(self.model.named_parameters())
+        return parameters_of(self.model)
 
     def to(self, device: torch.device) -> "Follower":
         self.model.to(device)
         return self
 
+    def shard(self, student: nn.Module, accelerator):
+        """Divides the copy as FSDP2 has divided the student. Called in every process, before a checkpoint is loaded."""
+        shard(self.model, accelerator)
+        self.in_parts = True
+
     @torch.no_grad()
     def follow(self, student: nn.Module, weight: float = 1.0):
         """Moves every parameter the fraction `weight` of the way to the student's; 1 copies it."""
         own = self.parameters()
-        source = {name: parameter for name, parameter in student.named_parameters() if name in own}
+        source = {name: parameter for name, parameter in parameters_of(student).items() if name in own}
         with full_weights(source.values()):
             for name, parameter in own.items():
-                value = source[name].detach().to(parameter)
-                parameter.copy_(value) if weight == 1 else parameter.lerp_(value, weight)
+                part, value = part_of(parameter), like(parameter, source[name])
+                part.copy_(value) if weight == 1 else part.lerp_(value.to(part), weight)
 
+    @torch.no_grad()
     def save(self, folder: str):
+        """Creates a folder and writes the parameters there. If they are divided, each process writes its share of them."""
+        rank, size = (distributed.get_rank(), distributed.get_world_size()) if self.in_parts else (0, 1)
+        state = {}
+        for i, (name, parameter) in enumerate(self.parameters().items()):
+            value = complete(parameter)  # one at a time
+            if i % size == rank:
+                state[name] = value.cpu().contiguous()
         os.makedirs(folder, exist_ok=True)
-        state = {name: parameter.contiguous() for name, parameter in self.parameters().items()}
-        save_file(state, os.path.join(folder, "model.safetensors"))
-
-    def read(self, folder: str) -> dict[str, torch.Tensor]:
-        return load_file(os.path.join(folder, "model.safetensors"))
+        file = f"model-{rank + 1:05d}-of-{size:05d}.safetensors" if self.in_parts else "model.safetensors"
+        save_file(state, os.path.join(folder, file))
 
     def load(self, folder: str):
-        self.set(self.read(folder), folder)
+        self.set(saved_weights(folder), folder)
 
     @torch.no_grad()
     def set(self, saved: Mapping[str, torch.Tensor], folder: str):
@@ -110,7 +123,7 @@ class Follower:
                 f"{folder} holds another network: {sorted(saved.keys() ^ parameters.keys())[0]!r} does not match"
             )
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+            part_of(parameter).copy_(cut(saved[name], parameter))
 
 
 def ema_weight(decay: float, updates: int) -> float:
