@@ -138,13 +138,10 @@ class Canvas:
         if where.any() and self.denoiser.chains is None:
             self.ask(where, time, sparing=True).reveal(where, **options)
         elif where.any():
-            temperature = 0.0 if options.get("greedy") else self.denoiser.draw.get("temperature", 1.0)
-            for answer, chain in self.ask_jointly(where, time, temperature):
+            for answer, chain in self.ask_jointly(where, time):
                 answer.reveal_jointly(where & answer.where, chain, **options)
 
-    def ask_jointly(
-        self, where: torch.BoolTensor, time: float | torch.Tensor, temperature: float = 1.0
-    ) -> Iterator[tuple["Answer", Chain]]:
+    def ask_jointly(self, where: torch.BoolTensor, time: float | torch.Tensor) -> Iterator[tuple["Answer", Chain]]:
         """One forward for a coupled draw at the positions `where` [B, L]: yields the rows of each noise level, with its chain.
 
         It asks for all that is masked in these rows, since what is not revealed has to be summed out.
@@ -153,7 +150,7 @@ class Canvas:
         time = torch.as_tensor(time, dtype=torch.float64).expand(len(where))
         levels = self.denoiser.chains.levels_of(self.schedule.gamma(time))
         for level in levels[where.any(dim=1)].unique().tolist():
-            yield answer.at(answer.where & (levels == level)[:, None]), self.denoiser.chains.at(level, temperature)
+            yield answer.at(answer.where & (levels == level)[:, None]), self.denoiser.chains.at(level)
 
     def write(self, where: torch.BoolTensor, tokens: torch.LongTensor):
         """Writes tokens [n] into the positions [B, L], in row-major order. A -1 stands for logits from which no token could be drawn."""
@@ -270,15 +267,15 @@ class Answer:
     def reveal_jointly(self, chosen: torch.BoolTensor, chain: Chain, greedy: bool = False):
         """Draws tokens for the chosen [B, L] from their joint law under a chain, and writes them.
 
-        The states are drawn first, then each token from p_i(v) W[v, s]. A temperature is that of the joint law of all states
-        and masked tokens, which the chain has; `top_k` and `top_p` are of a token's law given its state.
+        The states are drawn first, then each token from p_i(v) W[v, s]. The temperature sharpens each of these draws by
+        itself, as that of an autoregressive model does; `top_k` and `top_p` are of a token's law given its state.
         """
         canvas, options = self.canvas, self.options(greedy)
         rows = self.where.any(dim=1).nonzero()[:, 0]
         places = tuple(map(canvas.send, chosen[rows].nonzero().unbind(dim=1)))
         evidence, present = self.evidence(chain)
         drawn, uniforms = canvas.send(chosen[rows]), canvas.send(canvas.w[rows])
-        states = chain.draw(evidence, present, drawn, uniforms, options.get("temperature", 1.0) == 0)[places]
+        states = chain.draw(evidence, present, drawn, uniforms, options.get("temperature", 1.0))[places]
 
         def draw(logits: torch.Tensor, v: torch.Tensor, states: torch.LongTensor) -> torch.LongTensor:
             told = chain.log_emission.T[states.clamp(min=0)].masked_fill(states[:, None] < 0, torch.nan)
@@ -300,7 +297,7 @@ class Answer:
         evidence, present = chain.emission[tokens], tokens != canvas.mask_token_id
 
         def summed_out(logits: torch.Tensor) -> torch.Tensor:
-            return chain.summed_out(substitute(logits, canvas.mask_token_id, evidence.dtype))
+            return substitute(logits, canvas.mask_token_id, evidence.dtype).softmax(dim=-1) @ chain.emission
 
         evidence[places] = self.map(summed_out)
         present[places] = True

@@ -13,9 +13,7 @@ its state is its evidence e_i[s]:
 
 Z is the forward algorithm over e; a set G of tokens has the probability prod_G p_i(x_i) Z(e with W[x_i] in G) / Z(e); and
 states drawn from right to left, then each token from p_i(v) W[v, s_i], are an exact joint draw. All from one forward of the
-network. A temperature tau takes the joint law of states and tokens to the power 1 / tau: that is a chain again, with a, T and
-p_i(v) W[v, s] to that power. The idea of a chain over the head is that of CoDD (arXiv 2603.00045), for masks of a block; see
-docs/coupling.md.
+network. The idea of a chain over the head is that of CoDD (arXiv 2603.00045), for masks of a block; see docs/coupling.md.
 """
 
 import functools
@@ -24,10 +22,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-
-
-# Colder than this, the chain keeps this temperature: a power of 1 / 0.1 leaves float64 room for factors of e^70 between states.
-COLDEST = 0.1
 
 
 class CouplingWeights(NamedTuple):
@@ -67,13 +61,10 @@ class MDLMCoupling(nn.Module):
 class Chains:
     """The chain of each level of noise.
 
-    `at(level, temperature)` is the chain of a level; its law is that of temperature 1 by default.
-
     Args:
         weights: of the coupling.
         window: positions after which a chain begins anew; None: never.
-        dtype: of the arithmetic; float64, or float32, whose log Z is exact to about 1e-6 of itself. At other temperatures
-            than 1 it is float64.
+        dtype: of the arithmetic; float64, or float32, whose log Z is exact to about 1e-6 of itself.
     """
 
     def __init__(self, weights: CouplingWeights, window: int | None, dtype: torch.dtype = torch.float64):
@@ -85,19 +76,14 @@ class Chains:
         levels = len(self.weights.start)
         return (gamma * levels).long().clamp(max=levels - 1)
 
-    def _at(self, level: int, temperature: float = 1.0) -> "Chain":
-        # A power spreads the weights of the states over many orders of magnitude.
-        dtype = self.dtype if temperature == 1 else torch.float64
-        temperature = max(temperature, COLDEST)
-        start, transition, emission = (weight[level].to(dtype) for weight in self.weights[:3])
+    def _at(self, level: int) -> "Chain":
+        start, transition, emission = (weight[level].to(self.dtype) for weight in self.weights[:3])
         if self.weights.embedding is not None:
             # Standardised over the vocabulary: an embedding's numbers may be small, and have a mean that says nothing.
-            vectors = self.weights.embedding.to(dtype)
+            vectors = self.weights.embedding.to(self.dtype)
             vectors = (vectors - vectors.mean(dim=0)) / vectors.std(dim=0).clamp(min=1e-6)
             emission = emission @ vectors.T
-        if temperature != 1:
-            start, transition = ((weight - weight.max()) / temperature for weight in (start, transition))
-        return Chain(start.exp(), transition.exp(), emission.T.log_softmax(dim=-1), self.window, temperature)
+        return Chain(start.exp(), transition.exp(), emission.T.log_softmax(dim=-1), self.window)
 
 
 @dataclass(frozen=True)
@@ -108,40 +94,21 @@ class Chain:
     others (padding, say) as if they were not there.
 
     Args:
-        start: a, [S]; to the power 1 / temperature, up to a factor.
-        transition: T, [S, S]; likewise.
-        log_emission: log W, [V, S], of temperature 1.
+        start: a, [S].
+        transition: T, [S, S].
+        log_emission: log W, [V, S].
         window: see `Chains`.
-        temperature: of the joint law of states and tokens, at least `COLDEST`.
     """
 
     start: torch.Tensor
     transition: torch.Tensor
     log_emission: torch.Tensor
     window: int | None = None
-    temperature: float = 1.0
 
     @functools.cached_property
     def emission(self) -> torch.Tensor:
-        """W, [V, S]: the evidence of a visible token. At another temperature than 1, (W / peak)^(1 / temperature)."""
-        if self.temperature == 1:
-            return self.log_emission.exp()
-        return ((self.log_emission - self.log_peak[:, None]) / self.temperature).exp()
-
-    @functools.cached_property
-    def log_peak(self) -> torch.Tensor:
-        """log max_s W[v, s], [V]. It leaves W for p_i below, so that no power of W is 0 in every state."""
-        return self.log_emission.amax(dim=-1)
-
-    def summed_out(self, log_p: torch.Tensor) -> torch.Tensor:
-        """Evidence of positions whose token is not known, [R, S], up to a factor: sum_v (p(v) W[v, s])^(1 / temperature).
-
-        Args:
-            log_p: log p(v) up to a constant, [R, V].
-        """
-        if self.temperature != 1:
-            log_p = (log_p + self.log_peak) / self.temperature
-        return log_p.softmax(dim=-1) @ self.emission
+        """W, [V, S]."""
+        return self.log_emission.exp()
 
     def log_gain(
         self,
@@ -172,7 +139,7 @@ class Chain:
         present: torch.BoolTensor,
         drawn: torch.BoolTensor,
         uniforms: torch.Tensor,
-        greedy: bool = False,
+        temperature: float = 1.0,
     ) -> torch.LongTensor:
         """The states [B, L] of the `drawn` positions from their joint law, every other position summed out.
 
@@ -182,7 +149,7 @@ class Chain:
         Args:
             drawn: [B, L] bool, within `present`; the states elsewhere mean nothing.
             uniforms: [B, L] float64, in [0, 1).
-            greedy: take the likeliest state, given those on its right.
+            temperature: sharpens the law of each state given those on its right; 0 takes the likeliest.
 
         Returns:
             int64; -1 in windows whose evidence holds a NaN.
@@ -195,7 +162,7 @@ class Chain:
         behind, states = torch.ones_like(before[0]), []  # what the positions on the right say about this one's state
         for i in reversed(range(evidence.shape[1])):
             known = evidence[:, i] * behind
-            state = _pick(before[i] * known, None if greedy else uniforms[:, i])
+            state = _pick(before[i] * known, uniforms[:, i], temperature)
             known = torch.where(drawn[:, i, None], nn.functional.one_hot(state, len(self.start)).to(known), known)
             passed = known / known.sum(dim=-1, keepdim=True) @ self.transition.T
             behind = torch.where(present[:, i, None], passed, behind)
@@ -222,9 +189,11 @@ class Chain:
         return values.reshape(-1, self.window, *values.shape[2:])
 
 
-def _pick(weights: torch.Tensor, uniforms: torch.Tensor | None) -> torch.LongTensor:
-    """One index a row from weights [B, S], by inversion of uniforms [B]; without them the largest weight's: [B]."""
-    if uniforms is None:
+def _pick(weights: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.LongTensor:
+    """One index a row from weights [B, S], to the power 1 / temperature, by inversion: [B]."""
+    if temperature == 0:
         return weights.argmax(dim=-1)
+    if temperature != 1:
+        weights = (weights / weights.amax(dim=-1, keepdim=True)) ** (1 / temperature)
     cumulative = weights.cumsum(dim=-1)
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(dim=-1).clamp(max=weights.shape[-1] - 1)
