@@ -1,10 +1,15 @@
 """The examples run, and do what they say."""
 
 import importlib.util
+import json
 import sys
+from contextlib import closing
 
 import pytest
 import torch
+from fork_server import ForkServer
+from hub_server import HubServer
+from test_hub import TOKEN, environment_of
 from tiny_run import ROOT, write_inputs
 
 from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig
@@ -78,3 +83,35 @@ def test_own_divergence_has_the_gradient_that_it_says(example, teacher):
     trainer = module.main(teacher, steps=2)
     found = [row["divergence"] for row in trainer.state.log_history if "divergence" in row]
     assert len(found) == 2 and all(0 <= x <= 1 for x in found)
+
+
+SMALLER = {
+    "STEPS, STEPS_OF_A_ROUND, SAMPLES = 200, 30, 16": "STEPS, STEPS_OF_A_ROUND, SAMPLES = 2, 1, 2",
+    "REPOSITORY = None": 'REPOSITORY = "user/from-text"',
+    '("train", 300_000), ("validation", 30_000)': '("train", 20_000), ("validation", 5_000)',
+}
+
+
+def code_of(notebook: str) -> str:
+    """The code cells in their order."""
+    cells = json.loads((ROOT / "examples" / notebook).read_text(encoding="utf-8"))["cells"]
+    assert all(
+        not cell["outputs"] and cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code"
+    )
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+@pytest.mark.slow
+def test_the_notebook_publishes_a_card(tmp_path):
+    code = code_of("from_text_to_card.ipynb")
+    for old, new in SMALLER.items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    with HubServer(TOKEN) as hub, closing(ForkServer(environment_of(hub.endpoint, tmp_path / "hf"))) as python:
+        result = python.run(code, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        files = hub.files("user/from-text")
+    assert {"README.md", "model.safetensors", "eval.json", "eval.png", "modeling_mdlm.py"} <= files.keys()
+    card = files["README.md"].decode()
+    assert "| teacher" in card and "round-3" in card and "user/from-text" in card
+    assert (tmp_path / "runs/from_text/replay.html").read_text().count('"step"') > 1
