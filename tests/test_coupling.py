@@ -221,6 +221,22 @@ def law_of_sharpened_draws(start, transition, weights: torch.Tensor, power: floa
     return drawn @ chances
 
 
+def test_a_temperature_sharpens_each_draw_by_itself():
+    chain, p, draws = chain_of(strength=1.0), distributions(), 40_000
+    everything = torch.ones(draws, 4, dtype=torch.bool)
+    w, v = torch.rand(2, draws, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    evidence = evidence_of(chain, p, {}).expand(draws, -1, -1)
+    states = chain.draw(evidence, everything, everything, w, 0.6)
+    index = torch.zeros(draws, dtype=torch.long)
+    for i in range(4):
+        logits = p[i].log() + chain.log_emission.T[states[:, i]]
+        index = TOKENS * index + draw_tokens(logits, v[:, i], mask_token_id=None, temperature=0.6)
+    arguments = chain.start, chain.transition, p[:, :, None] * chain.emission
+    counts = index.bincount(minlength=TOKENS**4)
+    assert p_value(counts, law_of_sharpened_draws(*arguments, 1 / 0.6)) > FALSE_ALARM
+    assert p_value(counts, law_of_sharpened_draws(*arguments, 1 / 0.66)) < FALSE_ALARM, "the test has no power"
+
+
 def test_meanings_of_a_temperature_at_equal_entropy():
     """How likely under the untempered law what each meaning draws is. None is better than p(x)^(1 / temperature), which no
     chain can draw from; the joint law of states and tokens comes close.
