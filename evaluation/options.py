@@ -22,9 +22,7 @@ class EvaluationArguments:
 
     judge: str | None = field(
         default=None,
-        metadata={
-            "help": "Causal language model that reads the samples, folder or Hub name; a run without one judges nothing."
-        },
+        metadata={"help": "Causal language model that reads the samples, folder or Hub name; null: none is judged."},
     )
     judge_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Precision of the judge's weights."}
@@ -33,7 +31,7 @@ class EvaluationArguments:
         default="retokenized", metadata={"help": "What the judge reads: the samples' text, or their token ids."}
     )
     entropy_unit: Literal[ENTROPY_UNITS] = field(
-        default="tokens", metadata={"help": "What the entropy counts; use words for a character model."}
+        default="tokens", metadata={"help": "What the entropy counts; words for a character model."}
     )
     evaluation_steps: list[int] = field(
         default_factory=lambda: [4, 8, 16, 32, 64], metadata={"help": "Numbers of sampling steps."}
@@ -62,7 +60,7 @@ class EvaluationArguments:
     evaluation_bound: int = field(
         default=0,
         metadata={
-            "help": "Held-out blocks for the N-step bound, see docs/likelihood.md; 0: no bound.",
+            "help": "Held-out blocks for the N-step bound, see docs/likelihood.md; 0: none.",
             "nargs": "?",
             "const": 64,
         },
@@ -76,7 +74,7 @@ class EvaluationArguments:
     )
     evaluation_answer_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens of an answer; by default as many as the longest right one takes."},
+        metadata={"help": "Tokens of an answer; null: as many as the longest right one takes."},
     )
     evaluation_last_step: Literal[LAST_STEPS] | None = field(
         default=None, metadata={"help": "What follows the steps, see docs/generation.md."}

@@ -70,7 +70,7 @@ class DiffusionTrainingArguments(ExactResumeArguments):
         },
     )
     spread_fraction: float | None = field(
-        default=None, metadata={"help": "Share of a batch's rows that locking spread is for; null: all of them."}
+        default=None, metadata={"help": "Share of a batch's rows that locking spread is for; null: all."}
     )
 
     padding: Literal[PADDINGS] = field(

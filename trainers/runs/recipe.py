@@ -44,7 +44,7 @@ COMMON = {
     "train_sampling_strategy": "random; group_by_length: batches of rows of similar length, with little padding.",
     "logging_steps": "Steps between two log lines.",
     "save_steps": "Steps between two checkpoints.",
-    "eval_strategy": "When the loss on the validation text is computed: no, steps or epoch.",
+    "eval_strategy": "When the validation loss is computed: no, steps or epoch.",
     "resume_from_checkpoint": "Begin at a checkpoint of another folder.",
     "report_to": "none, tensorboard, trackio, wandb, ...",
     "push_to_hub": "Push the finished model.",

@@ -58,12 +58,12 @@ class TextArguments:
     text_column: str = field(
         default="text",
         metadata={
-            "help": "Column with the text, the completions or the messages; plain text files have none. Where there is no "
+            "help": "Column with the text, completions or messages; plain text files have none. Where there is no "
             "column text: completion with prompt, or else messages, or else input_ids."
         },
     )
     prompt_column: str | None = field(
-        default=None, metadata={"help": "Column with the prompts, if text_column holds completions; null: prompt."}
+        default=None, metadata={"help": "Column with the prompts, if text_column has completions; null: prompt."}
     )
     packing: bool | None = field(
         default=None,
@@ -101,11 +101,11 @@ class TextArguments:
     )
     validation_fraction: float | None = field(
         default=None,
-        metadata={"help": "Hold out this share of the training rows, chosen by the hash of their tokens."},
+        metadata={"help": "Hold out this share of the training rows, by the hash of their tokens."},
     )
     num_proc: int | None = field(
         default=None,
-        metadata={"help": "Processes that tokenise, for each process of a launch; null: one, which does not fork."},
+        metadata={"help": "Processes that tokenise, for each process of a launch; null: one."},
     )
     block_length: int = field(
         default=1024,
