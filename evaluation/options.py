@@ -22,7 +22,9 @@ class EvaluationArguments:
 
     judge: str | None = field(
         default=None,
-        metadata={"help": "Causal language model that reads the samples, folder or Hub name; null: none is judged."},
+        metadata={
+            "help": "Causal language model that reads the samples, folder or Hub name; null: nothing is judged."
+        },
     )
     judge_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Precision of the judge's weights."}
