@@ -31,6 +31,16 @@ if importlib.util.find_spec("datasets") is None:  # a borrowed machine for `pyte
     collect_ignore = ["test_bad_input.py", "test_bad_input_table.py", "test_data.py", "test_text_blocks.py"]
 
 
+# First, or one of several processes would be left with them at the end.
+LONGEST_FILES = ("test_launch.py", "test_gpu_day.py", "test_fsdp.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(
+        key=lambda item: LONGEST_FILES.index(item.path.name) if item.path.name in LONGEST_FILES else len(LONGEST_FILES)
+    )
+
+
 def pytest_collection_finish():
     """Takes everything that was imported out of the garbage collector: every training begins with a full collection."""
     gc.collect()
