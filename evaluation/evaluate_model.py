@@ -27,9 +27,7 @@ from modeling_mcd.sampling_mdlm import SAMPLERS, options_of
 
 HELD_OUT_TEXT = "held-out text"
 FIRST_LOCKING = LOCKINGS[0]  # of rows that were written before there was another
-COUPLED = (
-    "+coupling"  # after a locking: with the model's chain (docs/coupling.md); without it the chain is switched off
-)
+COUPLED = "+coupling"  # after a locking: with the model's chain (docs/coupling.md), which is otherwise switched off
 EVALUATED_LOCKINGS = (*LOCKINGS, *(locking + COUPLED for locking in LOCKINGS))
 # The point of the grid that a row stands for.
 KEY = ("model", "steps", "temperature", "sampler", "locking")

@@ -127,7 +127,8 @@ class Search:
     Args:
         plan: the winner.
         chosen_on: (plan's name, steps) -> bound on the first half, of every candidate.
-        reported: (plan's name, steps) -> bound on the second half, of the winner and of the independent sampler.
+        reported: (plan's name, steps) -> bound on the second half, of the winner and of the independent sampler; of the
+            winner's locking with equal steps too, if the winner has counts.
         curves: locking -> the loss of a masked token at each visible fraction.
     """
 
@@ -199,10 +200,11 @@ def search_plan(
             return sum(chosen_on[name].mean for name in names)
 
         winner = min(candidates, key=total)
-        for n in steps:
-            reported[FIRST, n] = bound(second, Plan(FIRST, {}), n)
-            reported["winner", n] = bound(second, winner, n)
-            bar.update(2 * n)
+        others = {FIRST, winner.locking} if winner.reveal_counts else {FIRST}
+        for name, plan in [*((locking, Plan(locking, {})) for locking in sorted(others)), ("winner", winner)]:
+            for n in steps:
+                reported[name, n] = bound(second, plan, n)
+                bar.update(n)
     return Search(winner, chosen_on, reported, curves)
 
 
@@ -229,7 +231,8 @@ def table(search: Search, steps: Sequence[int]) -> str:
 
     for name in names:
         lines.append(f"| {name} | " + " | ".join(cell(search.chosen_on.get((name, n))) for n in steps) + " |")
-    for title, name in ((f"other half: {FIRST}", FIRST), ("other half: the winner", "winner")):
+    for name in dict.fromkeys(name for name, _ in search.reported):
+        title = f"other half: {'the winner' if name == 'winner' else name}"
         lines.append(f"| {title} | " + " | ".join(cell(search.reported[name, n]) for n in steps) + " |")
     gains = [search.reported["winner", n].minus(search.reported[FIRST, n]) for n in steps]
     lines.append("| difference, paired | " + " | ".join(f"{d:+.3f} ± {error:.3f}" for d, error in gains) + " |")

@@ -6,12 +6,26 @@ Only what that takes, over LFS (the client needs HF_HUB_DISABLE_XET=1), and bran
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from tiny_run import ROOT
+
+
+TOKEN = "hf_test_secret"
+
+
+def environment_of(endpoint: str, home: Path) -> dict[str, str]:
+    """Nothing of this process's Hugging Face settings: its own home, and the Hub at `endpoint`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    return environment
 
 
 class Refusal(Exception):

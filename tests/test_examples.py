@@ -8,8 +8,7 @@ from contextlib import closing
 import pytest
 import torch
 from fork_server import ForkServer
-from hub_server import HubServer
-from test_hub import TOKEN, environment_of
+from hub_server import TOKEN, HubServer, environment_of
 from tiny_run import ROOT, write_inputs
 
 from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig

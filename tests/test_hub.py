@@ -1,7 +1,6 @@
 """`push_to_hub`: what of a run's folder lands on the Hub, that others can use it, and what happens when it cannot land."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -12,14 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 from fork_server import ForkServer
-from hub_server import HubServer
+from hub_server import TOKEN, HubServer, environment_of
 from safetensors.torch import load_file
-from tiny_run import ROOT, mcd_arguments, write_inputs
+from tiny_run import mcd_arguments, write_inputs
 
 from modeling_mcd import MDLMForMaskedDiffusion
 
 
-TOKEN = "hf_test_secret"
 TRAIN = "import sys; from trainers.run_mcd import main; main(sys.argv[1:])"
 # A stranger, without the package, who has only the name of the repository.
 VISIT = """
@@ -38,14 +36,6 @@ card = open(hf_hub_download("user/tiny", "README.md"), encoding="utf-8").read()
 exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1])
 print(json.dumps(report))
 """
-
-
-def environment_of(endpoint: str, home: Path) -> dict[str, str]:
-    """Nothing of this process's Hugging Face settings: its own home, and the Hub at `endpoint`."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
-    return environment
 
 
 def contents(folder: Path) -> dict[str, bytes]:

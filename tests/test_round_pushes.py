@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 from fork_server import ForkServer
-from hub_server import CUT, HubServer
+from hub_server import CUT, HubServer, environment_of
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file
-from test_hub import environment_of
 from tiny_run import mcd_arguments, save_judge, write_inputs
 
 from trainers.runs.round_pushes import PUSHED, RoundPushes

@@ -109,6 +109,10 @@ def test_a_network_that_needs_one_token_reveals_few_tokens_first(build):
     search = search_plan(model, blocks, steps=[2], lockings=["independent", "spread"], grid=8)
     assert search.plan.reveal_counts["2"] == [0.125, 1.0], "one eighth of the tokens, and then the rest"
     assert search.reported["winner", 2].minus(search.reported["independent", 2])[0] < -1
+    equal_steps = step_bound(model, blocks[1::2], steps=2, locking=search.plan.locking)
+    assert search.reported[search.plan.locking, 2].mean == pytest.approx(equal_steps.mean), (
+        "beside the winner's counts"
+    )
 
 
 # --- The command
