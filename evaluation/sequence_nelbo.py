@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from evaluation.likelihood import Bound, scored_tokens
@@ -74,7 +75,7 @@ def sequence_nelbo(
 
     A network with time conditioning is told the time at which its schedule shows as large a share of the row as is visible;
     the figure is then the bound of the model with these times. A block model's own blocks are drawn for each by itself, given
-    the clean ones before it, and never enumerated.
+    the clean ones before it, and never enumerated; the rest of a last block that the text does not fill stays masked.
 
     Args:
         model: an `MDLMForMaskedDiffusion` of absorbing diffusion.
@@ -98,10 +99,9 @@ def sequence_nelbo(
     blocks = torch.as_tensor(blocks, dtype=torch.long)
     scored = scored_tokens(model.config, blocks, prompt_mask)
     own = getattr(model.config, "block_size", None)
-    if own is not None and blocks.shape[1] % own:
-        raise ValueError(
-            f"blocks are {blocks.shape[1]} tokens long, which must be a multiple of the model's block_size ({own})"
-        )
+    if own is not None:  # the rest of the last block stays masked, and is not scored
+        rest = 0, -blocks.shape[1] % own
+        blocks, scored = pad(blocks, rest, value=process.mask_token_id), pad(scored, rest, value=False)
     masks = _Masks(scored, draws, keys_of(seed, None, len(blocks)), own)
     start = process.schedule.gamma(torch.ones((), dtype=torch.float64))
     values = torch.zeros(len(blocks), draws, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 class Team:
-    """One process alone. A team of several has the same four members."""
+    """One process alone. A team of several has the same five members."""
 
     rank, size = 0, 1
 
@@ -21,6 +21,10 @@ class Team:
     def gather(self, part) -> list:
         """The part of every process, in order of rank, on every process."""
         return [part]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor on the CPU, of one shape everywhere, over all processes. It may be changed in place."""
+        return tensor
 
 
 ALONE = Team()
@@ -41,6 +45,15 @@ class Ranks(Team):
         parts = [None] * self.size
         dist.all_gather_object(parts, part, group=self.group)
         return parts
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+
+def joined_team() -> Team:
+    """The processes of the group that exists already; `ALONE` without one."""
+    return Ranks() if dist.is_initialized() else ALONE
 
 
 @contextlib.contextmanager

@@ -131,8 +131,20 @@ def test_a_models_own_blocks_are_given_the_clean_ones_before():
         total -= logits.log_softmax(-1)[text[0, place]].item()
     found = sequence_nelbo(model, text, prompt, draws=2)
     assert found.nats.item() == pytest.approx(total, rel=1e-5) and found.errors.item() == pytest.approx(0, abs=1e-5)
-    with pytest.raises(ValueError, match=r"must be a multiple of the model's block_size \(4\)"):
-        sequence_nelbo(model, tokens(1, 10))
+
+
+def test_the_rest_of_a_models_last_block_stays_masked():
+    """As its sampler fills it: a text of 10 tokens leaves two masks, which are neither scored nor counted."""
+    model = as_masked_diffusion(make_network("qwen3"), BACKBONE_MASK, 0, attention="block", block_size=4)
+    text, prompt = tokens(1, 10), (torch.arange(10) < 9)[None]
+    canvas = torch.full((1, 12), BACKBONE_MASK)
+    canvas[0, :9] = text[0, :9]
+    logits = model(input_ids=canvas).logits[0, 9].double().detach()
+    logits[BACKBONE_MASK] = -torch.inf
+    found = sequence_nelbo(model, text, prompt, draws=2)
+    assert found.tokens.item() == 1 and found.errors.item() == pytest.approx(0, abs=1e-5)
+    assert found.nats.item() == pytest.approx(-logits.log_softmax(-1)[text[0, 9]].item(), rel=1e-5)
+    assert sequence_nelbo(model, text, draws=2).tokens.item() == 10
 
 
 def test_a_time_conditioned_network_is_told_the_visible_share(build):
