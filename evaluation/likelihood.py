@@ -38,7 +38,6 @@ PLAIN = {
 }
 # Why the other samplers have no likelihood.
 UNLIKELY = {
-    "dream": "it draws every token before it chooses those to keep",
     "remdm": "it masks tokens again, so many paths give one text",
     "psi": "it masks tokens again, so many paths give one text",
 }
@@ -187,8 +186,8 @@ def causal_loss(judge: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 
 class TeacherForcedCanvas(Canvas):
     """A canvas on which a sampler reveals a given text: every reveal scores the text's tokens and writes them in.
 
-    Any sampler that fills the canvas by `Canvas.reveal` or `Answer.reveal` runs on it as it is: its plan or order, its times
-    and its forwards are its own.
+    Any sampler that fills the canvas by `Canvas.reveal`, `Answer.reveal` or `Answer.write` runs on it as it is: its plan or
+    order, its times and its forwards are its own.
 
     Args:
         text: [B, L] int64, on the network's device.
@@ -234,10 +233,13 @@ class TeacherForcedCanvas(Canvas):
 
 
 class TeacherForcedAnswer(Answer):
-    """An answer whose `reveal` scores and writes the text: what a sampler calls that looks at the scores before it chooses."""
+    """An answer that scores and writes the text: for a sampler that looks at the scores, or draws, before it chooses."""
 
     def reveal(self, chosen: torch.BoolTensor, v: torch.Tensor | None = None, greedy: bool = False):
         self.canvas.score(chosen, self.at(chosen))
+
+    def write(self, chosen: torch.BoolTensor, tokens: torch.LongTensor):
+        self.reveal(chosen)
 
 
 def step_bound(
@@ -259,9 +261,10 @@ def step_bound(
 
     The right side is what this returns for the samplers of `PLANNED`, with one plan for each block. Those of `ORDERED` reveal
     what the visible tokens say, so one path alone gives a text, and -log p_N(x) is the sum over that path (DUEL, arXiv
-    2603.01367): this returns it, and `exact` is True. The sampler itself runs, on a canvas that reveals the text. So it costs the sampler's own forwards, the head runs on the revealed rows alone, in chunks, and every option
-    of `generate` that shapes a plan (`steps`, `sampler`, `locking`, `block_length`, `last_step`, ...) has its meaning here.
-    So has `cache`: an approximate one makes another sampler, and the bound is that sampler's.
+    2603.01367): this returns it, and `exact` is True. The sampler itself runs, on a canvas that reveals the text. So it costs the
+    sampler's own forwards, the head runs on the revealed rows alone, in chunks, and every option of `generate` that shapes a
+    plan (`steps`, `sampler`, `locking`, `block_length`, `last_step`, ...) has its meaning here. So has `cache`: an approximate
+    one makes another sampler, and the bound is that sampler's.
     Under the independent `ancestral` sampler the limit N -> infinity is the NELBO.
 
     For a uniform-state model the bound is the ELBO of its N-step chain: the divergences of the true posterior from the
@@ -277,8 +280,9 @@ def step_bound(
         prompt_mask: [n, L] bool, True at the tokens that are given. The bound is then on the rest given these: only the
             rest is scored and counted.
         generation_config: options of `generate`; the model's own are not used.
-        seed: fixes the plans as in `generate`, and changes nothing where the likelihood is exact; a sequence gives each block its own seed, so that its plan does not
-            depend on the blocks around it. The same seed under another locking or N is the paired plan.
+        seed: fixes the plans as in `generate`, and changes nothing where the likelihood is exact; a sequence gives each block
+            its own seed, so that its plan does not depend on the blocks around it. The same seed under another locking or N is
+            the paired plan.
         batch_size: blocks at a time. Changes no plan.
         progress: show a progress bar.
         options: of `MDLMGenerationConfig`, over those of `generation_config`.
@@ -356,6 +360,11 @@ def check_bound(options: MDLMGenerationConfig, kind: str):
         if value is not None and value not in allowed:
             raise ValueError(f"{name} is {value!r}, but the likelihood is of the model's own law: leave it out")
     sampler = options.sampler or DEFAULTS["sampler"]
+    if sampler == "dream" and options.order == "confidence":
+        raise ValueError(
+            "sampler 'dream' has no likelihood with the order 'confidence': the tokens that it draws decide which positions it "
+            "keeps, so many paths give one text; take the order 'entropy' or 'margin'"
+        )
     if sampler in UNLIKELY:
         raise ValueError(
             f"sampler {sampler!r} has no likelihood: {UNLIKELY[sampler]}; {', '.join(PLANNED + ORDERED)} have one"
@@ -382,7 +391,10 @@ def log_probability_of(logits: torch.Tensor, tokens: torch.Tensor, mask_token_id
 
 
 def _of_plan(model, request: Request, text: torch.LongTensor, fillable: torch.BoolTensor) -> torch.DoubleTensor:
-    """Nats of each token [B, L] under one plan a row, or along the order that the text itself gives: block after block, as `generate` fills them, and from its caches."""
+    """Nats of each token [B, L] under one plan a row, or along the order that the text itself gives.
+
+    Block after block, as `generate` fills them, and from its caches.
+    """
     nats = torch.zeros(text.shape, dtype=torch.float64, device=text.device)
     cache = model.cached_trunk(request)
     denoiser = model.denoiser(coupling=request.options.coupling, cache=cache)

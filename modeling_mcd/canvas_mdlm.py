@@ -253,6 +253,10 @@ class Answer:
         draw = functools.partial(draw_tokens, mask_token_id=canvas.mask_token_id, **self.options(greedy))
         canvas.write(chosen, self.at(chosen).map(draw, (canvas.v if v is None else v)[chosen]))
 
+    def write(self, chosen: torch.BoolTensor, tokens: torch.LongTensor):
+        """Writes tokens [n] that were drawn already for the chosen [B, L] among the positions asked for."""
+        self.canvas.write(chosen, tokens)
+
     def options(self, greedy: bool) -> dict:
         """The keyword arguments of a draw."""
         return self.canvas.denoiser.draw | ({"temperature": 0} if greedy else {})

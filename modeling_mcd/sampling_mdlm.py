@@ -214,13 +214,14 @@ def dream(canvas: Canvas, *, steps: int, order: str = "entropy", order_temperatu
         where = canvas.masked & (counts > 0)[:, None]
         if where.any():
             noise, uniforms = canvas.fresh_noise()
-            tokens, certain = canvas.ask(where, t).map(draw, uniforms[where]).unbind(dim=1)
+            answer = canvas.ask(where, t)
+            tokens, certain = answer.map(draw, uniforms[where]).unbind(dim=1)
             scores = torch.full(where.shape, -torch.inf, dtype=torch.float64)
             scores = scores.masked_scatter(where, certain.cpu().round(decimals=4))
             if order_temperature:
                 scores = scores - order_temperature * (-noise.clamp(min=2**-53).log()).log()
             chosen = where & (rank(-scores, where) < counts[:, None])
-            canvas.write(chosen, tokens[canvas.send(chosen[where])].long())
+            answer.write(chosen, tokens[canvas.send(chosen[where])].long())
         yield
 
 
@@ -456,8 +457,9 @@ SAMPLERS = {
 # bound (docs/likelihood.md), and draw through a coupling (docs/coupling.md).
 PLANNED = ("ancestral", "first_hitting", "random")
 
-# Those whose next reveals are a function of what is visible: one path alone gives a text, so its likelihood is exact.
-ORDERED = ("confidence", "entropy", "margin", "adaptive", "entropy_bound")
+# Those whose next reveals are a function of what is visible: one path alone gives a text, so its likelihood is exact. But not
+# under `dream` with the order "confidence", which is that of the tokens that were drawn.
+ORDERED = ("confidence", "entropy", "margin", "dream", "adaptive", "entropy_bound")
 
 
 def options_of(sampler: Callable) -> tuple[str, ...]:

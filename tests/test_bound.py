@@ -205,7 +205,10 @@ def test_means_and_errors_are_those_of_a_ratio_and_of_pairs():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "dream"}, "sampler 'dream' has no likelihood: it draws every token before it chooses"),
+        (
+            {"sampler": "dream", "order": "confidence"},
+            "sampler 'dream' has no likelihood with the order 'confidence': the tokens that it draws decide",
+        ),
         ({"sampler": "remdm"}, "sampler 'remdm' has no likelihood: it masks tokens again"),
         ({"sampler": "psi"}, "sampler 'psi' has no likelihood: it masks tokens again"),
         ({"sampler": "margin", "order_temperature": 0.5}, "order_temperature is 0.5"),

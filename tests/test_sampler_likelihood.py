@@ -1,6 +1,7 @@
 """The likelihood of samplers by enumeration: all texts together have probability 1, and the sampler draws each as often."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ BY_ORDER = [
     ("confidence", {"steps": 2}),
     ("entropy", {"steps": 2}),
     ("margin", {"steps": 3}),
+    ("dream", {"steps": 2}),
+    ("dream", {"steps": 2, "order": "margin"}),
     ("entropy_bound", {"entropy_bound": 0.8}),
     ("adaptive", {"threshold": 0.9}),
     ("adaptive", {"threshold": 0.95, "max_steps": 2}),
@@ -42,9 +45,30 @@ def probabilities(sampler: str, texts, start=(3, 3, 3), **options) -> torch.Tens
     return (-canvas.nats.sum(dim=1)).exp()
 
 
-def test_every_sampler_has_a_likelihood_or_a_reason():
-    assert sorted((*PLANNED, *ORDERED, *UNLIKELY)) == sorted(SAMPLERS["absorbing"])
-    assert {name for name, _ in BY_ORDER} == set(ORDERED)
+# Every sampler of `generate`, and what its likelihood is.
+EVERY = [(kind, name) for kind, samplers in SAMPLERS.items() for name in samplers]
+
+
+@pytest.mark.parametrize(("kind", "sampler"), EVERY)
+def test_every_sampler_has_a_figure_or_a_refusal_by_name(kind, sampler, build):
+    """And the page names it."""
+    model = build(**({"diffusion_kind": "uniform", "mask_token_id": None} if kind == "uniform" else {}))
+    text = torch.randint(0, 46, (2, 6), generator=torch.Generator().manual_seed(0))
+    if sampler in UNLIKELY:
+        with pytest.raises(
+            ValueError, match=f"sampler '{sampler}' has no likelihood: {UNLIKELY[sampler]}; ancestral, "
+        ):
+            step_bound(model, text, sampler=sampler)
+    else:
+        bound = step_bound(model, text, sampler=sampler)
+        assert bound.nats.isfinite().all() and bound.nats.min() > 0 and bound.tokens.tolist() == [6, 6]
+        assert bound.exact == (sampler in ORDERED) and (sampler in PLANNED) != bound.exact
+    page = (Path(__file__).parents[1] / "docs" / "likelihood.md").read_text()
+    assert f"`{sampler}`" in page
+
+
+def test_every_ordered_sampler_is_enumerated_here():
+    assert {name for name, _ in BY_ORDER} == set(ORDERED) and {name for name, _ in BY_PLAN} == set(PLANNED)
 
 
 @pytest.mark.parametrize("start", [(3, 3, 3), (3, 0, 3), (3, 1, 2)])
@@ -80,6 +104,7 @@ def test_an_ordered_sampler_draws_each_text_as_often_as_its_likelihood_says(samp
         {"sampler": "confidence", "steps": 1, "block_length": 2},
         {"sampler": "entropy_bound", "entropy_bound": 0.3, "block_length": 2, "cache": "dual"},
         {"sampler": "adaptive", "threshold": 0.4},
+        {"sampler": "dream", "steps": 2, "order": "margin"},
     ],
 )
 def test_a_networks_texts_add_up_to_one_given_a_prompt(build, options):
