@@ -145,7 +145,10 @@ def tables_of(frontier: Frontier) -> list[Table]:
 
 
 def matched_table(frontier: Frontier) -> Table:
-    """One line for each point, sorted and placed within each number of steps by Gen-PPL at matched entropy."""
+    """One line for each point, placed within each number of steps by Gen-PPL at matched entropy.
+
+    Points that share a place stand in the order of the report: not even their order says that one is better.
+    """
     reference = {point.steps: point for point in frontier.reference}
     name = frontier.reference[0].name
     lines = []
@@ -153,7 +156,7 @@ def matched_table(frontier: Frontier) -> Table:
         group = [point for point in frontier.points if point.steps == steps]
         intervals = [point.matched and point.matched.interval for point in group]
         placed = list(zip(group, intervals, places(intervals), strict=True))
-        placed.sort(key=lambda entry: math.inf if entry[1] is None else entry[1].value)
+        placed.sort(key=lambda entry: math.inf if entry[1] is None else int(entry[2].split("-")[0]))
         for point, interval, place in placed:
             other = reference.get(steps)
             lines.append(

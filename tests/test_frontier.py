@@ -12,7 +12,8 @@ import pytest
 from report_rows import held_out, line, row
 from tiny_run import save_judge, save_teacher, start_python
 
-from evaluation import load_report
+from evaluation import load_report, markdown_table
+from evaluation.evaluate_model import HELD_OUT_TEXT
 from evaluation.frontier import frontier_of, matched_table, tables_of, time_table
 from evaluation.frontier_page import write_page
 from evaluation.intervals import Interval, places, row_replicates
@@ -96,6 +97,35 @@ def test_figures_whose_intervals_overlap_share_a_place():
 
 
 # --- From rows to tables
+
+
+def test_no_table_ranks_rows_whose_intervals_overlap(tmp_path):
+    """Of twelve models, some of which are hard to tell apart: their places, and the order of the lines."""
+    generator = np.random.default_rng(4)
+    rows, names = [held_out(3.6, entropy_unit="tokens")], [f"model {n}" for n in range(12)]
+    for name in names:
+        noise, gain = 0.3 * generator.standard_normal((SEEDS, SAMPLES)), generator.uniform(0, 0.3)
+        for temperature, entropy in ((1.0, 4.0), (0.8, 3.7), (0.6, 3.4)):
+            figure = line(entropy) * math.exp(-gain)
+            rows.append(sampled(model=name, temperature=temperature, gen_ppl=figure, entropy=entropy))
+            save_scores(tmp_path, rows[-1], scores_of(figure, entropy, noise))
+    frontier = frontier_of(rows, tmp_path)
+    intervals = {point.name: point.matched.interval for point in frontier.points}
+    lines = [(entry[1], entry[2]) for entry in matched_table(frontier).lines]
+    ties = 0
+    for i, (place, name) in enumerate(lines):
+        for other_place, other in lines[i + 1 :]:
+            if intervals[name].overlaps(intervals[other]):
+                assert place == other_place, (name, other)
+            if place == other_place:
+                assert names.index(name) < names.index(other), "those of one place stand in the order of the report"
+                ties += 1
+            else:
+                assert intervals[name].high < intervals[other].low
+    assert ties > 3 and len({place for place, _ in lines}) > 3
+    table = markdown_table([one for one in rows if one["model"] == HELD_OUT_TEXT or one["temperature"] == 1])
+    labels = re.findall(r"^\| (model \d+) \|", table, re.MULTILINE)
+    assert labels[:12] == names and "**" not in table and "place" not in table, "mcd-evaluate's own ranks nothing"
 
 
 @pytest.fixture
