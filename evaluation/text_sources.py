@@ -195,9 +195,13 @@ def open_text(
             rows = build_dataset(
                 load_dataset, name, config, data_dir=folder, split=split, revision=revision, streaming=streaming
             )
-        except (OSError, RuntimeError) as error:  # RuntimeError: a dataset that is a script, which is never run
+        except (
+            Exception
+        ) as error:  # of the network, the Hub or a reader; RuntimeError: a dataset that is a script, never run
             if _is_disk_error(error):
                 raise
+            if isinstance(error, ValueError) and not isinstance(error, OSError):  # an unknown configuration or split
+                raise ValueError(f"text {name!r}: {reason_of(error)}") from None
             raise FileNotFoundError(
                 f"text {name!r} is not a local file or folder and could not be loaded from the Hub: {reason_of(error)}"
             ) from None

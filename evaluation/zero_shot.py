@@ -61,9 +61,14 @@ class Corpus:
                 raise ValueError(f"{field} of {self.name!r} must be one of {choices}, not {getattr(self, field)!r}")
 
     def documents(self) -> Iterator[str]:
-        """The detokenised documents. Errors are those of `open_text`."""
+        """The detokenised documents. Errors are those of `open_text`; where a preset cannot be had they say what to do."""
         where = {field: getattr(self, field) for field in ("config", "revision", "folder", "split", "column")}
-        source = open_text(self.source, **where)
+        try:
+            source = open_text(self.source, **where)
+        except FileNotFoundError as error:
+            if self.name not in PRESETS or self.source != PRESETS[self.name].source:
+                raise
+            raise FileNotFoundError(f"{error}; give its file: {self.name}=FILE") from None
         for document in map("".join, source.documents()):
             lines = [document]
             if self.lines is not None and source.files:
@@ -107,7 +112,15 @@ PRESETS = {
             detokenizer="ptb",
             lines="stripped",
         ),
-        Corpus("lm1b", "billion-word-benchmark/lm1b", split="test", detokenizer="lm1b", lines="stripped"),
+        Corpus(
+            "lm1b",
+            "billion-word-benchmark/lm1b",
+            revision=EXPORT,
+            folder="plain_text",
+            split="test",
+            detokenizer="lm1b",
+            lines="stripped",
+        ),
         Corpus("lambada", "EleutherAI/lambada_openai", config="default", split="test", detokenizer="lambada"),
         Corpus("ag_news", "fancyzhx/ag_news", split="test"),
         *(

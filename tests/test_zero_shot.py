@@ -3,8 +3,10 @@
 import json
 import math
 
+import huggingface_hub
 import pytest
 import torch
+from hub_server import CUT, HubServer
 from small_model import make_context_matter
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -84,6 +86,48 @@ def test_a_file_of_lines_and_a_table_give_the_same_windows(tokenizer, tmp_path):
 def test_bytes_are_those_of_utf_8(tokenizer):
     few = windows_of(["äöü" * 20], tokenizer, 12, None)
     assert few.size == pytest.approx(120 * len(few.blocks) * 10 / 61)
+
+
+# --- The Hub
+
+
+@pytest.mark.parametrize("name", [name for name, corpus in PRESETS.items() if corpus.revision is not None])
+@pytest.mark.parametrize("partial", ["", "partial-"])
+def test_the_layout_of_a_parquet_branch_gives_the_split(name, partial, tmp_path):
+    """FOLDER/SPLIT/0000.parquet, with `partial-` before the split where the Hub converted the beginning alone."""
+    datasets = pytest.importorskip("datasets")
+    corpus = PRESETS[name]
+    for split in ("train", corpus.split):
+        home = tmp_path / corpus.folder / f"{partial}{split}"
+        home.mkdir(parents=True)
+        rows = datasets.Dataset.from_dict({corpus.column: [f"it is {split}"]})
+        rows.to_parquet(home / "0000.parquet")
+    found = datasets.load_dataset(
+        str(tmp_path), data_dir=corpus.folder, split=corpus.split, cache_dir=tmp_path / "cache"
+    )
+    assert found[corpus.column] == [f"it is {corpus.split}"]
+
+
+@pytest.mark.parametrize("status", ["offline", "unreachable", 404, 401, 429, 500, CUT])
+def test_a_corpus_that_cannot_be_downloaded_is_one_line(status, monkeypatch, tmp_path):
+    """Whatever the Hub does, the message names the dataset and what to give instead."""
+    datasets = pytest.importorskip("datasets")
+    with HubServer("no token") as hub:
+        endpoint = "http://127.0.0.1:9" if status == "unreachable" else hub.endpoint
+        hub.broken = {} if status in ("offline", "unreachable", 404) else {".*": status}
+        if status != "offline":
+            for place, options in (
+                (huggingface_hub.constants, {"ENDPOINT": endpoint, "HF_HUB_OFFLINE": False}),
+                (datasets.config, {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": False}),
+            ):
+                for option, value in options.items():
+                    monkeypatch.setattr(place, option, value)
+        with pytest.raises(FileNotFoundError) as found:
+            list(PRESETS["lambada"].documents())
+    message = str(found.value)
+    assert message.startswith("text 'EleutherAI/lambada_openai' is not a local file or folder and could not be loaded")
+    assert message.endswith("; give its file: lambada=FILE") and "\n" not in message
+    assert bool(hub.requests) == (status not in ("offline", "unreachable"))
 
 
 # --- From the command line to the files
