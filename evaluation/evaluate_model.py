@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.diversity import ENTROPY_UNITS
 from evaluation.generative_perplexity import CONVENTIONS
+from evaluation.gradient_moment import GradientReference
 from evaluation.judge import check_same_ids, describe_judge, fingerprint
 from evaluation.likelihood import Bound, check_bound, step_bound
 from evaluation.mauve import MauveReference
@@ -117,6 +118,7 @@ class EvaluationProtocol:
         batch_size: samples that are drawn and judged at a time. It changes neither samples nor figures.
         second_judge: another causal language model and its tokenizer, which reads the samples' text too.
         mauve_reference: held-out text that the samples are compared with by MAUVE.
+        gradient_reference: held-out text that they are compared with by the gradients of the second judge.
         training_ngrams: of the training text, to see what is copied from it.
 
     Raises:
@@ -137,6 +139,7 @@ class EvaluationProtocol:
     batch_size: int = 32
     second_judge: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
     mauve_reference: MauveReference | None = None
+    gradient_reference: GradientReference | None = None
     training_ngrams: TrainingNgrams | None = None
 
     def __post_init__(self):
@@ -214,6 +217,8 @@ class EvaluationProtocol:
         if self.mauve_reference is not None:
             asked["mauve_reference"] = self.mauve_reference.description
             asked["mauve_text"] = self.mauve_reference.digest
+        if self.gradient_reference is not None:
+            asked["gradient_text"] = self.gradient_reference.digest
         if self.training_ngrams is not None:
             asked["training_text"] = self.training_ngrams.digest
         return asked
@@ -248,8 +253,9 @@ def evaluate_model(
     """Yields a row for each locking, temperature and number of steps as soon as it is measured, so that the caller can save it.
 
     A point that `known_rows` already holds for the same weights and protocol is left out, unless it lacks a figure that is asked
-    for (MAUVE, a second judge, the n-grams of the training text): then it is sampled again, and keeps its bound. All points share their seeds: one
-    seed gives related texts at every number of steps, so differences between points are less noisy than the figures.
+    for (one of those that `EvaluationProtocol.beside` names): then it is sampled again, and keeps its bound. All points share
+    their seeds: one seed gives related texts at every number of steps, so differences between points are less noisy than the
+    figures.
     A figure that cannot be measured (NaN logits, nothing to score, an infinite perplexity) is None, and the row's `note` says
     why.
 

@@ -13,6 +13,7 @@ import torch
 
 from evaluation.diversity import distinct_n, known_words, rep_n, self_bleu, unigram_entropy, unique_share
 from evaluation.generative_perplexity import GenerativePerplexity
+from evaluation.gradient_moment import Gradients
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Samples:
         judge: the judge's scores; None if there are none, and `trouble` says why.
         second: those of the second judge; None if there is none.
         features: hidden states [n, d] for MAUVE; None if it is not asked for.
+        gradients: of the second judge's loss, for the gradient moment; None if it is not asked for.
         seconds: that one process took to draw a sample, the mean.
         answers: to the questions that were asked, if any were.
     """
@@ -37,6 +39,7 @@ class Samples:
     trouble: str | None = None
     second: GenerativePerplexity | None = None
     features: torch.Tensor | None = None
+    gradients: Gradients | None = None
     seconds: float | None = None
     answers: Sequence["Answer"] | None = None
 
@@ -149,6 +152,14 @@ FIGURES = (
         lambda judged, _: judged.perplexity,
         format_perplexity,
         "Gen-PPL of the second judge",
+        spread=True,
+    ),
+    Figure(
+        "gradient_moment",
+        "gradients",
+        lambda gradients, protocol: protocol.gradient_reference.compare(gradients),
+        "{:.3g}".format,
+        "gradient moment",
         spread=True,
     ),
 )

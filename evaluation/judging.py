@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from evaluation.diversity import vocabulary_of
+from evaluation.gradient_moment import GradientReference
 from evaluation.judge import load_judge
 from evaluation.mauve import MauveReference
-from evaluation.measure import plain_texts
+from evaluation.measure import judged_form, plain_texts
 from evaluation.memorisation import TrainingNgrams
 from evaluation.options import PREFIX, EvaluationArguments
 from evaluation.report import RunReport
@@ -93,6 +94,11 @@ def add_text_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--second_judge", metavar="MODEL", help="Another causal language model that reads the samples."
     )
+    parser.add_argument(
+        "--gradient_moment",
+        action="store_true",
+        help="Whether samples pull the second judge's weights as --reference_text does; a backward for each.",
+    )
     parser.add_argument("--output_dir", help="Where the report goes; the first MODEL by default, if that is a folder.")
 
 
@@ -141,10 +147,16 @@ def judge_models(
         judge = load_judge(first_protocol.judge, first_protocol.judge_dtype, device)
         if options.second_judge is not None:
             beside["second_judge"] = load_judge(options.second_judge, first_protocol.judge_dtype, device)
+        if options.mauve is not None or options.gradient_moment:
+            others = other_blocks(blocks_for(label, EVERY), len(blocks))
         if options.mauve is not None:
-            others = plain_texts(other_blocks(blocks_for(label, EVERY), len(blocks)), tokenizers[label])
             reader = judge if options.mauve == THE_JUDGE else load_judge(options.mauve, "float32", device)
-            beside["mauve_reference"] = MauveReference(others, *reader, first_protocol.evaluation_batch_size)
+            texts = plain_texts(others, tokenizers[label])
+            beside["mauve_reference"] = MauveReference(texts, *reader, first_protocol.evaluation_batch_size)
+        if options.gradient_moment:
+            reader = beside["second_judge"]
+            texts = judged_form(others, tokenizers[label], reader[1], "retokenized")
+            beside["gradient_reference"] = GradientReference(texts, *reader)
         if options.memorised:
             beside["training_ngrams"] = TrainingNgrams(training)
     for arguments in protocols:
@@ -188,11 +200,16 @@ def check_texts(options: argparse.Namespace, arguments: EvaluationArguments):
     for option, asked, text in (
         ("bound", arguments.evaluation_bound, "reference_text"),
         ("mauve", options.mauve is not None, "reference_text"),
+        ("gradient_moment", options.gradient_moment, "reference_text"),
         ("memorised", options.memorised, "vocabulary_text"),
     ):
         if asked and not getattr(options, text):
             kind = "held-out" if text == "reference_text" else "training"
             raise ValueError(f"--{option} needs {kind} text: give --{text}")
+    if options.gradient_moment and options.second_judge is None:
+        raise ValueError(
+            "--gradient_moment is of a model that neither wrote the samples nor judges them: give --second_judge"
+        )
 
 
 def other_blocks(every: torch.LongTensor, count: int) -> torch.LongTensor:
@@ -207,7 +224,7 @@ def other_blocks(every: torch.LongTensor, count: int) -> torch.LongTensor:
     others = every[left]
     if len(others) < 2:
         raise ValueError(
-            f"--mauve compares samples with held-out text beyond the {count} blocks of its own row, but --reference_text "
+            f"samples are compared with held-out text beyond the {count} blocks of its own row, but --reference_text "
             f"has {len(every)} blocks: give more text, or ask for fewer --samples"
         )
     return others[torch.linspace(0, len(others) - 1, min(count, len(others))).round().long()]

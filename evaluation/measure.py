@@ -100,7 +100,7 @@ def _samples(draw, seed, count, tokenizer, protocol, team) -> tuple[Samples | No
 
     An error in one process counts for all: whatever happens, every process takes part in every exchange.
     """
-    ids = forwards = features = trouble = None
+    ids = forwards = features = gradients = trouble = None
     seconds = 0.0
     judges = [(protocol.judge, protocol.judge_tokenizer, protocol.convention)]
     judges += [(*protocol.second_judge, "retokenized")] if protocol.second_judge is not None else []
@@ -114,6 +114,9 @@ def _samples(draw, seed, count, tokenizer, protocol, team) -> tuple[Samples | No
             scores.append(score(read, judge, judge_tokenizer, convention, protocol.batch_size))
         if protocol.mauve_reference is not None and len(ids):
             features = protocol.mauve_reference.features_of(plain_texts(ids, tokenizer))
+        if protocol.gradient_reference is not None:
+            reader = protocol.gradient_reference
+            gradients = reader.gradients_of(judged_form(ids, tokenizer, reader.tokenizer, "retokenized"))
     except TROUBLE as error:
         trouble = reason_of(error)
     parts = team.gather((ids, forwards, scores, features, seconds, trouble))
@@ -128,6 +131,8 @@ def _samples(draw, seed, count, tokenizer, protocol, team) -> tuple[Samples | No
                 judged[i] = perplexity_of(nll, tokens, convention)
     except TROUBLE as error:
         troubles.append(reason_of(error))
+    if gradients is not None and not troubles:
+        gradients = gradients.over(team)
     ids, of_all = torch.cat([part[0] for part in parts]), [part[3] for part in parts if part[3] is not None]
     text = plain_texts(ids, tokenizer)
     samples = Samples(
@@ -138,6 +143,7 @@ def _samples(draw, seed, count, tokenizer, protocol, team) -> tuple[Samples | No
         trouble=troubles[0] if troubles else None,
         second=judged[1] if len(judged) > 1 else None,
         features=torch.cat(of_all) if of_all and not troubles else None,
+        gradients=None if troubles else gradients,
         seconds=sum(part[4] for part in parts) / count,
     )
     return samples, torch.cat([part[1] for part in parts]).double().mean().item(), None

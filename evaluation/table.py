@@ -142,6 +142,11 @@ def _caption(rows: list[dict], target: dict | None, swept: bool) -> str:
         caption += f" Second judge: {row['second_judge']}; text re-tokenised by it."
     if row.get("mauve_reference") is not None:
         caption += f" MAUVE: hidden states of {row['mauve_reference']}; its ceiling is the figure of held-out text."
+    if row.get("gradient_text") is not None:
+        caption += (
+            " Gradient moment: squared distance of the second judge's mean gradients on samples and on held-out text, without "
+            "bias; 0 is best, and noise may make it negative."
+        )
     if target is not None:
         same = target["samples"] == row["samples"]
         others = [f for f in _others() if target.get(f.name) is not None and (same or not f.grows)]

@@ -22,6 +22,7 @@ from evaluation import (
     vocabulary_of,
 )
 from evaluation import mauve as mauve_room
+from evaluation.gradient_moment import Gradients, gradient_moment, text_gradients
 from evaluation.mauve import curve_area, frontier_integral, k_means, mauve, principal_components, text_features
 from evaluation.memorisation import TrainingNgrams
 from evaluation.run_eval import main
@@ -208,6 +209,58 @@ def test_features_are_the_hidden_states_at_the_last_token(tokenizer):
     assert text_features([""], judge, tokenizer).equal(text_features(["<|endoftext|>"], judge, tokenizer))
 
 
+# --- The gradient moment
+
+
+def test_the_gradient_moment_is_that_of_all_pairs_of_different_texts(tokenizer):
+    """By hand, from the loss that transformers computes. A text of one token has no gradient."""
+    judge, texts = tiny_judge(1), ["it was a dark night", "the rain fell", "no"]
+    others = ["to be or not to be", "the cat sat", "it ran"]
+    rows = []
+    for text in (*texts, *others):
+        judge.zero_grad()
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        judge(input_ids=ids, labels=ids).loss.backward()
+        rows.append(torch.cat([weight.grad.flatten().double() for weight in judge.parameters()]))
+    p, q = torch.stack(rows[:3]), torch.stack(rows[3:])
+    apart = ~torch.eye(3, dtype=torch.bool)
+    expected = (p @ p.T)[apart].mean() + (q @ q.T)[apart].mean() - 2 * (p @ q.T).mean()
+    judge.zero_grad()
+    found = [text_gradients(some, judge, tokenizer) for some in ((*texts, "a"), others)]
+    assert found[0].count == 3 and gradient_moment(*found) == pytest.approx(expected.item(), rel=1e-4)
+    assert all(weight.grad is None for weight in judge.parameters()), "the judge keeps no gradient"
+    with pytest.raises(ValueError, match="at least 2 texts of 2 tokens on either side, not 1 and 3"):
+        gradient_moment(text_gradients(["it was"], judge, tokenizer), found[1])
+
+
+def test_the_gradient_moment_has_no_bias():
+    """Vectors of two normal distributions: over many draws its mean is the squared distance of the means."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(mean: float, count: int) -> Gradients:
+        g = mean + torch.randn(count, 4, generator=generator)
+        return Gradients(g.sum(dim=0), g.square().sum().item(), count)
+
+    for gap in (0.0, 1.0):
+        found = torch.tensor([gradient_moment(drawn(0.5, 3), drawn(0.5 + gap, 5)) for _ in range(4000)])
+        assert abs(found.mean().item() - 4 * gap**2) < 4.42 * found.std().item() / 4000**0.5
+        assert found.min() < 0 or gap
+
+
+def test_the_gradient_moment_sees_samples_that_repeat_each_other(tokenizer):
+    """Each is as likely as before: Gen-PPL within the spread of text, and the entropy of a sample is that of text."""
+    text = (Path(__file__).parents[1] / "recipes/tiny/text/validation").glob("*.txt")
+    letters = " ".join(next(iter(sorted(text))).read_text().lower().split())
+    pieces = [
+        "".join(c for c in letters[at : at + 60] if c in tokenizer.get_vocab()) for at in range(2000, 14000, 300)
+    ]
+    judge = tiny_judge(2)
+    reference = text_gradients(pieces[::2], judge, tokenizer)
+    other = gradient_moment(text_gradients(pieces[1::2], judge, tokenizer), reference)
+    repeated = gradient_moment(text_gradients([pieces[1]] * 20, judge, tokenizer), reference)
+    assert repeated > 5 * abs(other)
+
+
 # --- In a report
 
 
@@ -223,7 +276,7 @@ def evaluated(tmp_path_factory, judges, tokenizer):
     reports = []
     for more in (
         ["--bound", "3"],
-        ["--mauve", "--memorised", "--second_judge", judges[1]],
+        ["--mauve", "--memorised", "--second_judge", judges[1], "--gradient_moment"],
     ):
         main([*words, *more])
         reports.append(load_report(home / "model")["results"])
@@ -236,6 +289,7 @@ def test_what_is_asked_for_is_measured_and_the_bound_is_kept(evaluated):
     for plain, row in zip(before, after, strict=True):
         assert "mauve_reference" not in plain and plain["mauve"] is None and plain["second_gen_ppl"] is None
         assert 0 <= row["mauve"] <= 1 and row["second_gen_ppl"] > 1 and row["note"] is None
+        assert plain["gradient_moment"] is None and "gradient_text" not in plain
         for name, value in plain.items():
             assert value is None or row[name] == value, name
     held_out, sampled = after
@@ -258,7 +312,9 @@ def test_the_second_judge_and_mauve_are_those_of_the_samples(evaluated, judges, 
 def test_the_table_names_the_second_judge_and_the_ceiling(evaluated):
     home, _, (_, (held_out, row)) = evaluated
     table = (home / "model" / "eval.md").read_text()
-    assert "MAUVE; Gen-PPL of the second judge |" in table
+    assert "MAUVE; Gen-PPL of the second judge; gradient moment |" in table
+    assert abs(held_out["gradient_moment"]) < row["gradient_moment"], "text against other text, and random samples"
+    assert f"gradient moment {held_out['gradient_moment']:.3g}" in table and "0 is best" in table
     assert f"Second judge: {row['second_judge']}" in table
     assert f"MAUVE {held_out['mauve']:.3f}" in table, "the ceiling: held-out text against other held-out text"
 
@@ -275,10 +331,18 @@ def test_rows_with_more_figures_serve_those_who_ask_for_fewer(evaluated, monkeyp
     [
         (
             ["--mauve", "--samples", "56"],
-            "--mauve compares samples with held-out text beyond the 56 blocks of its own",
+            "samples are compared with held-out text beyond the 56 blocks of its own",
         ),
         (["--mauve", "--reference_text", ""], "--mauve needs held-out text: give --reference_text"),
         (["--memorised", "--vocabulary_text", ""], "--memorised needs training text: give --vocabulary_text"),
+        (
+            ["--gradient_moment"],
+            "--gradient_moment is of a model that neither wrote the samples nor judges them: give",
+        ),
+        (
+            ["--gradient_moment", "--reference_text", ""],
+            "--gradient_moment needs held-out text: give --reference_text",
+        ),
         (["--second_judge", "no/such"], "judge 'no/such' is not a local file or folder"),
     ],
 )
@@ -312,6 +376,15 @@ EXPECTED = {
     "ngram_overlap": lambda _: (
         {"training_texts": ["then a rose is a rose is a rose", "x"]},
         {"memorised_8": 1.0, "memorised_13": None},
+    ),
+    "gradient_moment": lambda judge: (
+        {"model": judge, "references": TEXTS[::-1]},
+        {
+            "gradient_moment": pytest.approx(
+                gradient_moment(*[text_gradients(texts, *load_judge(judge)) for texts in (TEXTS, TEXTS[::-1])]),
+                rel=1e-4,
+            )
+        },
     ),
     "mauve": lambda judge: (
         {"model": judge, "references": TEXTS[::-1]},
