@@ -4,12 +4,13 @@ from .diversity import distinct_n, known_words, rep_n, self_bleu, unigram_entrop
 from .evaluate_model import EvaluationProtocol, evaluate_held_out_text, evaluate_model
 from .generative_perplexity import GenerativePerplexity, generative_perplexity, sequence_nll
 from .judge import load_judge
-from .likelihood import Bound, block_nelbo, causal_loss, step_bound, validation_nelbo
+from .likelihood import Bound, block_nelbo, causal_loss, validation_nelbo
 from .matched_entropy import matched_gen_ppl
 from .model_card import write_model_card
 from .plot import write_plot
 from .report import RunReport, write_report
 from .results import load_report, save_results
+from .sampler_likelihood import step_bound
 from .sequence_nelbo import Estimate, sequence_nelbo
 from .table import markdown_table
 from .text import read_texts, text_blocks

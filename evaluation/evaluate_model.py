@@ -13,10 +13,11 @@ from evaluation.diversity import ENTROPY_UNITS
 from evaluation.generative_perplexity import CONVENTIONS
 from evaluation.gradient_moment import GradientReference
 from evaluation.judge import check_same_ids, describe_judge, fingerprint
-from evaluation.likelihood import Bound, check_bound, step_bound
+from evaluation.likelihood import Bound
 from evaluation.mauve import MauveReference
 from evaluation.measure import TROUBLE, draw_samples, measure
 from evaluation.memorisation import TrainingNgrams
+from evaluation.sampler_likelihood import check_bound, step_bound
 from evaluation.team import ALONE, Team
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
 from modeling_mcd.generation_config_mdlm import MDLMGenerationConfig

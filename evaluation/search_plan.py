@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from evaluation.likelihood import Bound, step_bound
+from evaluation.likelihood import Bound
+from evaluation.sampler_likelihood import step_bound
 from evaluation.text import read_texts, text_blocks
 from modeling_mcd.checks_mdlm import COUNT, check_number
 from modeling_mcd.command_line import OneLineParser

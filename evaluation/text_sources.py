@@ -7,9 +7,6 @@ The rows of a table may also hold a prompt and its completion, the messages of a
 
 from __future__ import annotations
 
-import codecs
-import hashlib
-import io
 import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
+from evaluation.plain_text import digest_of_bytes, digest_of_parts, digest_of_plain, read_plain, read_span
 from modeling_mcd.loading import reason_of
 
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-PIECE = 2**20  # characters of a file that are read at a time
 # Kind of a file by its suffix in lower case. `text8` and its like have none.
 KINDS = {"": "text", ".txt": "text", ".text": "text", ".md": "markdown", ".markdown": "markdown"}
 KINDS |= {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -36,11 +33,9 @@ KINDS |= {".arrow": "arrow"}
 PLAIN = ("text", "markdown")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
 KNOWN = "plain text (.txt, .md), JSON (.jsonl, .json), CSV (.csv, .tsv), Parquet (.parquet) or Arrow (.arrow)"
-ZERO = b"\0"
 PROMPT, COMPLETION, MESSAGES = "prompt", "completion", "messages"  # columns of instruction data, as TRL names them
 TOKENS = ("input_ids", "labels", "completion_mask", "attention_mask")  # columns of rows that are tokenised already
 STRINGS = ("string", "large_string", "null")
-WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32-LE starts as UTF-16-LE does
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class TextSource:
             ValueError: a row does not hold text; names the row and the column.
         """
         for file in self.files:
-            yield _read_plain(file) if self.span is None else _read_span(file, *self.span)
+            yield read_plain(file) if self.span is None else read_span(file, *self.span)
         if self.rows is None:
             return
         for number, (text,) in enumerate(self.cells(), self.first):
@@ -155,8 +150,8 @@ def open_text(
             files = _files_in(path) if path.is_dir() else [path]
             kind = _kind_of(files, name)
             if kind in PLAIN:
-                return TextSource(name, _digest_of_plain(files), tuple(files))
-            used, digest, options = ("column",), _digest_of_bytes(files), {}
+                return TextSource(name, digest_of_plain(files), tuple(files))
+            used, digest, options = ("column",), digest_of_bytes(files), {}
             if kind == "csv":  # `NA` and an empty cell are text, and so is a number
                 separator = "\t" if files[0].suffix.lower() == ".tsv" else ","
                 texts = [column, *([prompt_column or PROMPT, COMPLETION] if instructions else [])]
@@ -205,7 +200,7 @@ def open_text(
             raise FileNotFoundError(
                 f"text {name!r} is not a local file or folder and could not be loaded from the Hub: {reason_of(error)}"
             ) from None
-        digest = _digest(
+        digest = digest_of_parts(
             [
                 repr(
                     (name, config, revision, split, *filter(None, [folder])) if streaming else rows._fingerprint
@@ -299,90 +294,6 @@ def datasets_library(text: str) -> ModuleType:
     return datasets
 
 
-def _read_plain(file: Path) -> Iterator[str]:
-    """Yields the characters of a UTF-8 file in pieces, without a byte-order mark, with `\\n` at the end of a line."""
-    try:
-        with file.open(encoding="utf-8-sig", newline=None) as opened:
-            while piece := opened.read(PIECE):
-                yield piece
-    except UnicodeDecodeError:
-        try:
-            file.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            place = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-            raise ValueError(f"{file} is not UTF-8: {place}; {_remedy(error.object)}") from None
-        raise
-
-
-def _read_span(file: Path, start: int, stop: int) -> Iterator[str]:
-    """Some bytes of a file that is known to be UTF-8, read as `_read_plain` does. They begin and end between characters."""
-    decoder = io.IncrementalNewlineDecoder(
-        codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")(), translate=True
-    )
-    with file.open("rb") as opened:
-        opened.seek(start)
-        for place in range(start, stop, PIECE):
-            end = min(place + PIECE, stop)
-            yield decoder.decode(opened.read(end - place), final=end == stop)
-
-
-def _remedy(content: bytes) -> str:
-    encoding = "UTF-16" if content.startswith(WIDE) or ZERO in content[:1000] else "LATIN1 (or what it is written in)"
-    return f"convert it, for example with `iconv -f {encoding} -t UTF-8`"
-
-
-def _digest_of_plain(files: list[Path]) -> str:
-    """The digest of files, each of which is read to its end. Raises ValueError for a file that is not plain text."""
-
-    def digests():
-        for file in files:
-            digest = hashlib.sha256()
-            for number, piece in enumerate(_read_plain(file)):
-                if "\0" in piece:
-                    raise ValueError(f"{file} is not text, or is not UTF-8: it holds zero bytes; {_remedy(ZERO)}")
-                if number == 0 and _is_json(piece):
-                    raise ValueError(
-                        f"{file} holds JSON, not plain text: rename it to .jsonl (or .json), and name the column with "
-                        "the text (text_column)"
-                    )
-                digest.update(piece.encode())
-            yield digest.digest()
-
-    return _digest(digests())
-
-
-def _digest(parts) -> str:
-    """16 hexadecimal digits of a sequence of bytes objects."""
-    return _digest_of_digests(hashlib.sha256(part).digest() for part in parts)
-
-
-def _digest_of_digests(digests) -> str:
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
-
-
-def _digest_of_bytes(files: list[Path]) -> str:
-    """The digest of what files hold, none of which has to fit into memory."""
-
-    def digests():
-        for file in files:
-            digest = hashlib.sha256()
-            with file.open("rb") as opened:
-                while piece := opened.read(PIECE):
-                    digest.update(piece)
-            yield digest.digest()
-
-    return _digest_of_digests(digests())
-
-
-def _is_json(start: str) -> bool:
-    """Whether a file begins with a JSON object, alone or in a list."""
-    try:
-        found, _ = json.JSONDecoder().raw_decode(start.lstrip("[ \t\n"))
-    except ValueError:
-        return False
-    return isinstance(found, dict) and bool(found)
-
-
 def _files_in(folder: Path) -> list[Path]:
     """The files in a folder and its subfolders, ordered by path, without hidden files, README and LICENSE."""
 
@@ -423,7 +334,7 @@ def _read_saved(folder: Path, split: str, streaming: bool) -> tuple[Dataset | It
         if split not in saved:
             raise ValueError(f"text {str(folder)!r} has no split {split!r}; it has {sorted(saved)}")
         saved, used = saved[split], ("column", "split")
-    digest = _digest([saved._fingerprint.encode()])
+    digest = digest_of_parts([saved._fingerprint.encode()])
     return (saved.to_iterable_dataset() if streaming else saved), digest, used
 
 

@@ -12,7 +12,7 @@ from toy import MASK as TOY_MASK
 from toy import finish, index_of, table_of_logits, toy_canvas
 
 from evaluation import Bound, step_bound, validation_nelbo
-from evaluation.likelihood import TeacherForcedCanvas, posterior_divergence, prior_divergence
+from evaluation.sampler_likelihood import TeacherForcedCanvas, posterior_divergence, prior_divergence
 from modeling_mcd import head_mdlm
 from modeling_mcd.forward_process_mdlm import process_of, uniform_nelbo
 from modeling_mcd.reveal_grid_mdlm import TAIL

@@ -5,7 +5,7 @@ import torch
 from toy_backbones import MASK, SHIFT, make_network, shifted, tokens
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from evaluation.likelihood import step_bound
+from evaluation.sampler_likelihood import step_bound
 from modeling_mcd import MDLMGenerationConfig, as_masked_diffusion
 from modeling_mcd.cache_mdlm import CachedTrunk
 

@@ -15,7 +15,7 @@ from toy_distillers import blocks, make_trainer, prompted
 from transformers import AutoModel, AutoTokenizer
 
 from evaluation import read_texts, step_bound, text_blocks
-from evaluation.likelihood import TeacherForcedCanvas
+from evaluation.sampler_likelihood import TeacherForcedCanvas
 from modeling_mcd import MDLMConfig
 from modeling_mcd.coupling_mdlm import Chain, Chains, CouplingWeights
 from modeling_mcd.draws_mdlm import draw_tokens

@@ -19,7 +19,8 @@ from tiny_run import ROOT, mcd_arguments, run_python, write_inputs
 from toy_distillers import BLOCK, METHODS, ROWS, blocks
 
 from benchmarks import divergence, sampling
-from evaluation.likelihood import step_bound, validation_nelbo
+from evaluation.likelihood import validation_nelbo
+from evaluation.sampler_likelihood import step_bound
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.loading import load_model
 from modeling_mcd.transfer_mdlm import send

@@ -11,7 +11,7 @@ from toy import MASK as TOY_MASK
 from toy import finish, index_of, sample, table_of_logits, toy_canvas
 
 from evaluation import step_bound
-from evaluation.likelihood import UNLIKELY, TeacherForcedCanvas
+from evaluation.sampler_likelihood import UNLIKELY, TeacherForcedCanvas
 from modeling_mcd.sampling_mdlm import ORDERED, PLANNED, SAMPLERS
 
 
