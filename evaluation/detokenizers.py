@@ -1,7 +1,8 @@
 """The published detokenisers of the zero-shot corpora: what a corpus wrote with spaces and signs becomes plain text again.
 
 The rules and their order are those of MDLM's `dataloader.py` (arXiv 2406.07524), which SEDD, Duo and their kin share, so that
-figures can be compared. Some quotation marks come out wrong under them, which is part of the definition.
+figures can be compared. Some quotation marks come out wrong under them, which is part of the definition. One rule of WikiText is left
+out: its pattern is written between slashes, which Python takes for letters, so that it fits hardly any text.
 """
 
 import re
