@@ -24,7 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, check_numbers
-from modeling_mcd.files import read_object, write_json
+from modeling_mcd.files import read_object
 from trainers.adapters import is_adapted
 from trainers.checkpoints import (
     MANIFEST,
@@ -37,9 +37,9 @@ from trainers.deepspeed_build import check_build_cache
 from trainers.length_buckets import LengthBuckets
 from trainers.sharded_trainer import ShardedTrainer, check_fsdp
 from trainers.stopping import TERMINATED, Termination, has_lost_a_process
+from trainers.stream_resume import Stream, check_place, loader_of, remember_places, restore_place, save_place
 
 
-STREAM = "stream"  # the folder of a checkpoint with the place in a stream
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
@@ -214,21 +214,6 @@ class Companion(Protocol):
         """Restores what `save` wrote. Called in every process, once optimizer and networks are ready."""
 
 
-class Stream(Protocol):
-    """A training set without end that knows its own place, see `runs/streams.py`: it is not read again on resume."""
-
-    is_split: bool  # whether each process has its own; otherwise the first one reads for all
-
-    def remember(self, every: int, kept: int):
-        """Asks for the states at the last `kept` multiples of `every` rows."""
-
-    def state_at(self, number: int) -> dict | None:
-        """The state after so many rows, as JSON can hold it; None if it is not known."""
-
-    def start_at(self, state: dict):
-        """Sets where the next iteration begins."""
-
-
 class _Number(NamedTuple):
     """A loss or a gradient norm that must be finite, and where in the run it was met."""
 
@@ -362,7 +347,8 @@ class ExactResumeTrainer(ShardedTrainer):
     def _complete_checkpoint(self):
         """Called on every rank after the Trainer has written its last file."""
         self.args.save_total_limit = self._save_total_limit
-        self._save_stream(self._unfinished)
+        if isinstance(self.train_dataset, Stream):
+            save_place(self.train_dataset, self.args, self.state.global_step, self._unfinished)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(self._unfinished, learning_rate=self.args.learning_rate)
@@ -385,60 +371,18 @@ class ExactResumeTrainer(ShardedTrainer):
 
     def get_train_dataloader(self):
         stream = self.train_dataset
-        if not hasattr(stream, "state_at"):
-            return super().get_train_dataloader()
-        args = self.args
-        ahead = (1 if stream.is_split else args.world_size) * (args.gradient_accumulation_steps + 2)
-        stream.remember(every=self._train_batch_size, kept=2 * ahead)
-        if not stream.is_split:
-            return super().get_train_dataloader()
-        return (
-            torch.utils.data.DataLoader(  # not prepared by accelerate, which would let the first process read for all
-                stream,
-                batch_size=self._train_batch_size,
-                collate_fn=self.data_collator,
-                num_workers=args.dataloader_num_workers,
-                pin_memory=args.dataloader_pin_memory,
-            )
-        )
-
-    def _save_stream(self, folder: Path):
-        """Saves the place of a stream, on every rank that reads one."""
-        stream, args = self.train_dataset, self.args
-        if not hasattr(stream, "state_at") or not (stream.is_split or args.process_index == 0):
-            return
-        rows = self.state.global_step * args.gradient_accumulation_steps * args.train_batch_size
-        state = stream.state_at(rows * (1 if stream.is_split else args.world_size))
-        if state is not None:  # otherwise a worker reads, and a resumed run reads the rows before again
-            write_json(folder / STREAM / f"{args.process_index}.json", {"processes": args.world_size, **state})
+        if isinstance(stream, Stream):
+            remember_places(stream, self.args)
+            if stream.is_split:
+                return loader_of(stream, self.args, self.data_collator)
+        return super().get_train_dataloader()
 
     def _restore_stream(self, folder: Path) -> bool:
-        """Sets a stream to where a checkpoint was; whether that was possible, on every rank.
-
-        Raises:
-            ValueError: each process had a stream of its own, and there were more or fewer of them.
-        """
-        stream, now = self.train_dataset, self.args.world_size
-        if not hasattr(stream, "state_at"):
-            return False
-
-        def is_known() -> bool:
-            if not (folder / STREAM / "0.json").is_file():
-                return False
-            then, was_split = (
-                read_object(folder / STREAM / "0.json")["processes"],
-                (folder / STREAM / "1.json").exists(),
-            )
-            if then != now and (stream.is_split or was_split):
-                raise ValueError(
-                    f"cannot resume from {folder}: with split_stream each of {then} processes read its own share of the text, "
-                    f"and now there are {now}: start {then}"
-                )
-            return True
-
-        known = from_first_process(is_known)
+        """Takes up the place in a stream, if there is one and a checkpoint holds it; whether that was so."""
+        stream = self.train_dataset
+        known = isinstance(stream, Stream) and from_first_process(lambda: check_place(stream, self.args, folder))
         if known:
-            stream.start_at(read_object(folder / STREAM / f"{self.args.process_index if stream.is_split else 0}.json"))
+            restore_place(stream, self.args, folder)
         return known
 
     def get_batch_samples(self, *args, **kwargs):
@@ -552,8 +496,8 @@ class _CheckpointCallback(TrainerCallback):
             self.trainer._restore(self.trainer._resumed_from)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if hasattr(
-            self.trainer.train_dataset, "state_at"
+        if isinstance(
+            self.trainer.train_dataset, Stream
         ):  # one epoch, of which a resumed run does not count the start
             state.epoch = state.global_step / state.max_steps
         if self.trainer.termination.stops_after(state.global_step):
