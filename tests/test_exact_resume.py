@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_run import mcd_arguments, write_inputs
+from torch.distributed import checkpoint
 from toy_distillers import ROWS, blocks
 from transformers import TrainerCallback
 
@@ -25,9 +26,10 @@ from trainers.checkpoints import (
     clear_later_checkpoints,
     fault_of,
     last_complete_checkpoint,
+    write_manifest,
 )
-from trainers.exact_resume import ExactResumeArguments
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
+from trainers.resume_arguments import ExactResumeArguments
 
 
 RUN = {"ema_decay": 0.9, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 9, "logging_steps": 1}
@@ -164,6 +166,47 @@ def test_an_error_in_a_save_leaves_no_torn_checkpoint(trainer_of, tmp_path):
     with pytest.raises(OSError, match="the disk is full"):
         trainer.train()
     assert names(tmp_path) == ["checkpoint-2"] and trainer.args.save_total_limit == 9
+
+
+# --- Another launch
+
+
+@pytest.mark.parametrize("kind", ["optimizer.bin", "optimizer_0"])
+def test_files_of_fsdp2_are_read_without_it(kind, trainer_of, whole, finished):
+    """A checkpoint that is rewritten as FSDP2 writes it, by names, in one file or in parts: bitwise the same end."""
+    folder, names = finished / "checkpoint-6", {id(p): name for name, p in whole.model.named_parameters()}
+    names = [names[id(p)] for group in whole.optimizer.param_groups for p in group["params"]]
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
+    state = {"state": {names[i]: values for i, values in state["state"].items()}, "param_groups": groups}
+    (folder / "optimizer.pt").unlink()
+    if kind == "optimizer.bin":
+        torch.save(state, folder / kind)
+        torch.save({}, folder / "pytorch_model_fsdp.bin")  # not read: the model is there as a model
+    else:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        for name, content in ((kind, {"optimizer": state}), ("pytorch_model_fsdp_0", {"model": weights})):
+            checkpoint.save(content, storage_writer=checkpoint.FileSystemWriter(folder / name), no_dist=True)
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, learning_rate=1e-2)
+    resumed = trainer_of(finished)
+    resumed.train(str(folder))
+    for name, value in resumed.model.named_parameters():
+        assert torch.equal(value, whole.model.get_parameter(name)), name
+    losses = [[line["loss"] for line in trainer.state.log_history if "loss" in line] for trainer in (resumed, whole)]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_a_checkpoint_of_deepspeed_is_refused(trainer_of, finished):
+    folder = finished / "checkpoint-6"
+    (folder / "optimizer.pt").rename(folder / "latest")
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, learning_rate=1e-2)
+    with pytest.raises(
+        ValueError, match="written under DeepSpeed, and this launch has no FSDP.*start as it was started"
+    ):
+        trainer_of(finished).train(str(folder))
 
 
 # --- Hooks

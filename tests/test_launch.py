@@ -188,7 +188,7 @@ def test_unsynchronised_ranks_are_refused(inputs, tmp_path):
     """torchrun with an explicit gloo backend and no CPU flag is the launch that used to train two diverging ranks."""
     script = tmp_path / "unsynchronised.py"
     script.write_text(
-        "import sys, trainers.exact_resume as d; d.pick_cpu_backend = lambda arguments: None\n"
+        "import sys, trainers.resume_arguments as d; d.pick_cpu_backend = lambda arguments: None\n"
         "from trainers.run_mcd import main; main(sys.argv[1:])"
     )
     arguments = mcd_arguments(inputs, tmp_path / "run", ddp_backend="gloo", teacher="/nowhere")

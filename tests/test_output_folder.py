@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_run import BLOCK, judge_arguments, mcd_arguments, mdlm_arguments, write_inputs
 
 from trainers import run_judge, run_mcd, run_mdlm
-from trainers.exact_resume import ExactResumeArguments
+from trainers.resume_arguments import ExactResumeArguments
 from trainers.runs.output_folder import check_output_dir, claim_output_dir, find_checkpoint, portable_path
 from trainers.runs.recipe import RECIPE_FOLDER
 

@@ -10,7 +10,7 @@ import yaml
 from transformers import TrainingArguments
 
 from trainers import run_judge, run_mcd, run_mdlm
-from trainers.exact_resume import ExactResumeArguments
+from trainers.resume_arguments import ExactResumeArguments
 from trainers.runs.output_folder import recipe_text, run_settings
 from trainers.runs.recipe import RECIPE_FOLDER, parse_recipe, parse_recipe_of
 from trainers.runs.text_blocks import TextArguments

@@ -1,29 +1,16 @@
-"""Signals, killed processes, restarts, and other numbers of processes: nothing is lost, and one line says what happened."""
+"""Signals, killed processes, restarts, and other launches: nothing is lost, and one line says what happened."""
 
-import json
 import shutil
 import signal
-import socket
 import time
 
 import pytest
+from launches import RUN, SIGNAL, complete, finish, fsdp, losses, start, zero
 from safetensors.torch import load_file
-from tiny_run import mcd_arguments, mdlm_arguments, run_python, start_python, write_inputs
+from tiny_run import mcd_arguments, mdlm_arguments, run_python, write_inputs
 
 
 pytestmark = pytest.mark.slow
-RUN = "from trainers.{0} import main; main(sys.argv[1:])"
-HEAD = "import json, os, signal, sys\nos.environ.update(json.loads(sys.argv.pop(1)))\n"
-# Before a step: the process of a rank sends itself a signal.
-SIGNAL = """
-from trainers.exact_resume import ExactResumeTrainer
-step = ExactResumeTrainer.training_step
-def training_step(self, *a, **k):
-    if self.state.global_step == {step} and self.args.process_index == {rank}:
-        os.kill(os.getpid(), signal.{name})
-    return step(self, *a, **k)
-ExactResumeTrainer.training_step = training_step
-"""
 
 
 @pytest.fixture(scope="module")
@@ -31,41 +18,17 @@ def inputs(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def start(arguments: list[str], processes: int = 1, before: str = "", entry: str = "run_mcd"):
-    """The processes of a run, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in range(processes):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        launch = {name: str(value) for name, value in names.items()} | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        code = HEAD + before + RUN.format(entry)
-        started.append(start_python(code, json.dumps(launch if processes > 1 else {}), *arguments))
-    return started
-
-
-def finish(processes, timeout: float = 200):
-    return [process.complete(timeout) for process in processes]
-
-
-def complete(*arguments, **options):
-    for result in finish(start(*arguments, **options)):
-        assert result.returncode == 0, result.stderr
-
-
-def losses(output, step: int = 12) -> list[float]:
-    history = json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
 def assert_same_end(one, other):
     assert losses(one) == losses(other) and len(losses(one)) == 12
     ours, theirs = (load_file(run / "checkpoint-12" / "model.safetensors") for run in (one, other))
     assert all(ours[key].equal(theirs[key]) for key in theirs)
+
+
+def largest_difference(one, other, file: str = "model.safetensors") -> float:
+    """Of the finished networks."""
+    ours, theirs = load_file(one / file), load_file(other / file)
+    assert ours.keys() == theirs.keys()
+    return max((ours[key] - theirs[key]).abs().max().item() for key in theirs)
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +49,20 @@ def test_sigterm_saves_a_checkpoint_and_says_so(inputs, whole, tmp_path):
     assert_same_end(tmp_path / "run", whole)
 
 
-def test_two_processes_stop_together_and_one_goes_on(inputs, whole, tmp_path):
-    """Only one of them gets the signal. The run goes on with one process, and another division of the batch."""
+def test_two_processes_stop_together_and_one_and_four_go_on(inputs, whole, tmp_path):
+    """Only one of the two gets the signal. Each launch divides the batch in another way."""
     run = tmp_path / "run"
     halves = mcd_arguments(inputs, run, per_device_train_batch_size=4)
     both = finish(start(halves, 2, before=SIGNAL.format(step=4, rank=1, name="SIGTERM")))
     assert [result.returncode for result in both] == [143, 143], [result.stderr for result in both]
     said = [line for result in both for line in result.stderr.splitlines() if "stopped by SIGTERM" in line]
     assert len(said) == 1 and (run / "checkpoint-6" / "manifest.json").exists() and not (run / "checkpoint-8").exists()
-    complete(mcd_arguments(inputs, run, per_device_train_batch_size=2, gradient_accumulation_steps=4))
+    one = mcd_arguments(inputs, run, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    (alone,) = finish(start(one, before=SIGNAL.format(step=8, rank=0, name="SIGTERM")))
+    assert alone.returncode == 143 and (run / "checkpoint-9" / "manifest.json").exists(), alone.stderr
+    complete(mcd_arguments(inputs, run, per_device_train_batch_size=1, gradient_accumulation_steps=2), 4)
     assert losses(run) == pytest.approx(losses(whole), abs=1e-5)
+    assert largest_difference(run, whole) < 1e-4
 
 
 def test_a_killed_process_ends_the_others_soon(inputs, tmp_path):
@@ -145,3 +112,54 @@ def test_torchrun_restarts_a_killed_run_where_it_was(inputs, whole, tmp_path):
     result = run_python(str(script), *mcd_arguments(inputs, tmp_path / "run"), launcher=torchrun)
     assert result.returncode == 0 and once.exists() and "resuming from" in result.stderr, result.stderr
     assert_same_end(tmp_path / "run", whole)
+
+
+FULL, SHARDED = fsdp("FULL_STATE_DICT"), fsdp("SHARDED_STATE_DICT")
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_r": 4}], ids=["weights", "adapter"])
+def test_every_launch_goes_on_from_every_other(lora, inputs, tmp_path):
+    """FSDP2, with its other files, with DDP, with FSDP2 again, in one process: each trains two steps further."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    halves = mcd_arguments(inputs, run, per_device_train_batch_size=4, save_steps=12, save_total_limit=9, **lora)
+    for step, launch in ((1, FULL), (3, SHARDED), (5, {}), (7, SHARDED), (9, FULL)):
+        last = SIGNAL.format(step=step, rank=1, name="SIGTERM")
+        both = finish(start(halves, 2, before=last, environment=launch))
+        assert [result.returncode for result in both] == [143, 143], [result.stderr for result in both]
+    alone = mcd_arguments(inputs, run, per_device_train_batch_size=4, gradient_accumulation_steps=2, **lora)
+    complete(alone)
+    complete(mcd_arguments(inputs, whole, **lora))
+    signs = ["optimizer.bin", "optimizer_0", "optimizer.pt", "optimizer_0", "optimizer.bin", "optimizer.pt"]
+    for number, sign in zip((3, 5, 7, 9, 11, 12), signs, strict=True):
+        assert (run / f"checkpoint-{number}" / sign).exists()
+    assert losses(run) == pytest.approx(losses(whole), abs=1e-5)
+    assert largest_difference(run, whole, "adapter_model.safetensors" if lora else "model.safetensors") < 1e-4
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or shutil.which("ninja") is None,
+    reason="DeepSpeed builds its gloo extension with g++ and ninja",
+)
+def test_what_deepspeed_cannot_take_up_is_refused_by_name(inputs, tmp_path):
+    arguments = mcd_arguments(inputs, tmp_path / "run", num_rounds=1, per_device_train_batch_size=4)
+    last = SIGNAL.format(step=0, rank=0, name="SIGTERM")
+    stopped = finish(start(arguments, 2, before=last, environment=zero(2)))
+    assert {result.returncode for result in stopped} == {143}, [result.stderr for result in stopped]
+    alone = [*arguments, "--gradient_accumulation_steps", "2"]
+    quarters = [*arguments, "--per_device_train_batch_size", "2"]
+    for words, processes, launch, says in (
+        (
+            alone,
+            1,
+            {},
+            "written under DeepSpeed, and this launch has no FSDP: nothing else reads or writes DeepSpeed's",
+        ),
+        (quarters, 4, zero(2), "in 2 pieces, one for each process, and now there are 4; start as it was started"),
+        (arguments, 2, zero(3), "has written it under another stage, and this launch has ZeRO-3; start as it was"),
+    ):
+        results = finish(start(words, processes, environment=launch))
+        assert {result.returncode for result in results} == {1}
+        (line,) = (line for result in results for line in result.stderr.splitlines() if line.startswith("error: "))
+        assert "checkpoint-2: " in line and says in line
+    complete(arguments, 2, environment=zero(2))
+    assert (tmp_path / "run" / "model.safetensors").exists()

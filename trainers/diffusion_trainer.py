@@ -18,7 +18,8 @@ from modeling_mcd.locking_mdlm import LOCKINGS, PHI, locked_uniforms
 from modeling_mcd.transfer_mdlm import send
 from trainers.adapters import AdapterFollower, follower_of, is_adapted, with_adapter
 from trainers.batch_mean import LOSS_NORMS, BatchMean
-from trainers.exact_resume import ExactResumeArguments, ExactResumeTrainer
+from trainers.exact_resume import ExactResumeTrainer
+from trainers.resume_arguments import ExactResumeArguments
 from trainers.sharding import full_weights, is_sharded
 from trainers.teacher import EMACallback, Follower
 from trainers.trajectories import spread_rows, step_noise

@@ -10,7 +10,8 @@ from transformers.utils import logging
 
 from evaluation import save_results
 from modeling_mcd.files import in_use, lock_folder, write_json
-from trainers.exact_resume import ExactResumeArguments, from_first_process
+from trainers.exact_resume import from_first_process
+from trainers.resume_arguments import ExactResumeArguments
 from trainers.runs.adapter_options import AdapterArguments
 from trainers.runs.hub import push_to_hub, take_hub_api
 from trainers.runs.output_folder import (
