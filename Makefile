@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := modeling_mcd trainers evaluation tests benchmarks demo examples docs/site setup.py
 
-.PHONY: setup distill evaluate demo space docs test test-slow quality style bench gpu-day gpu-wheels clean
+.PHONY: setup distill evaluate demo space docs test test-slow test-soak quality style bench gpu-day gpu-wheels clean
 
 setup: $(VENV)/installed
 
@@ -55,6 +55,11 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -q -m slow
+
+# Runs that are killed 100 times at random moments, on bad disks and clocks: docs/reliability.md. MINUTES=2 for fewer.
+MINUTES ?= 15
+test-soak: setup
+	PYTHONPATH=. $(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 quality: setup
 	$(BIN)/ruff check $(SOURCES)

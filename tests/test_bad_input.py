@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
+from small_disk import NO_NAMESPACE
 from tiny_run import (
     BLOCK,
     ROOT,
@@ -567,31 +568,18 @@ def test_no_room_for_a_dataset(refusal, tmp_path, monkeypatch, moment):
 # --- A disk that is really full: a small tmpfs, in a mount namespace that ends with the process
 
 FULL_DISKS = """
-import ctypes, json, os, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys
+from tests.small_disk import NO_NAMESPACE, enter_namespace, mount_tmpfs, unmount
 from trainers.run_mcd import main
 disk, copies, words, sizes, resumed = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
-def mount(*words):
-    subprocess.run(["mount", *words], check=True)
-def tmpfs(options):
-    mount("-t", "tmpfs", "-o", options, "tmpfs", disk)
-def enter_namespace(mounts=0x20000, users=0x10000000):  # as `unshare --mount` does, with `--map-root-user` if not root
-    uid, gid = os.getuid(), os.getgid()
-    if ctypes.CDLL(None).unshare(mounts | (users if uid else 0)):
-        raise OSError("no namespace")
-    for file, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")) if uid else ():
-        with open(f"/proc/self/{file}", "w") as mapping:
-            mapping.write(text)
-    mount("--make-rprivate", "/")
-    tmpfs("size=4k")
-    subprocess.run(["umount", disk], check=True)
 try:
-    enter_namespace()
+    enter_namespace(disk)
 except (OSError, AttributeError, subprocess.CalledProcessError):
     sys.exit(NO_NAMESPACE)
 report = {}
 for size in sizes:
     # The run's last save is that of the student, over 200 kB; the card and the table come after it, and are smaller.
-    tmpfs("size=" + (str(needed - 100_000) if size == "almost enough" else size))
+    mount_tmpfs(disk, "size=" + (str(needed - 100_000) if size == "almost enough" else size))
     with open(f"{disk}/ballast", "wb") as file:
         file.write(bytes(4096))
     try:
@@ -603,14 +591,13 @@ for size in sizes:
         report[size] = f"a traceback: {error!r}"
     shutil.copytree(disk, f"{copies}/{size}/full")
     if size in resumed:
-        tmpfs("remount,size=64m")
+        mount_tmpfs(disk, "remount,size=64m")
         main(words)
         needed = shutil.disk_usage(disk).used
         shutil.copytree(disk, f"{copies}/{size}/freed")
-    subprocess.run(["umount", disk], check=True)
+    unmount(disk)
 json.dump(report, open(f"{copies}/report.json", "w"))
 """
-NO_NAMESPACE = 77
 SIZES = ["4k", "20k", "600k", "1200k", "1600k", "almost enough"]  # of the first nothing is left for the run
 RESUMED = ["20k", "1200k", "almost enough"]  # before, in and after the first checkpoint
 
@@ -622,7 +609,7 @@ def full_disks(inputs, tmp_path_factory):
     (home / "disk").mkdir()
     words = mcd_arguments(inputs, home / "disk" / "run", num_rounds=2, save_total_limit=9)
     arguments = [str(home / "disk"), str(home), *map(json.dumps, (words, SIZES, RESUMED))]
-    result = run_python(f"NO_NAMESPACE = {NO_NAMESPACE}\n{FULL_DISKS}", *arguments)
+    result = run_python(FULL_DISKS, *arguments)
     if result.returncode == NO_NAMESPACE:
         pytest.skip("a small disk cannot be mounted here: this needs the right to a mount namespace")
     assert result.returncode == 0, result.stderr

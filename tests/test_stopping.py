@@ -121,13 +121,13 @@ FULL, SHARDED = fsdp("FULL_STATE_DICT"), fsdp("SHARDED_STATE_DICT")
 def test_every_launch_goes_on_from_every_other(lora, inputs, tmp_path):
     """FSDP2, with its other files, with DDP, with FSDP2 again, in one process: each trains two steps further."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    halves = mcd_arguments(inputs, run, per_device_train_batch_size=4, save_steps=12, save_total_limit=9, **lora)
+    settings = {"per_device_train_batch_size": 4, "save_steps": 12, "save_total_limit": 9, **lora}
+    halves = mcd_arguments(inputs, run, **settings)
     for step, launch in ((1, FULL), (3, SHARDED), (5, {}), (7, SHARDED), (9, FULL)):
         last = SIGNAL.format(step=step, rank=1, name="SIGTERM")
         both = finish(start(halves, 2, before=last, environment=launch))
         assert [result.returncode for result in both] == [143, 143], [result.stderr for result in both]
-    alone = mcd_arguments(inputs, run, per_device_train_batch_size=4, gradient_accumulation_steps=2, **lora)
-    complete(alone)
+    complete(mcd_arguments(inputs, run, gradient_accumulation_steps=2, **settings))
     complete(mcd_arguments(inputs, whole, **lora))
     signs = ["optimizer.bin", "optimizer_0", "optimizer.pt", "optimizer_0", "optimizer.bin", "optimizer.pt"]
     for number, sign in zip((3, 5, 7, 9, 11, 12), signs, strict=True):
