@@ -35,7 +35,7 @@ from pathlib import Path
 from fork_server import Process
 from launches import fsdp, losses, start, zero
 from small_disk import NO_NAMESPACE
-from tiny_run import mcd_arguments, mdlm_arguments, write_inputs
+from tiny_run import mcd_arguments, mdlm_arguments, start_python, write_inputs
 
 from benchmarks.measuring import write_result
 from trainers.checkpoints import checkpoints_in, fault_of, step_of
@@ -43,7 +43,7 @@ from trainers.checkpoints import checkpoints_in, fault_of, step_of
 
 STEPS, EVERY = 24, 3
 PATIENCE, HANGS = 5, 120  # seconds
-LANES = 2  # runs at a time
+LANES = 3  # runs at a time
 LAST = 30  # of the minutes, the seconds in which runs under way end unharmed
 STREAM = {"streaming": True, "shuffle_buffer": 6, "per_device_train_batch_size": 8, "max_steps": STEPS}
 STREAM |= {"learning_rate": 1e-2, "logging_steps": 1, "save_steps": EVERY, "save_total_limit": 3, "disable_tqdm": True}
@@ -73,8 +73,8 @@ trainers.exact_resume.write_manifest = slowly(trainers.exact_resume.write_manife
 CLOCK = "time.time = lambda now=time.time: now() + {0}\n"
 FULL = """
 import pathlib, tests.small_disk, trainers.run_mcd
-main, folder = trainers.run_mcd.main, pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
-trainers.run_mcd.main = lambda words: tests.small_disk.run_on_small_disk(folder.parent, {0}, lambda: main(words))
+train, folder = trainers.run_mcd.main, pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+trainers.run_mcd.main = lambda words: tests.small_disk.run_on_small_disk(folder.parent, {0}, lambda: train(words))
 """
 
 
@@ -85,7 +85,7 @@ class Fault(Exception):
     """What must not happen, in words."""
 
 
-def launch(name: str, inputs: Path, output: Path, before: str = "") -> list[Process]:
+def launch(name: str, inputs: Path, output: Path, before: str = "", staging: Path | None = None) -> list[Process]:
     processes, entry, settings, environment = LAUNCHES[name]
     if entry == "run_mcd":
         settings = {"steps_per_round": STEPS // 3, "save_steps": EVERY, **settings}
@@ -93,12 +93,14 @@ def launch(name: str, inputs: Path, output: Path, before: str = "") -> list[Proc
     else:
         words = mdlm_arguments(inputs, output)
         words += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    if staging is not None:
+        words += ["--checkpoint_staging", str(staging)]
     with ONE_AT_A_TIME:  # the server reads orders from one pipe
         return start(words, processes, before, entry, environment)
 
 
-def end_of(processes: list[Process]) -> list[int]:
-    """Waits for the end of all: their exit statuses."""
+def end_of(processes: list[Process], hangs: float = HANGS) -> list[int]:
+    """Waits for the end of all, for so many seconds at most: their exit statuses."""
     began, failed = time.monotonic(), None
     while running := [process for process in processes if process.poll() is None]:
         now = time.monotonic()
@@ -106,8 +108,8 @@ def end_of(processes: list[Process]) -> list[int]:
             failed = now
         if failed is not None and now > failed + PATIENCE:
             send(running, signal.SIGTERM)
-            failed, began = float("inf"), min(began, now - HANGS + 30)
-        if now > began + HANGS:
+            failed, began = float("inf"), min(began, now - hangs + 30)
+        if now > began + hangs:
             send(running, signal.SIGKILL)
             raise Fault(f"{len(running)} of {len(processes)} processes did not end")
         time.sleep(0.02)
@@ -174,7 +176,7 @@ class Soak:
         self.options, self.folder, self.names = options, folder, names
         self.inputs, self.began = write_inputs(folder / "inputs"), time.monotonic()
         self.lock, self.stop = threading.Lock(), threading.Event()
-        self.started, self.kills = 0, 0
+        self.started, self.kills, self.staged = 0, 0, 0
         self.runs, self.ended, self.harms, self.faults = Counter(), Counter(), Counter(), []
         self.digests, self.seconds = {}, {}
 
@@ -188,7 +190,7 @@ class Soak:
     def reference(self, name: str):
         begin, output = time.monotonic(), self.folder / f"alone {name}" / "run"
         processes = launch(name, self.inputs, output)
-        statuses = end_of(processes)
+        statuses = end_of(processes, hangs=600)  # DeepSpeed may compile
         if any(statuses):
             raise Fault(f"left alone, {name} ends with {statuses}: {processes[0].read('err')[-2000:]}")
         self.digests[name], self.seconds[name] = digest_of(output), time.monotonic() - begin
@@ -220,7 +222,9 @@ class Soak:
                 for file in output.rglob("*"):
                     os.utime(file, (draw.uniform(0, 2e9),) * 2)
             known = complete_steps(output)
-            processes = launch(name, self.inputs, output, before)
+            staging = draw.choice((None, self.inputs.parent))
+            self.staged += staging is not None
+            processes = launch(name, self.inputs, output, before, staging)
             if not self.is_over() and "full disk" not in circumstances:
                 circumstances += self.kill(name, processes, draw)
             statuses = end_of(processes)
@@ -261,7 +265,7 @@ class Soak:
         """Sends a signal after a random time, unless all have ended by then."""
         number, to_all = draw.choice((signal.SIGKILL, signal.SIGTERM)), draw.random() < 0.5
         chosen = processes if to_all else [draw.choice(processes)]
-        until = time.monotonic() + draw.uniform(0.1, 1) * self.seconds[name]
+        until = time.monotonic() + draw.uniform(0.1, 0.9) * self.seconds[name]
         while time.monotonic() < until and any(process.poll() is None for process in processes):
             time.sleep(0.01)
         if not any(process.poll() is None for process in chosen):
@@ -276,6 +280,7 @@ class Soak:
             "seed": self.options.seed,
             "minutes": round((time.monotonic() - self.began) / 60, 1),
             "kills": self.kills,
+            "starts with checkpoint_staging": self.staged,
             "harms": dict(sorted(self.harms.items())),
             "runs": dict(self.runs),
             "runs with the same end": dict(self.ended),
@@ -285,7 +290,7 @@ class Soak:
 
 
 def in_threads(calls: list):
-    """Makes all calls, two at a time."""
+    """Makes all calls, as many at a time as there are lanes."""
     left, errors = list(calls), []
 
     def work():
@@ -319,6 +324,7 @@ def main():
         soak = Soak(options, Path(folder), names)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: soak.stop.set())
+        start_python("pass").wait()  # what all runs import is imported once, here
         in_threads([lambda name=name: soak.reference(name) for name in names])
         in_threads([soak.lane] * LANES)
         figures = soak.figures()

@@ -4,11 +4,16 @@ A test of section "Hooks" that fails after an upgrade of transformers says in it
 """
 
 import copy
+import errno
 import json
 import math
 import os
 import shutil
+import signal
+import threading
+import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +23,7 @@ from torch.distributed import checkpoint
 from toy_distillers import ROWS, blocks
 from transformers import TrainerCallback
 
+from modeling_mcd.command_line import line_of
 from modeling_mcd.files import read_object
 from trainers import run_mcd
 from trainers.checkpoints import (
@@ -30,6 +36,7 @@ from trainers.checkpoints import (
 )
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 from trainers.resume_arguments import ExactResumeArguments
+from trainers.staging import copy_checkpoint
 
 
 RUN = {"ema_decay": 0.9, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 9, "logging_steps": 1}
@@ -166,6 +173,79 @@ def test_an_error_in_a_save_leaves_no_torn_checkpoint(trainer_of, tmp_path):
     with pytest.raises(OSError, match="the disk is full"):
         trainer.train()
     assert names(tmp_path) == ["checkpoint-2"] and trainer.args.save_total_limit == 9
+
+
+# --- Staging
+
+
+@pytest.fixture
+def staged(trainer_of, tmp_path):
+    """Trainers whose checkpoints are copied to their folder while training goes on."""
+    (tmp_path / "fast").mkdir()
+    yield partial(trainer_of, tmp_path / "run", checkpoint_staging=str(tmp_path / "fast"))
+    assert not list((tmp_path / "fast").iterdir())
+
+
+def test_staged_checkpoints_hold_the_same_files(staged, whole, tmp_path):
+    staged().train()
+    theirs = Path(whole.args.output_dir)
+    assert names(tmp_path / "run") == names(theirs) == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
+    for name in names(theirs):
+        ours = tmp_path / "run" / name
+        assert fault_of(ours) is None
+        for file in (theirs / name).rglob("*"):
+            copy = ours / file.relative_to(theirs / name)
+            if file.is_file() and file.name not in (MANIFEST, "training_args.bin"):  # the settings are others
+                assert copy.read_bytes() == file.read_bytes(), copy
+
+
+def test_training_goes_on_while_a_checkpoint_is_copied(staged, tmp_path, monkeypatch):
+    trainer, go_on, seen = staged(), threading.Event(), []
+    step = trainer.training_step
+    copy_when_told = lambda *a, **k: (go_on.wait(60), copy_checkpoint(*a, **k))  # noqa: E731
+    monkeypatch.setattr("trainers.exact_resume.copy_checkpoint", copy_when_told)
+
+    def training_step(*arguments):
+        if trainer.state.global_step == 3:
+            seen.append((tmp_path / "run" / "checkpoint-2" / MANIFEST).exists())
+            go_on.set()
+        return step(*arguments)
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert seen == [False] and fault_of(tmp_path / "run" / "checkpoint-2") is None
+
+
+def test_an_error_of_the_copy_ends_the_run(staged, tmp_path, monkeypatch):
+    """The disk is full in the middle of the second checkpoint: nothing of it is left, and the first one is complete."""
+    copy = shutil.copyfile
+
+    def copyfile(source, target, **options):
+        if "run/checkpoint-4/ema" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+        return copy(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    trainer = staged()
+    with pytest.raises(OSError) as error:
+        trainer.train()
+    assert line_of(error.value).startswith(
+        f"no space left on the disk while writing {tmp_path / 'run' / 'checkpoint-4'}"
+    )
+    assert names(tmp_path / "run") == ["checkpoint-2"] and fault_of(tmp_path / "run" / "checkpoint-2") is None
+    assert trainer.state.global_step <= 6
+
+
+def test_sigterm_waits_for_the_copy(staged, tmp_path, monkeypatch):
+    trainer = staged()
+    step = trainer.training_step
+    slowly = lambda *a, **k: (time.sleep(0.5), copy_checkpoint(*a, **k))  # noqa: E731
+    monkeypatch.setattr("trainers.exact_resume.copy_checkpoint", slowly)
+    kill = lambda: trainer.state.global_step == 4 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    trainer.training_step = lambda *arguments: (kill(), step(*arguments))[1]
+    with pytest.raises(SystemExit) as stop:
+        trainer.train()
+    assert stop.value.code == 143 and fault_of(tmp_path / "run" / "checkpoint-5") is None
 
 
 # --- Another launch
@@ -407,6 +487,11 @@ def test_the_advice_after_a_nan_works_when_followed(tmp_path, monkeypatch):
             "fsdp_cpu_ram_efficient_loading is true, but the first teacher is needed",
         ),
         ({"fsdp": True, "save_on_each_node": True}, "save_on_each_node is true, but every process writes a part"),
+        (
+            {"checkpoint_staging": "/nowhere"},
+            "checkpoint_staging is '/nowhere', but no folder there can be written to",
+        ),
+        ({"checkpoint_staging": "/tmp", "metric_for_best_model": "loss"}, "which cannot keep the best checkpoint"),
         ({"save_total_limit": 0}, "save_total_limit must be at least 1, not 0"),
         ({"save_total_limit": 1, "metric_for_best_model": "loss"}, "save_total_limit is 1, but with load_best"),
         ({"save_steps": 3, "logging_steps": 2}, r"save_steps \(3\) must be a multiple of logging_steps \(2\): a run"),

@@ -53,6 +53,13 @@ def save_to_json(self, path):
         kill()
 TrainerState.save_to_json = save_to_json
 """,
+    "while a checkpoint is copied from its staging folder": """
+import shutil
+copy = shutil.copyfile
+def copyfile(source, target, **k):
+    return kill() if "/run/checkpoint-6/ema" in str(target) else copy(source, target, **k)
+shutil.copyfile = copyfile
+""",
     "during a save, everything written but the manifest": """
 import trainers.exact_resume as resume
 write = resume.write_manifest
@@ -103,7 +110,9 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_started_again(moment, inputs, uninterrupted, tmp_path):
-    arguments = mcd_arguments(inputs, tmp_path / "run", **({"save_total_limit": 1} if moment == ONE_KEPT else {}))
+    settings = {"save_total_limit": 1} if moment == ONE_KEPT else {}
+    settings |= {"checkpoint_staging": tmp_path} if "staging" in moment else {}
+    arguments = mcd_arguments(inputs, tmp_path / "run", **settings)
     killed = run_python(KILL + MOMENTS[moment] + RUN, *arguments)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     again = run_python(RUN, *arguments)

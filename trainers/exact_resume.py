@@ -33,6 +33,7 @@ from trainers.length_buckets import LengthBuckets
 from trainers.other_launch import check_launch, format_of, load_optimizer, load_weights, own_format
 from trainers.resume_arguments import ExactResumeArguments, check_intervals
 from trainers.sharded_trainer import ShardedTrainer
+from trainers.staging import Writer, copy_checkpoint
 from trainers.stopping import TERMINATED, Termination, has_lost_a_process
 from trainers.stream_resume import Stream, check_place, loader_of, remember_places, restore_place, save_place
 
@@ -108,6 +109,7 @@ class ExactResumeTrainer(ShardedTrainer):
         self._unfinished: Path | None = None  # the checkpoint that is being written
         self._stream_from: Path | None = None  # the checkpoint whose place in a stream is taken up
         self.termination = Termination()
+        self._writer, self._staging = Writer(), args.staging_folder()
         self._unchecked: list[_Number] = []
         self.checks_later = self.args.device.type == "cuda"
         self._save_total_limit = args.save_total_limit
@@ -136,10 +138,12 @@ class ExactResumeTrainer(ShardedTrainer):
         ignore_data_skip = self.args.ignore_data_skip
         if self._resumed_from is not None and self._restore_stream(self._resumed_from):
             self._stream_from, self.args.ignore_data_skip = self._resumed_from, True
-        self.termination = Termination()
+        self.termination, self._writer = Termination(), Writer()
+        self._clear_staging()  # of a run that was killed
         try:
             with self.termination:
                 result = super().train(self._resumed_from and str(self._resumed_from), **kwargs)
+                self._writer.wait()
             self.check_pending()
             if self.termination.stopped:
                 self._exit()
@@ -151,8 +155,14 @@ class ExactResumeTrainer(ShardedTrainer):
                 raise ConnectionError(self._lost()) from None
             raise
         finally:
+            self._writer.join()
+            self._clear_staging()
             self._unfinished, self.args.save_total_limit = None, self._save_total_limit
             self._stream_from, self.args.ignore_data_skip = None, ignore_data_skip
+
+    def _clear_staging(self):
+        if self._staging is not None and self.args.should_save:
+            shutil.rmtree(self._staging, ignore_errors=True)
 
     def _exit(self):
         """Ends a run that was told to stop, after its checkpoint was saved."""
@@ -174,6 +184,7 @@ class ExactResumeTrainer(ShardedTrainer):
         return "it begins again" if saved is None else f"it goes on from {saved}"
 
     def _last_saved(self) -> Path | None:
+        self._writer.join()
         return next((f for f in checkpoints_in(Path(self.args.output_dir)) if (f / MANIFEST).exists()), None)
 
     def end(self):
@@ -205,11 +216,13 @@ class ExactResumeTrainer(ShardedTrainer):
         """Called on every rank before the Trainer writes its first file."""
         # The Trainer would remove the previous checkpoint before this one has its manifest: `on_save` does it instead.
         self._save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._writer.wait()
         self._unfinished = folder
         if self.args.should_save:
-            if folder.exists():
-                logger.warning(f"writing {folder} again")
-                shutil.rmtree(folder)
+            for place in {folder, Path(self.args.output_dir) / folder.name}:
+                if place.exists():
+                    logger.warning(f"writing {place} again")
+                    shutil.rmtree(place)
         self.accelerator.wait_for_everyone()  # other ranks write into the folder too
         for name, companion in self.companions.items():
             if self.args.should_save or companion.in_parts:
@@ -222,10 +235,22 @@ class ExactResumeTrainer(ShardedTrainer):
             save_place(self.train_dataset, self.args, self.state.global_step, self._unfinished)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_manifest(self._unfinished, learning_rate=self.args.learning_rate)
+            folder, output_dir, rate = self._unfinished, self.args.output_dir, self.args.learning_rate
             best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
-            rotate_checkpoints(self.args.output_dir, limit, best_model_checkpoint=best)  # by step: clocks are set back
+
+            def write():
+                if self._staging is None:
+                    write_manifest(folder, learning_rate=rate)
+                else:
+                    copy_checkpoint(folder, Path(output_dir) / folder.name, learning_rate=rate)
+                    shutil.rmtree(folder)
+                rotate_checkpoints(output_dir, limit, best_model_checkpoint=best)  # by step: clocks are set back
+
+            write() if self._staging is None else self._writer.start(write)
         self._unfinished = None
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _restore(self, folder: Path):
         """Restores what the Trainer does not: the companions, and a learning rate that was changed."""
@@ -280,7 +305,8 @@ class ExactResumeTrainer(ShardedTrainer):
 
     # Not documented in transformers: `_run_epoch` (there is no callback before an epoch's first step that can prevent it),
     # `_get_grad_norm` (no callback before the optimizer's step is given the norm), `_get_train_sampler` (there is no
-    # argument for a sampler), and `_load_from_checkpoint` and `_load_optimizer_and_scheduler` above.
+    # argument for a sampler), and `_load_from_checkpoint`, `_load_optimizer_and_scheduler` and
+    # `_get_output_dir` (the folder in which the Trainer creates a checkpoint) above.
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # a finished run that is restarted trains no further
@@ -386,6 +412,7 @@ class _CheckpointCallback(TrainerCallback):
             self.trainer.train_dataset, Stream
         ):  # one epoch, of which a resumed run does not count the start
             state.epoch = state.global_step / state.max_steps
+        self.trainer._writer.check()
         if self.trainer.termination.stops_after(state.global_step):
             control.should_log = control.should_save = control.should_training_stop = True
 

@@ -1,8 +1,10 @@
 """The settings of a run that can be resumed: those that would break exact resume, or would do nothing, are refused."""
 
+import hashlib
 import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments, get_scheduler
@@ -37,6 +39,10 @@ class ExactResumeArguments(TrainingArguments):
 
     output_dir: str = field(metadata={"help": "Folder of the run: its checkpoints and the finished model."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; null: all."})
+    checkpoint_staging: str | None = field(
+        default=None,
+        metadata={"help": "Fast folder, as /dev/shm: checkpoints are copied from it meanwhile."},
+    )
     hub_strategy: str = field(default="end", metadata={"help": "When to push to the Hub: only 'end' is possible."})
     # Those that a run follows, and why it refuses the others.
     hub_strategies = {"end": "a run is pushed once, when it is finished"}
@@ -74,6 +80,28 @@ class ExactResumeArguments(TrainingArguments):
             raise ValueError(f"report_to {self.report_to}: {error} Or take report_to none.") from None
         check_intervals(self, self.max_steps)
         self._check_scheduler()
+        self._check_staging()
+
+    def staging_folder(self) -> Path | None:
+        """Where the checkpoints of this run are first written, if not in its output folder."""
+        if self.checkpoint_staging is None:
+            return None
+        place = Path(self.output_dir).absolute()
+        name = f"{place.name}-{hashlib.blake2b(str(place).encode(), digest_size=8).hexdigest()}"
+        return Path(self.checkpoint_staging) / name
+
+    def _check_staging(self):
+        if self.checkpoint_staging is None:
+            return
+        fault = None
+        if not os.access(self.checkpoint_staging, os.W_OK | os.X_OK):
+            fault = "but no folder there can be written to: create it, or leave it out"
+        elif self.metric_for_best_model is not None:
+            fault = "which cannot keep the best checkpoint: leave it or metric_for_best_model out"
+        elif self.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)):
+            fault = "which is for the processes of one machine: leave it out"
+        if fault is not None:
+            raise ValueError(f"checkpoint_staging is {self.checkpoint_staging!r}, {fault}")
 
     def _check_scheduler(self):
         kind, options = self.lr_scheduler_type, self.lr_scheduler_kwargs

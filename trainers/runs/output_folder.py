@@ -27,7 +27,7 @@ DECISIVE_SETTINGS = (
 )
 # Settings that the run.json of earlier versions lacks, and what these did.
 EARLIER = {"padding": "unseen", "loss_norm": "tokens", "train_sampling_strategy": "random", "split_stream": False}
-INDECISIVE = ("num_proc",)  # settings that say how something is computed, not what
+INDECISIVE = ("num_proc", "checkpoint_staging")  # settings that say how something is computed, not what
 # Those that may change when a run goes on from a checkpoint in another folder.
 CHANGEABLE_SETTINGS = ("learning_rate", "max_grad_norm")
 
@@ -35,9 +35,9 @@ CHANGEABLE_SETTINGS = ("learning_rate", "max_grad_norm")
 def run_settings(training: TrainingArguments, *arguments) -> dict:
     """The settings that identify a run: equal ones compute the same, whatever the number of processes."""
     settings = {key: value for instance in arguments for key, value in dataclasses.asdict(instance).items()}
-    settings = {key: value for key, value in settings.items() if key not in INDECISIVE}
     own = {f.name for f in dataclasses.fields(training)} - {f.name for f in dataclasses.fields(TrainingArguments)}
     settings |= {key: value for key, value in training.to_dict().items() if key in own or key in DECISIVE_SETTINGS}
+    settings = {key: value for key, value in settings.items() if key not in INDECISIVE}
     # The precision that is really used: it may come from `accelerate launch` or its configuration.
     settings |= {precision: training.mixed_precision == precision for precision in ("bf16", "fp16")}
     settings["global_batch_size"] = (
