@@ -56,7 +56,7 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -q -m slow
 
-# Runs that are killed 100 times at random moments, on bad disks and clocks: docs/reliability.md. MINUTES=2 for fewer.
+# Runs that are killed at random moments, hundreds of times, on bad disks and clocks: docs/reliability.md. MINUTES=2 for fewer.
 MINUTES ?= 15
 test-soak: setup
 	PYTHONPATH=. $(BIN)/python tests/soak.py --minutes $(MINUTES)

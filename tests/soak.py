@@ -1,6 +1,6 @@
 """Kills runs at random moments, on disks and clocks that misbehave, and compares each end with that of a run left alone.
 
-    make test-soak                                       # 15 minutes
+    make test-soak                                       # 15 minutes, some 400 kills on two cores
     PYTHONPATH=. python tests/soak.py --minutes 2 --kills 10 --output FILE.json
 
 A run is started, harmed at a random moment and started again, until it ends. Then its losses, the finished weights and those of
@@ -312,7 +312,7 @@ def in_threads(calls: list):
 def main():
     parser = argparse.ArgumentParser("soak", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=15, help="when the last run has ended, at the latest")
-    parser.add_argument("--kills", type=int, default=100, help="after so many no more harm is done")
+    parser.add_argument("--kills", type=float, default=float("inf"), help="after so many no more harm is done")
     parser.add_argument("--seed", type=int, default=0, help="of all that is chosen at random")
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, help="only these")
     parser.add_argument("--output", help="default: benchmarks/results/soak.json")
