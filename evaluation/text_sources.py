@@ -190,9 +190,7 @@ def open_text(
             rows = build_dataset(
                 load_dataset, name, config, data_dir=folder, split=split, revision=revision, streaming=streaming
             )
-        except (
-            Exception
-        ) as error:  # of the network, the Hub or a reader; RuntimeError: a dataset that is a script, never run
+        except Exception as error:  # of the network, the Hub or a reader, or a dataset that is a script, never run
             if _is_disk_error(error):
                 raise
             if isinstance(error, ValueError) and not isinstance(error, OSError):  # an unknown configuration or split

@@ -95,11 +95,11 @@ def test_bytes_are_those_of_utf_8(tokenizer):
 @pytest.mark.parametrize("name", [name for name, corpus in PRESETS.items() if corpus.revision is not None])
 @pytest.mark.parametrize("partial", ["", "partial-"])
 def test_the_layout_of_a_parquet_branch_gives_the_split(name, partial, tmp_path):
-    """FOLDER/SPLIT/0000.parquet, with `partial-` before the split where the Hub converted the beginning alone."""
+    """CONFIGURATION/SPLIT/0000.parquet, with `partial-` before the split where the Hub converted the beginning alone."""
     datasets = pytest.importorskip("datasets")
-    corpus = PRESETS[name]
+    corpus, configurations = PRESETS[name], {"ptb": "penn_treebank", "lm1b": "plain_text"}
     for split in ("train", corpus.split):
-        home = tmp_path / corpus.folder / f"{partial}{split}"
+        home = tmp_path / configurations.get(name, name) / f"{partial}{split}"
         home.mkdir(parents=True)
         rows = datasets.Dataset.from_dict({corpus.column: [f"it is {split}"]})
         rows.to_parquet(home / "0000.parquet")
