@@ -73,6 +73,20 @@ def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> 
     return (normed * (1 + scale) + shift).to(shift.dtype)
 
 
+def take(states: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
+    """Of [B, L, d]: at the positions [B, P] of each row, [B, P, d]; at the positions [R] of the flattened canvas, [R, d]."""
+    if positions.ndim == 1:
+        return states.flatten(0, 1)[positions]
+    return torch.take_along_dim(states, positions[..., None], dim=1)
+
+
+def parts_at(parts: tuple[torch.Tensor, ...], positions: torch.LongTensor, length: int) -> tuple[torch.Tensor, ...]:
+    """Modulations of rows, [B or 1, 1, d], for what `take` has taken: for positions [R] in the flattened canvas, [R or 1, d]."""
+    if positions.ndim > 1:
+        return parts
+    return tuple(part[0] if len(part) == 1 else part[positions // length, 0] for part in parts)
+
+
 class MDLMRotaryEmbedding(nn.Module):
     """cos and sin [B, L, head_dim] of the rotary embedding, half-split (GPT-NeoX) convention, float32."""
 
@@ -141,13 +155,16 @@ class MDLMAttention(nn.Module):
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if hidden_rows is not None:
+        if hidden_rows is not None and hidden_rows.ndim == 2:
             query = torch.take_along_dim(query, hidden_rows[:, None, :, None], dim=2)
             if attention_mask is not None:
                 attention_mask = torch.take_along_dim(attention_mask, hidden_rows[:, None, :, None], dim=2)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
-        return self.o_proj(output.flatten(2)), weights
+        output = output.flatten(2)
+        if hidden_rows is not None and hidden_rows.ndim == 1:  # of every row another number: the queries stay together
+            output = take(output, hidden_rows)
+        return self.o_proj(output), weights
 
 
 class MDLMMLP(nn.Module):
@@ -187,7 +204,10 @@ class MDLMLayer(GradientCheckpointingLayer):
         branch = modulate(self.attention_norm(hidden_states), shift_attention, scale_attention)
         branch, _ = self.attention(branch, position_embeddings, attention_mask, hidden_rows, **kwargs)
         if hidden_rows is not None:
-            hidden_states = torch.take_along_dim(hidden_states, hidden_rows[..., None], dim=1)
+            of_rows = gate_attention, shift_mlp, scale_mlp, gate_mlp
+            of_rows = parts_at(of_rows, hidden_rows, hidden_states.shape[1])
+            gate_attention, shift_mlp, scale_mlp, gate_mlp = of_rows
+            hidden_states = take(hidden_states, hidden_rows)
         hidden_states = hidden_states + gate_attention * self.dropout(branch)
         branch = self.mlp(modulate(self.mlp_norm(hidden_states), shift_mlp, scale_mlp))
         return hidden_states + gate_mlp * self.dropout(branch)
@@ -251,15 +271,18 @@ class MDLMModel(MDLMPreTrainedModel):
         r"""
         timesteps (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
             Total noise sigma = -log gamma(t) of each row. Needed with `config.time_conditioning`, ignored without it.
-        hidden_rows (`torch.LongTensor` of shape `(batch_size, positions)`, *optional*):
-            The positions of each row whose hidden states are returned, in that order. Under SDPA and eager attention the
-            last layer then computes queries and MLP for these alone.
+        hidden_rows (`torch.LongTensor` of shape `(batch_size, positions)` or `(positions,)`, *optional*):
+            The positions of each row whose hidden states are returned, in that order; or positions in the flattened canvas,
+            and the result is `(positions, hidden_size)`. The last layer then computes its MLP for these alone, and, if each
+            row has as many of them, its queries too (under SDPA and eager attention).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         check_canvas(self.config, input_ids, inputs_embeds, attention_mask, timesteps)
         batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        if hidden_rows is not None:
+        if hidden_rows is not None and hidden_rows.ndim == 1:
+            check_integers("hidden_rows", hidden_rows, batch * length)
+        elif hidden_rows is not None:
             check_shape("hidden_rows", hidden_rows, (batch, hidden_rows.shape[-1]))
             check_integers("hidden_rows", hidden_rows, length)
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
@@ -280,15 +303,19 @@ class MDLMModel(MDLMPreTrainedModel):
         position_embeddings = self.rotary_emb(position_ids)
         hidden_states = inputs_embeds.float()
         # The masks of other attention implementations are for as many queries as keys.
-        narrow = self.config._attn_implementation in ("sdpa", "eager")
+        narrow = self.config._attn_implementation in ("sdpa", "eager") or (
+            hidden_rows is not None and hidden_rows.ndim == 1
+        )
         for layer in self.layers:
             positions = hidden_rows if narrow and layer is self.layers[-1] else None
             hidden_states = layer(
                 hidden_states, conditioning, position_embeddings, attention_mask, positions, **kwargs
             )
         if hidden_rows is not None and not narrow:
-            hidden_states = torch.take_along_dim(hidden_states, hidden_rows[..., None], dim=1)
+            hidden_states = take(hidden_states, hidden_rows)
         shift, scale = modulation_parts(self.norm_modulation, conditioning, 2)
+        if hidden_rows is not None:
+            shift, scale = parts_at((shift, scale), hidden_rows, length)
         return BaseModelOutput(last_hidden_state=modulate(self.norm(hidden_states), shift, scale))
 
 
@@ -320,6 +347,15 @@ class MDLMForMaskedDiffusion(MDLMGenerationMixin, MDLMPreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.lm_head = new_embeddings
+
+    def spares_last_layer(self) -> bool:
+        """Whether the last layer computes its MLP for `hidden_rows` alone.
+
+        Not in a compiled trunk, which would be compiled for other numbers of rows; and not under dropout, which would draw
+        others of its numbers.
+        """
+        compiled = any(module._compiled_call_impl is not None for module in (self.model, self.model.layers[-1]))
+        return not (compiled or torch.compiler.is_compiling() or (self.training and self.config.hidden_dropout > 0))
 
     @can_return_tuple
     @auto_docstring
@@ -355,19 +391,23 @@ class MDLMForMaskedDiffusion(MDLMGenerationMixin, MDLMPreTrainedModel):
             check_integers("labels", labels, self.config.vocab_size, ignored=-100)
         if isinstance(canvas, torch.Tensor) and hidden_rows is not None:
             check_positions("hidden_rows", hidden_rows, canvas.shape[:2])
+        flat, spared = None, hidden_rows is not None and self.spares_last_layer()
+        if hidden_rows is not None:
+            flat = hidden_rows.flatten().nonzero()[:, 0] if hidden_rows.dtype == torch.bool else hidden_rows
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             timesteps=timesteps,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            hidden_rows=flat if spared else None,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         if hidden_rows is not None:
             weight, bias = self.lm_head.weight, self.lm_head.bias
             return HeadRows(
-                hidden=hidden_states.flatten(0, 1)[hidden_rows.flatten()],
+                hidden=hidden_states if spared else take(hidden_states, flat),
                 weight=weight.view_as(weight),
                 bias=bias.view_as(bias),
                 mask_token_id=self.config.mask_token_id,

@@ -452,6 +452,49 @@ def test_activation_checkpointing_gives_the_same_gradients(build):
         assert torch.equal(gradient, gradients[1][name]), name
 
 
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_last_layer_is_computed_for_few_rows_with_the_same_gradients(build, conditioned, attention):
+    """Of the rows of a batch other numbers of positions, one row none: what the trunk gives for all of them, in float64."""
+    model = build(time_conditioning=conditioned).double()
+    model.set_attn_implementation(attention)
+    ids, chosen = tokens(3, 8), torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) < 0.4
+    chosen[1] = False
+    inputs = {"input_ids": ids, "timesteps": torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64)}
+    inputs["attention_mask"] = (torch.arange(24).view(3, 8) // 2 != 3).long()  # the first row ends with padding
+    seen, found = [], []
+    hook = model.model.layers[-1].mlp.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape))
+    for full in (False, True):
+        hidden = (
+            model.model(**inputs).last_hidden_state[chosen] if full else model(**inputs, hidden_rows=chosen).hidden
+        )
+        hidden.sin().sum().backward()
+        found.append([hidden.detach()] + [parameter.grad for parameter in model.model.parameters()])
+        model.zero_grad()
+    hook.remove()
+    assert seen[0] == (chosen.sum(), 32) and seen[1] == (3, 8, 32)
+    for few, all_of_them in zip(*found, strict=True):
+        torch.testing.assert_close(few, all_of_them, atol=1e-12, rtol=1e-9)
+    flat = model(**inputs, hidden_rows=chosen.flatten().nonzero()[:, 0]).hidden
+    torch.testing.assert_close(flat, found[0][0])
+
+
+def test_no_positions_leave_zero_gradients(build):
+    model = build()
+    hidden = model(tokens(2, 8), hidden_rows=torch.zeros(2, 8, dtype=torch.bool)).hidden
+    hidden.sum().backward()
+    assert hidden.shape == (0, 32) and all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+
+
+def test_dropout_draws_the_same_numbers_whatever_the_rows(build):
+    """Noise of a training never changes: the last layer is then computed in full."""
+    model, ids, chosen = build(hidden_dropout=0.5).train(), tokens(2, 8), torch.arange(16).view(2, 8) % 3 == 0
+    torch.manual_seed(0)
+    expected = model.model(ids).last_hidden_state[chosen]
+    torch.manual_seed(0)
+    assert torch.equal(model(ids, hidden_rows=chosen).hidden, expected)
+
+
 def test_dropout_acts_in_training_only(build):
     model, ids = build(hidden_dropout=0.5), tokens(2, 8)
     torch.manual_seed(0)
