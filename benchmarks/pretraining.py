@@ -7,6 +7,7 @@ EMA and the processor time of a step to `benchmarks/results/pretraining.json`.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -45,12 +46,18 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2])
     parser.add_argument("--output", help="File for the figures, instead of the committed one.")
     options = parser.parse_args(arguments)
-    figures = []
-    for rate in options.rates:
-        for name, way in WAYS.items():
-            figures.append({"way": name, "learning_rate": rate, **measure(options.steps, rate, way)})
-            print(figures[-1], flush=True)
-    write_result("pretraining", {"steps": options.steps, "shape": SHAPE, "figures": figures}, options.output)
+    runs = list(itertools.product(options.rates, WAYS))
+    figures, start = [], time.perf_counter()
+    for number, (rate, name) in enumerate(runs, start=1):
+        print(f"{number} of {len(runs)}: {name}, learning rate {rate:g}, {options.steps} steps", flush=True)
+        figures.append({"way": name, "learning_rate": rate, **measure(options.steps, rate, WAYS[name])})
+        left = (time.perf_counter() - start) / number * (len(runs) - number) / 60
+        nelbo, seconds = figures[-1]["nelbo"], figures[-1]["processor_seconds"] / options.steps
+        print(
+            f"NELBO {nelbo:.4f} nats a token, {seconds:.2f} s of processor a step; {left:.1f} minutes left", flush=True
+        )
+        # After each of them: what was measured is kept if the others are not.
+        write_result("pretraining", {"steps": options.steps, "shape": SHAPE, "figures": figures}, options.output)
 
 
 if __name__ == "__main__":
