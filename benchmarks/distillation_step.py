@@ -1,13 +1,15 @@
 """A whole step of MCD against one that builds full logits for both networks, and against its floor: time and memory.
 
     python -m benchmarks.distillation_step                      # the 169M shape, the largest batch that the plain step fits
+    python -m benchmarks.distillation_step --compile            # our sides with `torch_compile`, too
     python -m benchmarks.distillation_step --batch_size 1 --length 128 --layers 2 --hidden_size 64 --vocab_size 1000
 
 The step is loss, backward and AdamW. The plain side makes [B, L, V] logits for student and teacher and applies SUBS to all of
 them, as the code of MDLM, SDTT and Duo does; both have the same weights, the same noise and activation checkpointing, and
 must give the same loss. The floor is what no distillation can do without, timed alone: three student trunks (a forward and
 a backward), one teacher trunk, and the head's products on the masked rows: two for the student's forward and the teacher's,
-two for the gradients. Checkpointing runs the student's trunk a fourth time, so ours is timed without it, too.
+two for the gradients. Checkpointing runs the student's trunk a fourth time, so ours is timed without it, too. With `--compile` both
+are timed once more with compiled trunks, against the same plain step and the same floor, which are not compiled.
 
 Every measurement is a process of its own, alternating; its first steps warm up. Memory is the peak of the whole process (of
 the GPU, if there is one, where the step runs under bf16 autocast; on a CPU in float32). Prints the ratios of the medians
@@ -35,10 +37,13 @@ from benchmarks.measuring import (
 from benchmarks.workloads import build_network, build_trainer
 from modeling_mcd import MDLMForMaskedDiffusion
 from modeling_mcd.forward_process_mdlm import sigma_of
+from trainers.compilation import compile_trunk
 from trainers.mcd_trainer import MCDTrainer
+from trainers.step_meter import Operations
 
 
 SIDES = ("plain", "ours", "ours, nothing recomputed", "floor")
+COMPILED = ("ours, compiled", "ours, nothing recomputed, compiled")
 NEG_INFINITY = -1e6
 # On a CPU glibc gives blocks above 32 MB back to the system as soon as they are free, and the next step pays for fresh pages.
 # Every side keeps those of up to 128 MB: activations, but no tensor of whole logits, which would tear the heap apart.
@@ -130,9 +135,12 @@ def measure_floor(options: argparse.Namespace, trainer: MCDTrainer, x_0: torch.T
 def make_step(trainer: MCDTrainer, x_0: torch.Tensor, side: str) -> tuple[Callable[[], None], list[torch.Tensor]]:
     """A step of a side, to be called again and again, and the losses of its calls."""
     model = trainer.model
-    if side != "ours, nothing recomputed":
+    if "nothing recomputed" not in side:
         # The name that transformers before 5.20 has.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if side in COMPILED:
+        for network in (model, trainer.teacher):
+            compile_trunk(network, {"backend": "inductor"})
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, fused=True)  # the Trainer's default
     loss_of, losses = plain_loss if side == "plain" else our_loss, []
 
@@ -150,16 +158,19 @@ def make_step(trainer: MCDTrainer, x_0: torch.Tensor, side: str) -> tuple[Callab
 
 def measure_step(options: argparse.Namespace, trainer: MCDTrainer, x_0: torch.Tensor, side: str) -> dict:
     step, losses = make_step(trainer, x_0, side)
-    for _ in range(options.warmup):
+    start = time.perf_counter()
+    for _ in range(max(options.warmup, side in COMPILED)):
         step()
     synchronize()
+    warmup_seconds = time.perf_counter() - start
     with PeakMemory() as peak:
         start = time.perf_counter()
         for _ in range(options.steps):
             step()
         synchronize()
         seconds = (time.perf_counter() - start) / options.steps
-    return {"seconds": seconds, "peak_gb": peak.total / 1e9, "losses": [loss.item() for loss in losses]}
+    losses = [loss.item() for loss in losses]
+    return {"seconds": seconds, "warmup_seconds": warmup_seconds, "peak_gb": peak.total / 1e9, "losses": losses}
 
 
 def measure(side: str, options: argparse.Namespace) -> dict:
@@ -172,11 +183,11 @@ def measure(side: str, options: argparse.Namespace) -> dict:
 
 
 def operations(options: argparse.Namespace) -> float:
-    """Floating-point operations of a step's products that count for MFU: nothing recomputed, half of the tokens masked."""
-    tokens, width = options.batch_size * options.length, options.hidden_size
-    trunk = options.layers * (12 * width**2 + 2 * options.length * width)  # multiplications a token, forward
-    head = options.vocab_size * width
-    return 2 * tokens * (4 * trunk + 4 * head / 2)
+    """Floating-point operations of a step that count for MFU, see `step_meter.py`, half of the tokens masked."""
+    with torch.device("meta"):
+        count = Operations.of(build_network(options, 0)).count
+    tokens, length = options.batch_size * options.length, options.length
+    return count(tokens, length, tokens / 2, trains=True) + count(tokens, length, tokens / 2, trains=False)
 
 
 def largest_batch(options: argparse.Namespace) -> int:
@@ -211,7 +222,8 @@ def main():
     parser.add_argument("--steps", type=count, default=10 if on_gpu else 1, help="timed steps of each measurement")
     parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="dense bf16 peak of the GPU, for MFU")
-    parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--compile", action="store_true", help="our sides with compiled trunks, too")
+    parser.add_argument("--measure", choices=SIDES + COMPILED, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure, options)))
@@ -222,10 +234,11 @@ def main():
     def measured(side: str) -> dict:
         result = run(options, side, options.batch_size, options.warmup, options.steps)
         memory = f", peak {result['peak_gb']:.2f} GB" if side != "floor" else ""
-        print(f"{side:>24}: {result['seconds']:.3f} s a step{memory}", flush=True)
+        print(f"{side:>34}: {result['seconds']:.3f} s a step{memory}", flush=True)
         return result
 
-    runs = alternate(SIDES, options.repeats, measured)
+    sides = SIDES + COMPILED if options.compile else SIDES
+    runs = alternate(sides, options.repeats, measured)
     first = {side: results[0]["losses"][0] for side, results in runs.items() if side != "floor"}
     for loss in first.values():
         assert abs(loss - first["plain"]) <= (1e-2 if on_gpu else 1e-4) * first["plain"], f"other losses: {first}"
@@ -233,24 +246,27 @@ def main():
     peaks = {
         side: statistics.median(r["peak_gb"] for r in results) for side, results in runs.items() if side != "floor"
     }
-    ratios = {
-        "time_over_plain": seconds["ours"] / seconds["plain"],
-        "memory_over_plain": peaks["ours"] / peaks["plain"],
-        "time_over_floor": seconds["ours"] / seconds["floor"],
-        "time_over_floor_nothing_recomputed": seconds["ours, nothing recomputed"] / seconds["floor"],
-    }
-    print(
-        f"over the plain step: time {ratios['time_over_plain']:.2f} (at most 0.8), "
-        f"peak memory {ratios['memory_over_plain']:.2f} (at most 0.6)\n"
-        f"over the floor: {ratios['time_over_floor_nothing_recomputed']:.2f} (at most 1.2), "
-        f"with activation checkpointing {ratios['time_over_floor']:.2f}"
-    )
+    ratios = {}
+    for suffix in ("", ", compiled") if options.compile else ("",):
+        ours, lean, key = f"ours{suffix}", f"ours, nothing recomputed{suffix}", "_compiled" * bool(suffix)
+        ratios |= {
+            f"time_over_plain{key}": seconds[ours] / seconds["plain"],
+            f"memory_over_plain{key}": peaks[ours] / peaks["plain"],
+            f"time_over_floor{key}": seconds[ours] / seconds["floor"],
+            f"time_over_floor_nothing_recomputed{key}": seconds[lean] / seconds["floor"],
+        }
+        print(
+            f"{ours}, over the plain step: time {ratios[f'time_over_plain{key}']:.2f} (at most 0.8), "
+            f"peak memory {ratios[f'memory_over_plain{key}']:.2f} (at most 0.6)\n"
+            f"{ours}, over the floor: {ratios[f'time_over_floor_nothing_recomputed{key}']:.2f} (at most 1.2), "
+            f"with activation checkpointing {ratios[f'time_over_floor{key}']:.2f}"
+        )
     speed = {}
     for side in seconds:
         speed[side] = {"tokens_per_second": options.batch_size * options.length / seconds[side]}
         if on_gpu:
             speed[side]["mfu"] = operations(options) / seconds[side] / (options.peak_tflops * 1e12)
-        print(f"{side:>24}: " + ", ".join(f"{name} {value:.3g}" for name, value in speed[side].items()))
+        print(f"{side:>34}: " + ", ".join(f"{name} {value:.3g}" for name, value in speed[side].items()))
     settings = {name: value for name, value in vars(options).items() if name != "measure"}
     content = {"runs": runs, "seconds": seconds, "peak_gb": peaks, "ratio": ratios, "speed": speed}
     write_result("distillation_step", {"settings": settings, **content})

@@ -2,8 +2,7 @@
 
     python -m benchmarks.scale_costs [--peak_tflops 989] [--mfu 0.35]
 
-A forward of the trunk takes, for each token, 2 n + 4 L d l FLOPs: n weights in its l layers, width d, rows of L tokens. A product with
-the head takes 2 V d for each position that the loss looks at, half of them on average. A step is then
+FLOPs are counted as `trainers/step_meter.py` says, with half of the tokens masked. A step is then
 
     MCD, all weights    3 forwards (backward counts two), 1 of the teacher;  4 products with the head
     MCD, an adapter     2 forwards (no gradient of frozen weights), 1 of the teacher;  3 products with the head
@@ -21,14 +20,14 @@ nothing. The peak is that of dense bfloat16 products; the MFU is an assumption u
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from benchmarks.lora_memory import larger, sizes
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
-from trainers.adapters import default_targets
+from trainers.step_meter import Operations
 
 
 SENT = {"DDP": 8, "ZeRO-1, ZeRO-2": 8, "ZeRO-3": 16, "FSDP2, bf16": 10}
@@ -53,14 +52,11 @@ class Job:
 
     def flops(self) -> float:
         """Of one token."""
-        config = getattr(self.network.config, "backbone_config", self.network.config)
-        names = tuple(f".{name}" for name in default_targets(self.network))
-        layers = [m for name, m in self.network.named_modules() if isinstance(m, nn.Linear) and name.endswith(names)]
-        weights = sum(layer.weight.numel() for layer in layers)
-        forward = 2 * weights + 4 * self.length * config.hidden_size * config.num_hidden_layers
-        head = 2 * config.vocab_size * config.hidden_size / 2
-        forwards, products = (3, 3) if self.rank else (4, 4)
-        return (forwards + self.recomputed) * forward + products * head
+        operations = Operations.of(self.network)
+        if self.rank:
+            operations = replace(operations, trained=1, head_trained=False)
+        flops = sum(operations.count(1, self.length, 0.5, trains) for trains in (True, False))
+        return flops + self.recomputed * operations.count(1, self.length, 0, trains=False)
 
     def tokens(self) -> int:
         return self.steps * self.rows * self.length

@@ -123,6 +123,36 @@ def test_options_that_a_scheduler_has_not_are_refused(kind, trainer_of):
         trainer_of(lr_scheduler_type=kind, lr_scheduler_kwargs={"foo": 1})
 
 
+# --- The optimizer, the order of rows
+
+
+def test_the_optimizer_is_the_fused_adamw(trainer_of):
+    trainer = trainer_of()
+    assert trainer.args.optim == "adamw_torch_fused"
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is torch.optim.AdamW and all(group["fused"] for group in optimizer.param_groups)
+
+
+def test_an_order_that_could_not_be_kept_is_refused(networks, tmp_path):
+    with pytest.raises(
+        ValueError, match="train_sampling_strategy is 'batch_rebalance', but its batches have other numbers"
+    ):
+        MDLMTrainingArguments(output_dir=str(tmp_path), train_sampling_strategy="batch_rebalance")
+
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from ROW * 8
+
+    arguments = MDLMTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        train_sampling_strategy="group_by_length",
+        per_device_train_batch_size=ROWS,
+    )
+    with pytest.raises(ValueError, match="group_by_length', but the training data is a stream"):
+        MDLMTrainer(networks["absorbing"][1], arguments, train_dataset=Endless())
+
+
 # --- Precision
 
 

@@ -9,18 +9,20 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.utils import logging
+from transformers.utils import enable_tf32, is_torch_tf32_available, logging
 
-from modeling_mcd.checks_mdlm import ABOVE_0_TO_1, BELOW_1, check_numbers
+from modeling_mcd.checks_mdlm import ABOVE_0_TO_1, BELOW_1, POSITIVE, check_numbers
 from modeling_mcd.forward_process_mdlm import Process, process_of, sigma_of
 from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.locking_mdlm import LOCKINGS, PHI, locked_uniforms
 from modeling_mcd.transfer_mdlm import send
 from trainers.adapters import AdapterFollower, follower_of, is_adapted, with_adapter
 from trainers.batch_mean import LOSS_NORMS, BatchMean
+from trainers.compilation import compile_trunk, take_compile_options
 from trainers.exact_resume import ExactResumeTrainer
 from trainers.resume_arguments import ExactResumeArguments
 from trainers.sharding import full_weights, is_sharded
+from trainers.step_meter import Operations, StepMeter
 from trainers.teacher import EMACallback, Follower
 from trainers.trajectories import spread_rows, step_noise
 
@@ -76,14 +78,15 @@ class DiffusionTrainingArguments(ExactResumeArguments):
 
     padding: Literal[PADDINGS] = field(
         default="unseen",
-        metadata={
-            "help": "What fills shorter rows of a batch: padding that is neither seen nor scored, or EOS that is seen, noised "
-            "and scored, as LLaDA and dLLM do."
-        },
+        metadata={"help": "Fills shorter rows: unseen, or EOS that is scored."},
     )
     loss_norm: Literal[LOSS_NORMS] = field(
         default="tokens",
         metadata={"help": "Mean over all tokens that count, or over each row's and then over rows (LLaDA)."},
+    )
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={"help": "Peak of the device, for MFU; null: of a known GPU."},
     )
 
     def __post_init__(self):
@@ -91,6 +94,7 @@ class DiffusionTrainingArguments(ExactResumeArguments):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
         check_numbers(self, ema_decay=("lie in [0, 1) or be null", BELOW_1[1]), spread_fraction=ABOVE_0_TO_1)
+        check_numbers(self, peak_tflops=POSITIVE)
         if self.locking not in TRAINING_LOCKINGS:
             why = ", which needs a number of steps and is for sampling only" * (self.locking in LOCKINGS)
             raise ValueError(f"locking must be one of {TRAINING_LOCKINGS}, not {self.locking!r}{why}")
@@ -101,9 +105,16 @@ class DiffusionTrainingArguments(ExactResumeArguments):
         if self.locking == "spread" and self.spread_fraction is None:
             self.spread_fraction = 1.0
         super().__post_init__()
+        if self.torch_compile and not self.tf32 and is_torch_tf32_available():
+            enable_tf32(False)  # which TrainingArguments has turned on, unasked
         for name, reason in UNUSED.items():
             if getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}, but would do nothing: {reason}; leave it out")
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy is 'batch_rebalance', but its batches have other numbers of rows, and noise is keyed by a "
+                "row's place among equal ones: take 'group_by_length'"
+            )
         batch = self.train_batch_size * self.world_size * self.gradient_accumulation_steps
         if self.locking == "spread" and round(self.spread_fraction * batch) == 0:
             raise ValueError(
@@ -254,10 +265,16 @@ class DiffusionTrainer(ExactResumeTrainer):
         self.choose_parameters(model, args)
         super().__init__(with_adapter(model, peft_config, args.seed), args, data_collator, **kwargs)
         train_in_float32(self.model)
+        self._compile_options = take_compile_options(self.accelerator)
         if self.is_fsdp_enabled and is_adapted(self.model):
             self.model.to(args.device)  # the first teacher is its base, which may be judged before it is divided
         if self.train_dataset is not None:
             check_training_batch(args, self.train_dataset)
+            if args.train_sampling_strategy == "group_by_length" and not isinstance(self.train_dataset, Sized):
+                raise ValueError(
+                    "train_sampling_strategy is 'group_by_length', but the training data is a stream, whose lengths are not known "
+                    "beforehand: leave it out"
+                )
         if args.eval_strategy != "no":
             several = isinstance(self.eval_dataset, dict)
             for dataset in self.eval_dataset.values() if several else [self.eval_dataset]:
@@ -272,13 +289,22 @@ class DiffusionTrainer(ExactResumeTrainer):
             self.add_callback(EMACallback(self.companions["ema"], args.ema_decay))
         elif is_adapted(self.model):
             self._copy = AdapterFollower(self.model).to(args.device)
+        self.compile_trunk(self.model)
         self._recorded: dict[str, list[torch.Tensor]] = {}
+        self._operations, self._step_operations = Operations.of(self.model), 0.0
+        self.meter = StepMeter(args.device, args.peak_tflops)
+        self.add_callback(self.meter)
         self.reset_noise()
 
     def choose_parameters(self, model: torch.nn.Module, args: DiffusionTrainingArguments):
         """Called first: freezes what is not trained. A coupling is trained by its own method alone, since no other uses it."""
         if getattr(model, "coupling", None) is not None:
             model.coupling.requires_grad_(False)
+
+    def compile_trunk(self, network: torch.nn.Module):
+        """Compiles a network that takes part in every step, if `torch_compile` says so."""
+        if self._compile_options is not None:
+            compile_trunk(network, self._compile_options, in_layers=self.is_fsdp_enabled)
 
     def whole_student(self) -> torch.nn.Module:
         """The network that the run hands on: the EMA if there is one, otherwise a copy of the student.
@@ -381,18 +407,17 @@ class DiffusionTrainer(ExactResumeTrainer):
         Returns:
             Its head rows at `positions`.
         """
+        of_canvas = {"timesteps": sigma_of(gamma)}
         if self.block_size is not None:
             clean = inputs["input_ids"]
             z, positions = (values.reshape(len(clean), -1)[:, : clean.shape[1]] for values in (z, positions))
-            return network(
-                hidden_rows=positions, input_ids=z, clean_ids=clean, attention_mask=inputs.get("attention_mask")
-            )
-        return network(
-            hidden_rows=positions,
-            input_ids=z,
-            timesteps=sigma_of(gamma),
-            attention_mask=inputs.get("attention_mask"),
-        )
+            of_canvas = {"clean_ids": clean}
+        mask = inputs.get("attention_mask")
+        rows = network(hidden_rows=positions, input_ids=z, attention_mask=mask, **of_canvas)
+        tokens = z.numel() if self.block_size is None else 2 * z.numel()
+        trains = torch.is_grad_enabled()
+        self._step_operations += self._operations.count(tokens, z.shape[1], len(rows.hidden), trains)
+        return rows
 
     def batch_mean(self, counted: torch.Tensor, inputs: dict) -> BatchMean:
         """How the loss is averaged over the tokens of `noise_rows` that count: by `args.loss_norm`."""
@@ -404,7 +429,22 @@ class DiffusionTrainer(ExactResumeTrainer):
             value = torch.as_tensor(value, dtype=torch.float64).detach()
             self._recorded.setdefault(name, []).append(value)  # still on its device: a look would wait for it
 
+    def get_batch_samples(self, *args, **kwargs):
+        with self.meter.waiting():
+            return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        self.meter.count(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def floating_point_ops(self, inputs: dict) -> float:
+        """Those of the micro-batch that has just been computed, see `step_meter.py`; the Trainer adds them up as `total_flos`."""
+        operations, self._step_operations = self._step_operations, 0.0
+        self.meter.operations += operations
+        return operations
+
     def log(self, logs: dict[str, float], start_time: float | None = None):
+        clocked = self.meter.line(self.accelerator.gather) if "loss" in logs else {}
         if "loss" in logs and self._recorded:
             recorded = (torch.stack([value.cpu() for value in values]) for values in self._recorded.values())
             means = torch.stack([values.mean() for values in recorded])
@@ -415,7 +455,9 @@ class DiffusionTrainer(ExactResumeTrainer):
             # The Trainer's own figure covers only the steps since the last resume.
             losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
             logs["train_loss"] = sum(losses) / len(losses) if losses else logs["train_loss"]
-        super().log(logs, start_time)
+        super().log({**logs, **clocked} if clocked else logs, start_time)
+        for name in clocked:  # shown and tracked, but not in checkpoints, which a resumed run must write again
+            del self.state.log_history[-1][name]
 
     def compute_loss_context_manager(self):
         return self.accelerator.autocast()  # for the teacher and the head, which run outside the student's forward
@@ -425,7 +467,7 @@ class DiffusionTrainer(ExactResumeTrainer):
         recorded, self._recorded = self._recorded, {}  # the training's own, for its next log line
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(network, self._prepare_inputs(inputs))
-        self._recorded = recorded
+        self._recorded, self._step_operations = recorded, 0.0
         return loss.detach(), None, None
 
     def evaluation_loop(self, dataloader, *args, **kwargs):

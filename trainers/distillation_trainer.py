@@ -170,6 +170,7 @@ class DistillationTrainer(DiffusionTrainer):
                 follower = Follower(self.model if teacher is None else teacher, self.model.dtype)
             self.companions["teacher"] = follower.to(args.device)
             self.teacher = follower.model
+            self.compile_trunk(self.teacher)
         elif teacher is not None:
             raise ValueError(f"{type(self).__name__} has no teacher but the student itself: give only that one")
 

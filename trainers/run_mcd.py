@@ -11,7 +11,7 @@ from typing import Literal
 
 from transformers import set_seed
 
-from evaluation import load_report, write_report
+from evaluation import save_results, write_report
 from evaluation.options import EvaluationArguments
 from modeling_mcd.command_line import one_line_errors
 from modeling_mcd.loading import load_model
@@ -146,9 +146,9 @@ def main(arguments: list[str] | None = None):
             if report is not None:
                 report.judge(last, student, tokenizer, label=last)
         if report is not None:
-            rows, table = report.known_rows(), report.write()
+            rows, table = report.known_rows(), report.write(training=trainer.meter.total())
         elif run.is_first:
-            write_report(training.output_dir, load_report(training.output_dir))
+            write_report(training.output_dir, save_results(training.output_dir, training=trainer.meter.total()))
         if run.is_first:
             finish(trainer, last, rows, table)
         run.push()

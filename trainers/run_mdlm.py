@@ -135,7 +135,8 @@ def main(arguments: list[str] | None = None):
                 run.save_figures(nelbo=nelbo)
                 figures = [f"NELBO on the validation text: {nelbo:.4f} nats per token"]
                 print(figures[0])
-            report = run.save_about(text, figures=figures, method="Trained by the continuous-time NELBO.")
+            about = {"figures": figures, "training": trainer.meter.total()}
+            report = run.save_about(text, method="Trained by the continuous-time NELBO.", **about)
             write_report(training.output_dir, report)
         run.push()
     trainer.end()

@@ -11,25 +11,10 @@ import torch
 from benchmarks import distillation_step, divergence, sampling
 from benchmarks.gpu_day.stage import Day, Goal, Piece, Stage, free_memory
 from benchmarks.measuring import synchronize
+from trainers.step_meter import known_peak
 
 
-# Dense bf16 peaks of data sheets, TFLOP/s, by a part of the card's name; others are measured by their matrix product alone.
-PEAKS = {
-    "H100 PCIe": 756,
-    "H100": 989,
-    "H200": 989,
-    "B200": 2250,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "RTX 4090": 165,
-}
 KERNELS = 10
-
-
-def peak_tflops(measured: float) -> float:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((float(peak) for part, peak in PEAKS.items() if part in name), measured)
 
 
 def ceilings(day: Day) -> dict:
@@ -51,7 +36,8 @@ def ceilings(day: Day) -> dict:
 
     tflops = 2 * size**3 / seconds(lambda: a @ b) / 1e12
     gbytes = 2 * source.nbytes / seconds(lambda: target.copy_(source)) / 1e9
-    return {"matmul_tflops": tflops, "copy_gb_per_second": gbytes, "peak_tflops": peak_tflops(tflops)}
+    peak = known_peak(torch.device(day.device)) or tflops  # of a card that is not known, by its matrix product alone
+    return {"matmul_tflops": tflops, "copy_gb_per_second": gbytes, "peak_tflops": peak}
 
 
 def shape(day: Day) -> Namespace:
@@ -116,9 +102,7 @@ def step_options(day: Day) -> Namespace:
 def distil(day: Day, side: str) -> dict:
     """A step of MCD: seconds, tokens per second, peak memory, MFU.
 
-    MFU counts the products of `distillation_step.operations`: 2 operations for each multiplication of the student's trunk (a
-    forward, and a backward of twice that), the teacher's trunk (a forward), and the head on the masked half of the tokens
-    (student and teacher forward, two products of the gradient); what activation checkpointing does again counts nothing.
+    MFU counts what `trainers/step_meter.py` says.
     """
     options = step_options(day)
     result = distillation_step.measure(side, options)
