@@ -354,8 +354,8 @@ class MDLMForMaskedDiffusion(MDLMGenerationMixin, MDLMPreTrainedModel):
         Not in a compiled trunk, which would be compiled for other numbers of rows; and not under dropout, which would draw
         others of its numbers.
         """
-        compiled = any(module._compiled_call_impl is not None for module in (self.model, self.model.layers[-1]))
-        return not (compiled or torch.compiler.is_compiling() or (self.training and self.config.hidden_dropout > 0))
+        compiled = self.model._compiled_call_impl is not None or torch.compiler.is_compiling()
+        return not (compiled or (self.training and self.config.hidden_dropout > 0))
 
     @can_return_tuple
     @auto_docstring

@@ -39,7 +39,6 @@ CASES = {
     "mcd, bf16": ("mcd", {"bf16": True, "ema_decay": 0.9}, FULL),
     "mcd, bf16, ddp": ("mcd", {"bf16": True, "ema_decay": 0.9}, None),
     "tied": ("mcd", {"network": "qwen3", "save_strategy": "steps", "save_steps": 4}, FULL),
-    "mcd, compiled": ("mcd", {"ema_decay": 0.9, "torch_compile_backend": "eager"}, FULL),
     "wrapped": ("mcd", {"network": "llama"}, FULL),
     "sdtt": ("sdtt", {}, FULL),
     "sdtt, ddp": ("sdtt", {}, None),

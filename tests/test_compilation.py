@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate.utils import DistributedType, DynamoBackend
 from torch._dynamo.utils import counters
 from toy_backbones import MASK, make_network
 from toy_distillers import METHODS, ROWS, SEED, blocks, make_trainer
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 
 from modeling_mcd import as_masked_diffusion
 from trainers import MDLMTrainer, MDLMTrainingArguments
+from trainers.compilation import take_compile_options
 
 
 # Graphs of a run: of the student with a gradient; and of a trunk without one, the teacher's or the student's own.
@@ -135,10 +137,16 @@ def test_compiled_kernels_have_the_same_losses(method, trainer_of):
     assert graphs[-1] == GRAPHS[method] and losses == pytest.approx(plain, abs=1e-5)
 
 
-def test_zero_3_is_refused(trainer_of, monkeypatch):
-    monkeypatch.setattr("trainers.compilation.is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match="torch_compile is true, but ZeRO-3 gathers weights between the layers"):
-        trainer_of("mdlm", torch_compile=True)
+def test_launches_that_gather_weights_within_the_trunk_are_refused(trainer_of, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("trainers.compilation.is_deepspeed_zero3_enabled", lambda: True)
+        with pytest.raises(ValueError, match="torch_compile is true, but ZeRO-3 gathers weights between the layers"):
+            trainer_of("mdlm", torch_compile=True)
+    accelerator = trainer_of("mdlm", torch_compile=True).accelerator
+    accelerator.state.dynamo_plugin.backend = DynamoBackend.INDUCTOR
+    monkeypatch.setattr(type(accelerator), "distributed_type", property(lambda self: DistributedType.FSDP))
+    with pytest.raises(ValueError, match="torch_compile is true, but FSDP2 gathers weights between the layers"):
+        take_compile_options(accelerator)
 
 
 def test_tf32_stays_off_unless_it_is_asked_for(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ and their number is another one in each step. And a teacher, which the Trainer d
 """
 
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -16,29 +16,26 @@ def take_compile_options(accelerator: Accelerator) -> dict | None:
     """The options of `torch.compile` that the run was started with, of which accelerate then knows nothing; None: no compilation.
 
     Raises:
-        ValueError: ZeRO-3 gathers weights within the trunk.
+        ValueError: the launch gathers weights within the trunk.
     """
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend == DynamoBackend.NO:
         return None
-    if is_deepspeed_zero3_enabled():
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if fsdp or is_deepspeed_zero3_enabled():
         raise ValueError(
-            "torch_compile is true, but ZeRO-3 gathers weights between the layers, which breaks the graph: leave it out, or take "
-            "FSDP2 (recipes/accelerate/fsdp2.yaml)"
+            f"torch_compile is true, but {'FSDP2' if fsdp else 'ZeRO-3'} gathers weights between the layers of the trunk, which is one "
+            "graph: leave it out"
         )
     options = {name: getattr(plugin, name) for name in ("mode", "fullgraph", "dynamic", "options", "disable")}
     options["backend"], plugin.backend = plugin.backend.value.lower(), DynamoBackend.NO
     return options
 
 
-def compile_trunk(model: nn.Module, options: dict, in_layers: bool = False):
+def compile_trunk(model: nn.Module, options: dict):
     """Compiles the trunk of a network in place: its names and its class stay as they are.
 
     Args:
         options: of `torch.compile`.
-        in_layers: each layer by itself, since FSDP2 gathers weights between them.
     """
-    trunk = trunk_of(model)
-    layers = [module for module in trunk.modules() if type(module).__name__ in (trunk._no_split_modules or ())]
-    for module in layers if in_layers and layers else [trunk]:
-        module.compile(**options)
+    trunk_of(model).compile(**options)

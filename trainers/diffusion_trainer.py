@@ -304,7 +304,7 @@ class DiffusionTrainer(ExactResumeTrainer):
     def compile_trunk(self, network: torch.nn.Module):
         """Compiles a network that takes part in every step, if `torch_compile` says so."""
         if self._compile_options is not None:
-            compile_trunk(network, self._compile_options, in_layers=self.is_fsdp_enabled)
+            compile_trunk(network, self._compile_options)
 
     def whole_student(self) -> torch.nn.Module:
         """The network that the run hands on: the EMA if there is one, otherwise a copy of the student.
