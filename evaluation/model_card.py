@@ -27,7 +27,8 @@ def write_model_card(folder: str | Path, report: dict, name: str | None = None) 
     It is written to README.md if there is none, or if it is a card of ours that nobody has changed; otherwise to `eval_card.md`.
 
     The figures of the folder's own model, the rows that the report's `label` names, go into the `model-index` too. The
-    snippet loads the report's `repository`, or the folder from within where there is none: no path of this machine.
+    snippet loads the report's `repository` (at its `revision`), or the folder from within where there is none: no path of
+    this machine.
 
     Args:
         name: heading of the card; the folder's name by default.
@@ -70,6 +71,7 @@ def write_model_card(folder: str | Path, report: dict, name: str | None = None) 
         transformers=MINIMUM,
         repository=report.get("repository"),
         place=json.dumps(report.get("repository") or "."),
+        revision=report.get("revision"),
         context=_context(folder) if causal else None,
         figures=figures,
         table=markdown_table(results) if results or not (figures or answers) else None,

@@ -62,9 +62,9 @@ def save_results(folder: str | Path, rows: Sequence[dict] = (), **about) -> dict
     meanwhile are kept. `about` is stored beside the results, as any JSON values: None leaves an entry unchanged, and a
     dictionary is merged into the old one. The card reads `label` (the row label of the folder's own model), `recipe` (YAML),
     `data` and `method` (a sentence each), `figures` (a list of lines with other figures of the folder's model), `kind`
-    ("causal" for an autoregressive model), `repository` (the folder's name on the Hub), `base_model` (the Hub name of the
-    network that this one was made from), `base_model_relation` ("adapter" or "finetune"), `datasets` and `language` (lists of
-    names) and `license`.
+    ("causal" for an autoregressive model), `repository` (the folder's name on the Hub), `revision` (its branch there),
+    `base_model` (the Hub name of the network that this one was made from), `base_model_relation` ("adapter" or "finetune"),
+    `datasets` and `language` (lists of names) and `license`.
 
     Raises:
         ValueError: `eval.json` is not a report, or a value is infinite or NaN; the file is left as it was.

@@ -129,6 +129,10 @@ sys.modules["modeling_mcd"] = None
 from transformers import AutoModel
 model = AutoModel.from_pretrained("user/tiny", revision="round-1", trust_remote_code=True)
 model.save_pretrained(sys.argv[1])
+import re
+from huggingface_hub import hf_hub_download
+card = open(hf_hub_download("user/tiny", "README.md", revision="round-1"), encoding="utf-8").read()
+exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1])
 """
 
 
@@ -172,10 +176,10 @@ def test_the_same_command_pushes_what_is_missing_and_nothing_twice(story):
 
 
 @pytest.mark.slow
-def test_a_stranger_loads_a_round_by_its_revision(story, tmp_path):
+def test_a_stranger_loads_a_round_by_its_revision_as_its_card_says(story, tmp_path):
     _, python, _, output, *_ = story
     result = python.run(VISIT, str(tmp_path), plain=True)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 and result.stdout.strip(), result.stderr
     loaded, ours = load_file(tmp_path / "model.safetensors"), load_file(output / "round-1" / "model.safetensors")
     assert all(loaded[name].equal(tensor) for name, tensor in ours.items())
     assert not all(loaded[name].equal(tensor) for name, tensor in load_file(output / "model.safetensors").items())

@@ -6,16 +6,19 @@ import json
 import math
 import resource
 import signal
+import sqlite3
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import mcd_arguments, run_python, save_judge, start_python, write_inputs
 
 from evaluation import load_report, results
-from trainers import run_judge, run_mcd, run_mdlm
-from trainers.runs.rounds import TrainingReport
+from trainers import MCDTrainingArguments, run_judge, run_mcd, run_mdlm
+from trainers.runs.hub import CardArguments
+from trainers.runs.rounds import TrainingReport, write_round_card
 
 
 RUN = "import sys; from trainers.run_mcd import main; main(sys.argv[1:])"
@@ -61,6 +64,84 @@ def test_trackers_hear_of_every_round(inputs, tmp_path):
     texts = events.Tensors("eval/sample/text_summary")
     assert [event.step for event in texts] == [0, 2, 4]
     assert texts[1].tensor_proto.string_val[0].decode() == rows["round-1", 4]["example"]
+    tables, plots = events.Tensors("eval/table/text_summary"), events.Images("eval/plot")
+    assert [event.step for event in tables] == [event.step for event in plots] == [0, 2, 4]
+    assert tables[2].tensor_proto.string_val[0].decode() == (output / "eval.md").read_text()
+    assert "round-2" not in tables[1].tensor_proto.string_val[0].decode() and plots[2].width > 500
+
+
+@pytest.mark.slow
+def test_trackio_hears_of_every_round(inputs, tmp_path):
+    """In a process of its own, which writes under its own folder."""
+    pytest.importorskip("trackio", reason="needs the extra tracking")
+    output, code = tmp_path / "run", f"import os; os.environ['TRACKIO_DIR'] = {str(tmp_path / 'trackio')!r}; {RUN}"
+    words = arguments_for(inputs, output, report_to="trackio", project="tiny", steps_per_round=2, evaluation_bound=3)
+    result = run_python(code, *words)
+    assert result.returncode == 0 and "did not take" not in result.stderr, result.stderr
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        logged = [json.loads(metrics) for (metrics,) in connection.execute("select metrics from metrics order by id")]
+    rows, found = points(output), {}
+    for metrics in logged:
+        found.setdefault(metrics["train/global_step"], {}).update(metrics)
+    for step, name in ((0, "teacher"), (2, "round-1"), (4, "round-2")):
+        assert found[step]["eval/bound_2_steps"] == pytest.approx(rows[name, 2]["bound"])
+        assert found[step]["eval/gen_ppl_4_steps"] == pytest.approx(rows[name, 4]["gen_ppl"])
+        assert found[step]["eval/sample"] == rows[name, 4]["example"]
+        assert {row["model"] for row in found[step]["eval/table"]["_value"]} >= {name}
+        assert found[step]["eval/plot"]["_type"] == "trackio.image"
+
+
+@pytest.mark.slow
+def test_wandb_hears_of_every_round(inputs, tmp_path):
+    """Offline: the run's own file holds what would be sent."""
+    pytest.importorskip("wandb", reason="needs the package wandb")
+    output = tmp_path / "run"
+    settings = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    words = arguments_for(inputs, output, report_to="wandb", steps_per_round=2, evaluation_bound=3)
+    result = run_python(f"import os; os.environ |= {settings}; {RUN}", *words)
+    assert result.returncode == 0 and "did not take" not in result.stderr, result.stderr
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    (record,) = folder.glob("*.wandb")
+    written = record.read_bytes()
+    for name in ("eval/gen_ppl_4_steps", "eval/bound_2_steps", "eval/sample", "eval/table", "eval/plot"):
+        assert name.encode() in written, name
+    assert points(output)["round-1", 4]["example"].encode()[:20] in written
+    tables = [json.loads(path.read_text()) for path in folder.rglob("*.table.json")]
+    assert len(tables) == 3 and len(list(folder.rglob("*.png"))) == 3
+    assert {row[0] for table in tables for row in table["data"]} >= {"teacher", "round-1", "round-2"}
+
+
+def test_the_folder_of_a_round_is_a_repository_with_its_card(inputs, tmp_path):
+    """Its figures are those of its own rows, its plot is there, and a resumed run leaves it as it is."""
+    output = tmp_path / "run"
+    run(inputs, output, steps_per_round=2)
+    rows = points(output)
+    for name, other in (("round-1", "round-2"), ("round-2", "round-3")):
+        card = ModelCard.load(output / name / "README.md")
+        figures = {result.metric_name: result.metric_value for result in card.data.eval_results}
+        assert figures["Gen-PPL, 4 steps, temperature 1, ancestral"] == round(rows[name, 4]["gen_ppl"], 4)
+        assert "](eval.png)" in card.text and (output / name / "eval.png").stat().st_size > 1000
+        assert other not in card.text and 'from_pretrained(".", trust' in card.text
+        assert {row["model"] for row in load_report(output / name)["results"]} > {name} and "revision" not in card.text
+    before = {path: path.stat().st_mtime_ns for path in output.glob("round-*/*")}
+    run(inputs, output, steps_per_round=2)
+    assert before == {path: path.stat().st_mtime_ns for path in output.glob("round-*/*")}
+
+
+def test_a_round_that_is_pushed_is_loaded_by_its_branch(inputs, tmp_path):
+    """And without a judge there is a card too."""
+    folder = tmp_path / "run" / "round-2"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    training = MCDTrainingArguments(output_dir=str(folder.parent), hub_strategy="every_save", hub_model_id="user/tiny")
+    write_round_card(folder, training)
+    card = (folder / "README.md").read_text()
+    assert card.count('from_pretrained("user/tiny", revision="round-2", trust_remote_code=True)') == 2
+    assert "# tiny, round-2" in card and "No results yet." in card
+    (folder / "README.md").write_text("my own words")
+    write_round_card(folder, training)
+    assert (folder / "README.md").read_text() == "my own words"
 
 
 @pytest.mark.parametrize("entry", ["run_mcd", "run_mdlm", "run_judge"])
@@ -258,3 +339,19 @@ def test_two_processes_share_the_work_and_outlive_any_timeout(inputs, tmp_path):
 
 def points_by_temperature(folder) -> dict:
     return {(row["model"], row["steps"], row["temperature"]): row for row in load_report(folder)["results"]}
+
+
+@pytest.mark.parametrize(
+    ("setting", "fault"),
+    [
+        ({"card_license": "Apache 2.0"}, "card_license is 'Apache 2.0', but the Hub names licences in small letters"),
+        ({"card_license": ""}, "card_license is ''"),
+        ({"card_language": ["english"]}, "card_language holds 'english': give codes of two or three small letters"),
+        ({"card_language": ["en", "DE"]}, "card_language holds 'DE'"),
+    ],
+)
+def test_what_no_card_can_say_is_refused(setting, fault):
+    with pytest.raises(ValueError) as error:
+        CardArguments(**setting)
+    assert fault in str(error.value) and "\n" not in str(error.value)
+    assert CardArguments("apache-2.0", ["en", "deu"]).about() == {"license": "apache-2.0", "language": ["en", "deu"]}

@@ -1,6 +1,7 @@
 """The end of a round: the student is exported as `round-k/`, a checkpoint is saved, and then the student is judged."""
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TypeVar
@@ -14,10 +15,13 @@ from evaluation import RunReport, load_report, read_texts, vocabulary_of
 from evaluation.evaluate_model import FIRST_LOCKING
 from evaluation.figures import FIGURES
 from evaluation.judge import load_judge
+from evaluation.model_card import write_model_card
 from evaluation.options import EvaluationArguments
 from evaluation.team import ALONE, Ranks
+from modeling_mcd.files import write_json
 from modeling_mcd.loading import reason_of
 from trainers.runs.text_blocks import TextArguments
+from trainers.runs.trackers import show_report
 
 
 logger = logging.get_logger(__name__)
@@ -142,8 +146,31 @@ def held_out_blocks(validation: Sized, count: int = HELD_OUT_BLOCKS) -> torch.Lo
     return torch.tensor(validation.select(chosen)["input_ids"])
 
 
+def write_round_card(folder: Path, training: TrainingArguments):
+    """Makes a round's folder a repository as it stands: the report of the run so far, and a card. One that is there is left.
+
+    The card's snippet loads the branch that `hub_strategy: every_save` pushes, or otherwise the folder from within.
+    """
+    if (folder / "README.md").exists():
+        return
+    run, name = folder.parent, folder.name
+    report, place = load_report(run), training.hub_model_id
+    if training.hub_strategy == "every_save" and place is not None:
+        report |= {"repository": place, "revision": name}
+        heading = f"{place.partition('/')[2]}, {name}"
+    else:
+        report, heading = {key: value for key, value in report.items() if key != "repository"}, name
+    write_json(folder / "eval.json", report)
+    for file in ("eval.md", "eval.png", "answers.png"):
+        if (run / file).exists():
+            shutil.copy(run / file, folder / file)
+    write_model_card(folder, report, heading)
+
+
 class RoundCallback(TrainerCallback):
     """Exports the student at the end of each round; once the checkpoint of that step is written, all processes judge it.
+
+    Then the round's folder gets its card, and is pushed.
 
     For this a checkpoint is written at the end of every round, unless `save_strategy` is "no". A run that is killed while it
     judges resumes there and judges what is missing.
@@ -179,7 +206,6 @@ class RoundCallback(TrainerCallback):
         student = self.trainer.whole_student()
         with self.trainer.complete_networks():
             self.save(student, self.tokenizer, self.exported)
-        self.push()
         if args.save_strategy != "no" and not control.should_save:
             control.should_save = True
             # The log then gets a line here too: a run that resumes at this step no longer has the losses before it.
@@ -196,15 +222,22 @@ class RoundCallback(TrainerCallback):
 
     def _judge(self):
         name, self.exported = self.exported, None
-        if name is None or self.report is None:
+        if name is None:
             return
-        student = self.trainer.whole_student()
-        with self.trainer.complete_networks():
-            self.report.judge(name, student, self.tokenizer, label=name)
-        table = self.report.write()
-        if self.report.team.rank == 0:
-            print(f"\n{table}\n", flush=True)
-        self._log(name)
+        if self.report is not None:
+            student = self.trainer.whole_student()
+            with self.trainer.complete_networks():
+                self.report.judge(name, student, self.tokenizer, label=name)
+            table = self.report.write()
+            if self.report.team.rank == 0:
+                print(f"\n{table}\n", flush=True)
+            self._log(name)
+        if self.trainer.is_world_process_zero():
+            try:
+                write_round_card(Path(self.trainer.args.output_dir) / name, self.trainer.args)
+            except Exception as error:  # whatever went wrong, the training has not failed
+                logger.warning(f"{name} has no card, and training goes on: {reason_of(error)}")
+            self.push()
 
     def _log(self, name: str):
         """Sends a network's figures, and the sample nearest to 8 steps, to the Trainer's trackers."""
@@ -228,3 +261,9 @@ class RoundCallback(TrainerCallback):
         if rows:
             logs["eval_sample"] = min(rows, key=lambda row: abs(row["steps"] - 8))["example"]
         self.trainer.log(logs)
+        known = self.report.known_rows()
+        if rows and self.trainer.is_world_process_zero():
+            try:
+                show_report(self.trainer, self.report.folder, known)
+            except Exception as error:  # whatever went wrong, the training has not failed
+                logger.warning(f"the trackers did not take the table of {name}: {reason_of(error)}")
