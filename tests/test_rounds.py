@@ -6,7 +6,6 @@ import json
 import math
 import resource
 import signal
-import sqlite3
 
 import pytest
 import torch
@@ -68,48 +67,6 @@ def test_trackers_hear_of_every_round(inputs, tmp_path):
     assert [event.step for event in tables] == [event.step for event in plots] == [0, 2, 4]
     assert tables[2].tensor_proto.string_val[0].decode() == (output / "eval.md").read_text()
     assert "round-2" not in tables[1].tensor_proto.string_val[0].decode() and plots[2].width > 500
-
-
-@pytest.mark.slow
-def test_trackio_hears_of_every_round(inputs, tmp_path):
-    """In a process of its own, which writes under its own folder."""
-    pytest.importorskip("trackio", reason="needs the extra tracking")
-    output, code = tmp_path / "run", f"import os; os.environ['TRACKIO_DIR'] = {str(tmp_path / 'trackio')!r}; {RUN}"
-    words = arguments_for(inputs, output, report_to="trackio", project="tiny", steps_per_round=2, evaluation_bound=3)
-    result = run_python(code, *words)
-    assert result.returncode == 0 and "did not take" not in result.stderr, result.stderr
-    (database,) = (tmp_path / "trackio").glob("*.db")
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        logged = [json.loads(metrics) for (metrics,) in connection.execute("select metrics from metrics order by id")]
-    rows, found = points(output), {}
-    for metrics in logged:
-        found.setdefault(metrics["train/global_step"], {}).update(metrics)
-    for step, name in ((0, "teacher"), (2, "round-1"), (4, "round-2")):
-        assert found[step]["eval/bound_2_steps"] == pytest.approx(rows[name, 2]["bound"])
-        assert found[step]["eval/gen_ppl_4_steps"] == pytest.approx(rows[name, 4]["gen_ppl"])
-        assert found[step]["eval/sample"] == rows[name, 4]["example"]
-        assert {row["model"] for row in found[step]["eval/table"]["_value"]} >= {name}
-        assert found[step]["eval/plot"]["_type"] == "trackio.image"
-
-
-@pytest.mark.slow
-def test_wandb_hears_of_every_round(inputs, tmp_path):
-    """Offline: the run's own file holds what would be sent."""
-    pytest.importorskip("wandb", reason="needs the package wandb")
-    output = tmp_path / "run"
-    settings = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
-    words = arguments_for(inputs, output, report_to="wandb", steps_per_round=2, evaluation_bound=3)
-    result = run_python(f"import os; os.environ |= {settings}; {RUN}", *words)
-    assert result.returncode == 0 and "did not take" not in result.stderr, result.stderr
-    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    (record,) = folder.glob("*.wandb")
-    written = record.read_bytes()
-    for name in ("eval/gen_ppl_4_steps", "eval/bound_2_steps", "eval/sample", "eval/table", "eval/plot"):
-        assert name.encode() in written, name
-    assert points(output)["round-1", 4]["example"].encode()[:20] in written
-    tables = [json.loads(path.read_text()) for path in folder.rglob("*.table.json")]
-    assert len(tables) == 3 and len(list(folder.rglob("*.png"))) == 3
-    assert {row[0] for table in tables for row in table["data"]} >= {"teacher", "round-1", "round-2"}
 
 
 def test_the_folder_of_a_round_is_a_repository_with_its_card(inputs, tmp_path):

@@ -261,9 +261,8 @@ class RoundCallback(TrainerCallback):
         if rows:
             logs["eval_sample"] = min(rows, key=lambda row: abs(row["steps"] - 8))["example"]
         self.trainer.log(logs)
-        known = self.report.known_rows()
         if rows and self.trainer.is_world_process_zero():
             try:
-                show_report(self.trainer, self.report.folder, known)
+                show_report(self.trainer, self.report.folder)
             except Exception as error:  # whatever went wrong, the training has not failed
                 logger.warning(f"the trackers did not take the table of {name}: {reason_of(error)}")

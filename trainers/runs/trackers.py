@@ -1,17 +1,14 @@
-"""The table and the plot of a report, for the trackers that the Trainer's own integrations have opened."""
+"""The table and the plot of a report, for TensorBoard as the Trainer's own integration has opened it."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations import TensorBoardCallback
 
 
-COLUMNS = ("model", "locking", "steps", "temperature", "nfe", "gen_ppl", "entropy", "trigram_entropy", "bound")
-
-
-def show_report(trainer, folder: Path, rows: list[dict]):
-    """Sends `eval.md` and `eval.png` of a folder to TensorBoard; its rows, as a table, and the plot to W&B and Trackio.
+def show_report(trainer, folder: Path):
+    """Sends `eval.md` and `eval.png` of a folder to TensorBoard.
 
     What `Trainer.log` sends are numbers and texts: it has no tables and no pictures, and writes all of it into every checkpoint.
     """
@@ -20,9 +17,3 @@ def show_report(trainer, folder: Path, rows: list[dict]):
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_text("eval/table", (folder / "eval.md").read_text(encoding="utf-8"), step)
             callback.tb_writer.add_image("eval/plot", plot, step, dataformats="HWC")
-        elif isinstance(callback, WandbCallback | TrackioCallback) and trainer.is_world_process_zero():
-            import pandas as pd  # here, since a run without these trackers does not need it
-
-            tracker = callback._wandb if isinstance(callback, WandbCallback) else callback._trackio  # one interface
-            table = tracker.Table(dataframe=pd.DataFrame([{name: row.get(name) for name in COLUMNS} for row in rows]))
-            tracker.log({"eval/table": table, "eval/plot": tracker.Image(plot), "train/global_step": step})
