@@ -28,6 +28,9 @@ def rounded(auto_class: type, source: str, tokenizer, ship: Path | None):
         tokenizer.save_pretrained(ship)
         for code in ship.glob("*.py"):  # the package beside it is what the shipped weights are loaded with
             code.unlink()
+        config = json.loads((ship / "config.json").read_text())
+        config.pop("auto_map", None)
+        write_json(ship / "config.json", config)
     return model.float().eval()
 
 

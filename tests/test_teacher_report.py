@@ -60,6 +60,7 @@ def test_what_ships_is_rounded_and_is_what_was_measured(model, judge, tokenizer,
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
     shipped = AutoModel.from_pretrained(tmp_path / "out" / "teacher")
     assert shipped.dtype == torch.bfloat16 and not list((tmp_path / "out" / "teacher").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "out" / "teacher" / "config.json").read_text())
     assert (
         figures["nelbo_nats_per_token"]
         == figures_of(shipped.float(), None, tokenizer, [TEXT], 4)["nelbo_nats_per_token"]
