@@ -52,6 +52,13 @@ def seconds_of_a_step(model, steps: int, rows: int, coupling: bool, runs: int = 
     return statistics.median(times)
 
 
+def saved(path: Path, about: dict, **empty) -> dict:
+    """What a killed command left in its file; or `about` and `empty`, if there is none or it was measured otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.loads(path.read_text()) if path.exists() else {}
+    return content if {name: content.get(name) for name in about} == about else about | empty
+
+
 def bound_of(cell: dict, tokens: int) -> Bound:
     nats = torch.tensor(cell["nats"], dtype=torch.float64)
     return Bound(nats, torch.full(nats.shape, tokens))
@@ -113,10 +120,7 @@ def main():
     batch = {"batch_size": options.batch_size}
     about = {"weights": fingerprint(model), "blocks": len(blocks), "tokens": length, "draws": options.draws}
     path = Path(options.results) / f"coupling_{options.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = json.loads(path.read_text()) if path.exists() else {}
-    if {name: content.get(name) for name in about} != about:
-        content = about | {"coupling": model.config.coupling, "cells": {}, "seconds": {}}
+    content = saved(path, about, coupling=model.config.coupling, cells={}, seconds={})
     cells, seconds = content["cells"], content["seconds"]
 
     def measure(name: str, of):

@@ -70,6 +70,7 @@ def train(options: argparse.Namespace, method: str, locking: str, seed: int) -> 
     words += ["--save_steps", 25, "--logging_steps", 1, "--block_length", options.block_length, "--bf16", False]
     if method in MCD:
         main, words = run_mcd.main, [RECIPES / "tiny.yaml", "--judge", "null", *MCD[method], *words]
+        words += ["--teacher", RECIPES / "tiny" / "teacher"]  # without the chain of the recipe's
         words += ["--num_rounds", options.rounds, "--steps_per_round", options.steps_per_round]
         words += ["--tau", *recipe["tau"][: options.rounds]]
     else:

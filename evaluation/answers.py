@@ -24,6 +24,7 @@ from evaluation.evaluate_model import (
     locking_options,
     lockings_for,
     step_option,
+    steps_for,
 )
 from evaluation.figures import ANSWER_FIGURES, Answer, Samples, figures_of, over_seeds
 from evaluation.instructions import examples
@@ -174,8 +175,9 @@ def evaluate_answers(
     known_rows: Sequence[dict] = (),
     team: Team = ALONE,
     lockings: Sequence[str] = (FIRST_LOCKING,),
+    coupled_up_to: int | None = None,
 ) -> Iterator[dict]:
-    """Yields a row for each locking, temperature and number of steps as soon as it is measured.
+    """Yields a row for each locking, temperature and number of steps as soon as it is measured; see `evaluate_model`.
 
     A point that `known_rows` already holds for the same weights and protocol is left out. An answer depends only on its
     question, its number and the seed: not on the batch, nor on the process that draws it.
@@ -201,7 +203,7 @@ def evaluate_answers(
     todo = []
     for locking in lockings_for(model.config, protocol.sampler, lockings):
         for temperature in map(float, temperatures):
-            for n in steps:
+            for n in steps_for(locking, steps, coupled_up_to):
                 point = {"model": name, "steps": n, "temperature": temperature, "sampler": sampler, "locking": locking}
                 if not any(holds(row, point | fixed) for row in known_rows):
                     todo.append(point)

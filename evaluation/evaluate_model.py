@@ -94,6 +94,11 @@ def lockings_for(config, sampler: str, lockings: Sequence[str]) -> list[str]:
     return found
 
 
+def steps_for(locking: str, steps: Sequence[int], coupled_up_to: int | None) -> list[int]:
+    """Those of a table's numbers of steps at which a locking has rows: a coupled one up to `coupled_up_to`; None: all."""
+    return [n for n in steps if coupled_up_to is None or n <= coupled_up_to or not locking.endswith(COUPLED)]
+
+
 def locking_options(locking: str) -> dict:
     """What a locking of a table is in the options of `generate`. `independent` is the default, which some samplers lack."""
     name = locking.removesuffix(COUPLED)
@@ -250,6 +255,7 @@ def evaluate_model(
     lockings: Sequence[str] = (FIRST_LOCKING,),
     bound_blocks: torch.LongTensor | None = None,
     keep_scores: bool = False,
+    coupled_up_to: int | None = None,
 ) -> Iterator[dict]:
     """Yields a row for each locking, temperature and number of steps as soon as it is measured, so that the caller can save it.
 
@@ -266,6 +272,7 @@ def evaluate_model(
         bound_blocks: held-out blocks [n, L] in the model's tokens: rows at temperature 1 get the N-step bound on them too
             (`step_bound`), a known row without any new sample.
         keep_scores: whether a row that is sampled holds the scores of its samples too, as `scores`, see `measure`.
+        coupled_up_to: the most steps at which a coupled locking has rows; None: all of `steps`.
 
     Yields:
         dict: the figures of `FIGURES` (means over seeds), `gen_ppl_std` (sample standard deviation over seeds; None for
@@ -285,7 +292,7 @@ def evaluate_model(
     todo = []
     for locking in lockings_for(model.config, protocol.sampler, lockings):
         for temperature in map(float, temperatures):
-            for n in steps:
+            for n in steps_for(locking, steps, coupled_up_to):
                 point = {"model": name, "steps": n, "temperature": temperature, "sampler": protocol.sampler_name}
                 point |= {"locking": locking}
                 earlier = next((row for row in known_rows if _holds(row, point | fixed)), None)

@@ -170,6 +170,7 @@ def judge_models(
                 answers.check(tokenizers[name], config, **grid)
             if protocol is not None:
                 protocol.check(tokenizers[name], config, **grid, bound=arguments.evaluation_bound > 0)
+        grid["coupled_up_to"] = arguments.evaluation_coupled_up_to
         reports.append(RunReport(folder, protocol, **grid, team=team, answers=answers, keep_scores=True))
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -59,6 +59,9 @@ class EvaluationArguments:
             f"{COUPLED} at the end through a model's chain, docs/coupling.md. A run's teacher is judged under independent too."
         },
     )
+    evaluation_coupled_up_to: int | None = field(
+        default=None, metadata={"help": f"Most steps at which lockings with {COUPLED} are judged; null: all."}
+    )
     evaluation_bound: int = field(
         default=0,
         metadata={
@@ -101,7 +104,14 @@ class EvaluationArguments:
             raise ValueError(
                 f"evaluation_lockings must be one or more of {list(EVALUATED_LOCKINGS)}, not {self.evaluation_lockings}"
             )
-        check_numbers(self, evaluation_bound=NOT_NEGATIVE)
+        check_numbers(self, evaluation_bound=NOT_NEGATIVE, evaluation_coupled_up_to=AT_LEAST_1)
+        if self.evaluation_coupled_up_to is not None and not any(
+            locking.endswith(COUPLED) for locking in self.evaluation_lockings
+        ):
+            raise ValueError(
+                f"evaluation_coupled_up_to ({self.evaluation_coupled_up_to}) is for lockings with {COUPLED}, but "
+                f"evaluation_lockings are {self.evaluation_lockings}"
+            )
         if self.evaluation_answer_length is not None and self.evaluation_answers is None:
             raise ValueError(
                 f"evaluation_answer_length is {self.evaluation_answer_length}, but there are no evaluation_answers"

@@ -55,7 +55,7 @@ class RunReport:
     Args:
         folder: where `eval.json` and what is made of it go.
         protocol: of generative perplexity; None if no judge reads samples.
-        steps, temperatures, lockings: the grid at which each model is sampled.
+        steps, temperatures, lockings, coupled_up_to: the grid at which each model is sampled, see `evaluate_model`.
         bound_blocks: held-out blocks [n, L] for the N-step bound, see `evaluate_model`.
         team: the processes that share the work. All call the same methods in the same order; the first one writes.
         answers: of questions, each of whose answers is right or wrong; None if nothing is asked.
@@ -73,9 +73,11 @@ class RunReport:
         bound_blocks: torch.LongTensor | None = None,
         answers: AnswerProtocol | None = None,
         keep_scores: bool = False,
+        coupled_up_to: int | None = None,
     ):
         self.folder, self.protocol, self.team = Path(folder), protocol, team
         self.steps, self.temperatures, self.lockings = steps, temperatures, lockings
+        self.coupled_up_to = coupled_up_to
         self.bound_blocks, self.answers, self.keep_scores = bound_blocks, answers, keep_scores
 
     def judge_text(self, blocks: torch.LongTensor, tokenizer: PreTrainedTokenizerBase):
@@ -101,6 +103,7 @@ class RunReport:
         """
         grid = {"steps": self.steps, "temperatures": self.temperatures, "team": self.team}
         grid["lockings"] = list(dict.fromkeys([*[FIRST_LOCKING] * plain, *self.lockings]))
+        grid["coupled_up_to"] = self.coupled_up_to
         of_model = name, model, tokenizer
         if self.protocol is not None:
             known = {"known_rows": self.known_rows(), "bound_blocks": self.bound_blocks}

@@ -33,6 +33,15 @@ def names_of(rows: list[dict]) -> list[str]:
     return [f"{row['model']} / {row['locking']}" if several else row["model"] for row in rows]
 
 
+def lowest_bounds(rows: list[dict]) -> list[tuple[str, dict]]:
+    """The row with the lowest bound at each number of steps, after what it is called. The bounds must be of one text."""
+    bounded = [row for row in rows if row.get("bound") is not None]
+    named = list(zip(names_of(bounded), bounded, strict=True))
+    return [
+        min((n for n in named if n[1]["steps"] == steps), key=lambda n: n[1]["bound"]) for steps in _steps(bounded)
+    ]
+
+
 def notes_of(rows: list[dict]) -> list[str]:
     """Why figures of some rows could not be measured."""
     named = zip(names_of(rows), rows, strict=True)

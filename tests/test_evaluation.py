@@ -383,7 +383,7 @@ def test_run_eval_takes_the_options_of_a_recipe_and_shorter_ones():
     values = {"evaluation_steps": "3", "evaluation_temperatures": "1.0", "evaluation_samples": "7", "judge": "j"}
     values |= {"evaluation_seeds": "2", "evaluation_length": "9", "evaluation_sampler": "confidence"}
     values |= {"evaluation_last_step": "greedy", "evaluation_precision": "float32", "evaluation_batch_size": "5"}
-    values |= {"evaluation_lockings": "spread", "evaluation_bound": "6"}
+    values |= {"evaluation_lockings": "spread+coupling", "evaluation_coupled_up_to": "4", "evaluation_bound": "6"}
     values |= {"convention": "raw_ids", "entropy_unit": "words", "judge_dtype": "bfloat16"}
     values |= {"evaluation_answers": "a.jsonl", "evaluation_answer_length": "4"}
     assert values.keys() == {option.name for option in dataclasses.fields(EvaluationArguments)}
@@ -414,6 +414,8 @@ def test_run_eval_takes_the_options_of_a_recipe_and_shorter_ones():
             ["--lockings", "loose"],
             "evaluation_lockings must be one or more of ['independent', 'spread', 'interleaved', ",
         ),
+        (["--coupled_up_to", "0", "--lockings", "spread+coupling"], "evaluation_coupled_up_to must be at least 1"),
+        (["--coupled_up_to", "4"], "evaluation_coupled_up_to (4) is for lockings with +coupling, but"),
         (["--bound", "-1"], "evaluation_bound must be at least 0 and finite, not -1"),
         (["--bound", "--temperatures", "0.5"], "evaluation_bound (64) is of temperature 1"),
         (["--bound", "--reference_text", ""], "--bound needs held-out text: give --reference_text"),

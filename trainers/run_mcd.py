@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from evaluation import save_results, write_report
 from evaluation.options import EvaluationArguments
+from evaluation.table import lowest_bounds
 from modeling_mcd.command_line import one_line_errors
 from modeling_mcd.loading import load_model
 from trainers.coupling_trainer import CouplingTrainer, CouplingTrainingArguments
@@ -150,16 +151,25 @@ def main(arguments: list[str] | None = None):
         elif run.is_first:
             write_report(training.output_dir, save_results(training.output_dir, training=trainer.meter.total()))
         if run.is_first:
-            finish(trainer, last, rows, table)
+            finish(trainer, student, last, rows, table)
         run.push()
     trainer.end()
 
 
-def finish(trainer: DistillationTrainer, last: str, rows: list[dict], table: str):
-    """Prints the table once more, a sample of the teacher and one of the last round, and what was saved where."""
+def finish(trainer: DistillationTrainer, student, last: str, rows: list[dict], table: str):
+    """Prints the table once more, what has the lowest bound, a sample of the teacher and one of the last round, and what was
+    saved where.
+    """
     folder = Path(trainer.args.output_dir)
     if table:
         print(f"\n{table}")
+    texts = [row["bound_text"] for row in rows if row["model"] == last and row.get("bound") is not None]
+    best = lowest_bounds([row for row in rows if texts and row.get("bound_text") == texts[0]])
+    if best:
+        points = (f"{name} at {row['steps']} steps ({row['bound']:.3f})" for name, row in best)
+        print(f"\nLowest bound, nats per token: {', '.join(points)}.")
+        if last not in (row["model"] for _, row in best):
+            print(f"{last} has none of them: where its Gen-PPL is lower, its texts are sharper and not likelier.")
     for name in ("teacher", last):
         samples = [row for row in rows if row["model"] == name and row.get("example")]
         if samples:
@@ -168,15 +178,15 @@ def finish(trainer: DistillationTrainer, last: str, rows: list[dict], table: str
     # No plot without a judge, no round before its end, and neither teacher nor early rounds after another folder's checkpoint.
     rounds = [f"round-{k + 1}" for k in range(trainer.args.num_rounds)]
     names = [name for name in ("eval.json", "eval.md", "eval.png", "teacher", *rounds) if (folder / name).exists()]
-    student, use = (
+    what, use = (
         "the student (model.safetensors, config.json)",
         "AutoModel.from_pretrained({!r}, trust_remote_code=True)",
     )
     if not (folder / "config.json").exists():
-        student, use = "the student's adapter (adapter_model.safetensors)", "modeling_mcd.loading.load_model({!r})"
+        what, use = "the student's adapter (adapter_model.safetensors)", "modeling_mcd.loading.load_model({!r})"
     print(
-        f"\nSaved in {folder}: {student}, its card (README.md), {', '.join(names)}.\n"
-        f"  {use.format(str(folder))}.generate(steps=16)"
+        f"\nSaved in {folder}: {what}, its card (README.md), {', '.join(names)}.\n"
+        f"  {use.format(str(folder))}.generate(steps={student.generation_config.steps or 16})"
     )
 
 

@@ -71,6 +71,7 @@ class Follower:
             # which must not disturb the random state of the training.
             with torch.random.fork_rng():
                 self.model = type(model)(copy.deepcopy(model.config))
+            self.model.generation_config = copy.deepcopy(model.generation_config)
             self.follow(model)
         else:
             self.model = copy.deepcopy(model)

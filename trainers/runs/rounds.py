@@ -136,7 +136,9 @@ def start_report(
         )
     team = Ranks() if training.world_size > 1 else ALONE
     blocks = held_out_blocks(validation, count) if count else None
-    return TrainingReport(training.output_dir, protocol, steps, temperatures, team, lockings, blocks, answers)
+    grid = {"steps": steps, "temperatures": temperatures, "lockings": lockings}
+    grid["coupled_up_to"] = arguments.evaluation_coupled_up_to
+    return TrainingReport(training.output_dir, protocol, **grid, team=team, bound_blocks=blocks, answers=answers)
 
 
 def held_out_blocks(validation: Sized, count: int = HELD_OUT_BLOCKS) -> torch.LongTensor:
