@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from .checks_mdlm import COUNT, check_numbers, check_token_ids
+from .configuration_mdlm import checked_coupling
 
 
 # What lies between the trunk and the head of each kind of network, see `MDLMBackboneConfig.head_transform`.
@@ -46,6 +47,7 @@ class MDLMBackboneConfig(PreTrainedConfig):
             token its own block and those before it, as SDAR, Fast-dLLM v2 and BD3-LM are trained.
         block_size (`int`, *optional*): Tokens in a block, counted from the first token that is not padding; for `"block"`.
         max_position_embeddings (`int`, *optional*): Context, and the default length of a canvas; the network's by default.
+        coupling (`dict`, *optional*): A chain that joins the tokens of a step, as in [`MDLMConfig`]; none by default.
         bos_token_id, eos_token_id, pad_token_id (*optional*): The network's by default.
 
     Raises:
@@ -68,6 +70,7 @@ class MDLMBackboneConfig(PreTrainedConfig):
     noise_schedule: Literal["linear"] = "linear"
     time_conditioning: bool = False
     max_position_embeddings: int | None = None
+    coupling: dict | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -102,6 +105,8 @@ class MDLMBackboneConfig(PreTrainedConfig):
         if self.mask_token_id is None:
             raise ValueError("mask_token_id is missing: give the id of the network's mask token")
         check_token_ids(self)
+        if self.coupling is not None:
+            self.coupling = checked_coupling(self.coupling, self)
         # Replaced, never merged: an entry that names someone else's repository must not travel into what is saved.
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_backbone_mdlm.MDLMBackboneConfig",

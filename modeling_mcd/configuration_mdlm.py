@@ -141,6 +141,10 @@ def checked_coupling(settings: dict, config: MDLMConfig) -> dict:
     settings = COUPLING | settings
     if config.diffusion_kind == "uniform":
         raise ValueError(f"coupling ({settings}) must be null under uniform diffusion: it joins masked tokens")
+    if getattr(config, "attention", "full") == "block":
+        raise ValueError(
+            f"coupling ({settings}) must be null with attention='block': a chain is taught on complete texts"
+        )
     for name in ("states", "levels", "window"):
         if settings[name] is not None or name != "window":
             check_number(f"coupling: {name}", settings[name], COUNT)

@@ -54,6 +54,8 @@ def convert(
     if to != "ours" and is_backbone != (to == "native"):
         fitting = ["ours", "native"] if is_backbone else [layout for layout in LAYOUTS if layout != "native"]
         raise ValueError(f"to is {to!r}, but a {type(model).__name__} can be written as one of {fitting}")
+    if to != "ours" and model.coupling is not None:
+        raise ValueError(f"to is {to!r}, but that layout has no place for the model's coupling: give 'ours'")
     tokenizer = tokenizer_of(source, model) if is_backbone else None
     with new_folder(Path(out)) as folder:
         if to == "ours":

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 
 class CouplingWeights(NamedTuple):
@@ -47,10 +48,15 @@ class MDLMCoupling(nn.Module):
         super().__init__()
         levels, states = config.coupling["levels"], config.coupling["states"]
         self.low_rank = config.coupling["emission"] == "embedding"
-        width = config.hidden_size if self.low_rank else config.vocab_size
+        self.width = width = config.hidden_size if self.low_rank else config.vocab_size
         self.start = nn.Parameter(torch.empty(levels, states))
         self.transition = nn.Parameter(torch.empty(levels, states, states))
         self.emission = nn.Parameter(torch.empty(levels, states, width))
+
+    def initialize(self):
+        init.zeros_(self.start)
+        init.zeros_(self.transition)  # T is all ones: the draw is the factorised one, whatever the emission
+        init.normal_(self.emission, std=self.width**-0.5 if self.low_rank else 1.0)
 
     def forward(self, embedding: torch.Tensor) -> CouplingWeights:
         """Views of the parameters, made in the network's forward for the wrappers that train it, as in `HeadRows`."""

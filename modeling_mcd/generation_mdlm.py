@@ -11,8 +11,8 @@ from transformers.utils import ModelOutput, logging
 from .block_attention_mdlm import attention_bias, check_attention
 from .cache_mdlm import CachedTrunk, Memory
 from .canvas_mdlm import Canvas, Denoiser
-from .configuration_mdlm import MDLMConfig
-from .coupling_mdlm import Chains
+from .configuration_mdlm import MDLMConfig, checked_coupling
+from .coupling_mdlm import Chains, MDLMCoupling
 from .forward_process_mdlm import process_of
 from .generation_config_mdlm import MDLMGenerationConfig
 from .generation_inputs_mdlm import Request, prepare
@@ -47,6 +47,18 @@ class MDLMGenerationMixin:
     """What every network of the library inherits: `generate`, and what a sampler asks of the network."""
 
     generation_config_class = MDLMGenerationConfig
+
+    def add_coupling(self, settings: dict):
+        """Gives the model a new chain over its head, see `MDLMConfig`: `settings` is its `coupling`.
+
+        Raises:
+            ValueError: the model has one, cannot have one, or a setting is wrong.
+        """
+        if self.coupling is not None:
+            raise ValueError(f"the model has a coupling already: {self.config.coupling}")
+        self.config.coupling = checked_coupling(settings, self.config)
+        self.coupling = MDLMCoupling(self.config).to(self.device, self.dtype)
+        self.coupling.initialize()
 
     @torch.no_grad()
     def generate(

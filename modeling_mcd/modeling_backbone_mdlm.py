@@ -20,6 +20,7 @@ from .block_attention_mdlm import attention_bias, check_attention, sees_blocks, 
 from .cache_mdlm import Memory
 from .checks_mdlm import check_canvas, check_integers, check_positions, check_shape
 from .configuration_backbone_mdlm import WITHOUT_HEAD, MDLMBackboneConfig
+from .coupling_mdlm import MDLMCoupling
 from .generation_mdlm import MDLMGenerationMixin
 from .head_mdlm import HeadRows
 
@@ -60,7 +61,14 @@ class MDLMBackboneForMaskedDiffusion(MDLMGenerationMixin, PreTrainedModel):
             network = language_model_class(config.backbone_config)(config.backbone_config)
         self.network = network
         self.takes_positions = "position_ids" in inspect.signature(network.base_model.forward).parameters
+        self.coupling = None if config.coupling is None else MDLMCoupling(config)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, MDLMCoupling):
+            module.initialize()
+        else:
+            super()._init_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.network.get_input_embeddings()
@@ -272,6 +280,7 @@ class MDLMBackboneForMaskedDiffusion(MDLMGenerationMixin, PreTrainedModel):
             weight=weight.view_as(weight),
             bias=weight.new_zeros(1).expand(len(weight)) if bias is None else bias.view_as(bias),
             mask_token_id=self.config.mask_token_id,
+            coupling=None if self.coupling is None else self.coupling(self.get_input_embeddings().weight),
         )
 
     def transform(self, hidden: torch.Tensor) -> torch.Tensor:

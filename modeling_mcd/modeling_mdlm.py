@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_mdlm import Memory
 from .checks_mdlm import check_canvas, check_integers, check_positions, check_shape
-from .configuration_mdlm import MDLMConfig, checked_coupling
+from .configuration_mdlm import MDLMConfig
 from .coupling_mdlm import MDLMCoupling
 from .generation_mdlm import MDLMGenerationMixin
 from .head_mdlm import HeadRows
@@ -236,9 +236,7 @@ class MDLMPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, MDLMCoupling):
-            init.zeros_(module.start)
-            init.zeros_(module.transition)  # T is all ones: the draw is the factorised one, whatever the emission
-            init.normal_(module.emission, std=self.config.hidden_size**-0.5 if module.low_rank else 1.0)
+            module.initialize()
 
 
 @auto_docstring(custom_intro="The DiT trunk: tokens to normalised and modulated hidden states, without the head.")
@@ -329,18 +327,6 @@ class MDLMForMaskedDiffusion(MDLMGenerationMixin, MDLMPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.coupling = None if config.coupling is None else MDLMCoupling(config)
         self.post_init()
-
-    def add_coupling(self, settings: dict):
-        """Gives the model a new chain over its head, see `MDLMConfig`: `settings` is its `coupling`.
-
-        Raises:
-            ValueError: the model has one, or a setting is wrong.
-        """
-        if self.coupling is not None:
-            raise ValueError(f"the model has a coupling already: {self.config.coupling}")
-        self.config.coupling = checked_coupling(settings, self.config)
-        self.coupling = MDLMCoupling(self.config).to(self.device, self.dtype)
-        self._init_weights(self.coupling)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -389,11 +389,12 @@ def trainer_of(method, networks, folder):
 def from_full_logits(network, positions, z, gamma, inputs):
     """Rows whose head is the identity: the logits of all positions by transformers' own forward, shifted by hand."""
     logits = network.network(input_ids=z, attention_mask=inputs.get("attention_mask")).logits
-    return HeadRows(shifted(logits, network.config.logits_shift)[positions], EYE, EYE.new_zeros(K), MASK)
+    chain = None if network.coupling is None else network.coupling(network.get_input_embeddings().weight)
+    return HeadRows(shifted(logits, network.config.logits_shift)[positions], EYE, EYE.new_zeros(K), MASK, chain)
 
 
 EYE = torch.eye(K, dtype=torch.float64)
-TRAINED = [("qwen2", method) for method in ("mdlm", *METHODS) if method not in ("dcd", "coupling")]
+TRAINED = [("qwen2", method) for method in ("mdlm", *METHODS) if method != "dcd"]
 TRAINED += [(name, "mcd") for name in ("llama", "qwen3", "bert", "modernbert")]
 
 

@@ -11,12 +11,15 @@ from laws import FALSE_ALARM, p_value
 from small_model import MASK
 from tiny_run import ROOT
 from toy import counts_of, finish, index_of, table_of_logits, toy_canvas
+from toy_backbones import SHIFT, make_network
+from toy_backbones import tokens as some_tokens
 from toy_distillers import blocks, make_trainer, prompted
 from transformers import AutoModel, AutoTokenizer
 
 from evaluation import read_texts, step_bound, text_blocks
 from evaluation.sampler_likelihood import TeacherForcedCanvas
-from modeling_mcd import MDLMConfig
+from modeling_mcd import MDLMConfig, as_masked_diffusion
+from modeling_mcd.convert_checkpoints import convert
 from modeling_mcd.coupling_mdlm import Chain, Chains, CouplingWeights
 from modeling_mcd.draws_mdlm import draw_tokens
 from modeling_mcd.loading import load_model
@@ -612,6 +615,43 @@ def test_couplings_that_do_not_fit_are_refused(build, coupled, tmp_path):
     coupled.save_pretrained(tmp_path / "x")
     with pytest.raises(ValueError, match="coupling.start holds NaN"):
         load_model(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["qwen2", "bert"])
+def test_a_network_of_transformers_has_a_chain(name, tmp_path):
+    """Of the AR kin, whose logits are shifted, and of the BERT kin: a new chain changes nothing; then all texts sum to one."""
+    model = as_masked_diffusion(make_network(name, dtype=torch.float32), MASK, SHIFT.get(name, 0))
+    text = some_tokens(3, 12)
+    before = step_bound(model, text, steps=2, locking="spread")
+    model.add_coupling({"states": 4, "levels": 2, "emission": "embedding"})
+    torch.testing.assert_close(step_bound(model, text, steps=2, locking="spread").nats, before.nats, rtol=1e-6, atol=0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.coupling.parameters():
+        parameter.data.normal_(generator=generator)
+    pairs = torch.tensor([x for x in itertools.product(range(model.config.vocab_size), repeat=2) if MASK not in x])
+    assert (-step_bound(model, pairs, steps=1, batch_size=len(pairs)).nats).exp().sum().item() == pytest.approx(
+        1, abs=1e-5
+    )
+    assert not torch.allclose(step_bound(model, text, steps=2, locking="spread").nats, before.nats, rtol=1e-3)
+    model.save_pretrained(tmp_path / "saved")
+    again, one = load_model(tmp_path / "saved"), {"seed": 1, "steps": 2, "length": 12}
+    assert torch.equal(again.generate(**one), model.generate(**one))
+    assert not torch.equal(again.generate(**one), again.generate(**one, coupling=False))
+    with pytest.raises(ValueError, match="to is 'native', but that layout has no place for the model's coupling"):
+        convert(tmp_path / "saved", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_block_models_and_other_layouts_refuse_a_chain(coupled, tmp_path):
+    blocks = as_masked_diffusion(make_network("qwen3"), MASK, attention="block", block_size=4)
+    with pytest.raises(ValueError, match="coupling .* must be null with attention='block'"):
+        blocks.add_coupling({})
+    assert blocks.config.coupling is None
+    coupled.save_pretrained(tmp_path / "saved")
+    with pytest.raises(
+        ValueError, match="to is 'mdlm', but that layout has no place for the model's coupling: give 'ours'"
+    ):
+        convert(tmp_path / "saved", tmp_path / "out", to="mdlm")
 
 
 # --- The trainer

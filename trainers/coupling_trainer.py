@@ -80,7 +80,7 @@ class CouplingTrainer(DistillationTrainer):
 
     def choose_parameters(self, model, args: CouplingTrainingArguments):
         if not hasattr(model, "add_coupling"):
-            raise ValueError(f"a {type(model).__name__} cannot have a coupling: give an MDLMForMaskedDiffusion")
+            raise ValueError(f"a {type(model).__name__} cannot have a coupling: give a model of this library")
         wanted = args.coupling()
         if model.coupling is None:
             model.add_coupling(wanted)
