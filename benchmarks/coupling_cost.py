@@ -17,7 +17,7 @@ import torch
 from benchmarks.measuring import circumstances, count, synchronize
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.canvas_mdlm import Canvas
-from modeling_mcd.coupling_mdlm import Chain
+from modeling_mcd.coupling_mdlm import Chain, Chains
 from modeling_mcd.files import write_atomically
 from modeling_mcd.noise_mdlm import RowNoise, row_keys
 
@@ -55,12 +55,14 @@ def main():
     noise = RowNoise(row_keys(1, torch.Generator().manual_seed(0)), torch.arange(options.length)[None])
     canvas = Canvas(tokens, masked, noise, model.denoiser(coupling=True))
     chain, answer = canvas.denoiser.chains.at(0), canvas.ask(masked, 1.0)
+    single = Chains(canvas.denoiser.chains.weights, None, torch.float32).at(0)
     evidence, present = answer.evidence(chain)
     everything, w = masked.to(device), canvas.w.to(device)
     parts = {
         "trunk": lambda: canvas.ask(masked, 1.0),
         "head": lambda: answer.map(lambda logits: logits[:, 0]),
         "head and evidence": lambda: answer.evidence(chain),
+        "head and evidence, float32": lambda: answer.evidence(single),
     }
     for window in options.windows:
         cut = Chain(chain.start, chain.transition, chain.log_emission, window or None)
