@@ -1,6 +1,7 @@
 """The benchmarks: each can be started, and at a tiny size their sides compute the same thing."""
 
 import argparse
+import copy
 import importlib
 import math
 import os
@@ -9,11 +10,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tiny_run import ROOT
 
 import benchmarks
 from benchmarks import (
     bound_table,
+    coupling_ablation,
     distillation_step,
     divergence,
     load_checkpoint,
@@ -45,6 +48,21 @@ def test_a_number_out_of_range_is_refused_in_one_line(module, words, monkeypatch
     assert (
         end.value.code == 2 and line == f"benchmark: error: argument {words[0]}: must be at least 1, not {words[-1]}"
     )
+
+
+def test_chains_on_remembered_rows_are_those_on_new_ones(build):
+    """The ablation of the coupling runs the network once for all its chains."""
+    blocks, remembered, shape = torch.randint(46, (48, 12)), {}, {"states": 3, "levels": 2}
+    model = build().float()
+    plain, first, again = (
+        coupling_ablation.train_chain(copy.deepcopy(model), blocks, 2, rows, disable_tqdm=True, **shape)
+        for rows in (None, remembered, remembered)
+    )
+    assert len(remembered) == 2 and plain.coupling.start.abs().max() > 0.01
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, first.state_dict()[name]) and torch.equal(value, again.state_dict()[name]), name
+    wider = coupling_ablation.train_chain(copy.deepcopy(model), blocks, 2, remembered, disable_tqdm=True, states=5)
+    assert wider.coupling.start.shape == (4, 5)
 
 
 @pytest.mark.parametrize("workload", workloads.WORKLOADS)
