@@ -18,9 +18,9 @@ $(VENV)/installed: setup.py constraints.txt
 distill: setup
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(PYTHON) -c 'import os; print(os.cpu_count())')} $(BIN)/accelerate launch trainers/run_mcd.py recipes/tiny.yaml
 
-# The full table of the last `make distill`: its teacher under both lockings, and the last round's student, with 512 samples for
-# each of 3 seeds, temperatures for the matched columns, and the bound. Hours on two cores; killed and started again, it goes on
-# where it was.
+# The full table of the last `make distill`: its teacher and the last round's student under both lockings and, at few steps, with
+# their chain; 512 samples for each of 3 seeds, temperatures for the matched columns, and the bound. Hours on two cores; killed and
+# started again, it goes on where it was.
 EVALUATE := $(BIN)/python evaluation/run_eval.py teacher=runs/tiny/teacher round-3=runs/tiny/round-3 --output_dir runs/tiny \
 	--judge recipes/tiny/judge --entropy_unit words --samples 512 --seeds 3 --batch_size 8 --lockings independent spread --bound 512 \
 	--reference_text recipes/tiny/text/validation --vocabulary_text recipes/tiny/text/train
@@ -29,6 +29,7 @@ evaluate: setup
 	$(EVALUATE) --steps 8 --temperatures 1.0 0.8 0.7 0.4 0.3
 	$(EVALUATE) --steps 4 16 --temperatures 1.0 0.8 0.7
 	$(EVALUATE) --steps 2 32
+	$(EVALUATE) --steps 2 4 --lockings spread+coupling --temperatures 1.0 0.9 0.8
 
 # Two models write side by side, in a browser.
 demo: setup
