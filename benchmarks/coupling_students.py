@@ -75,7 +75,7 @@ def main():
     parser.add_argument("models", nargs="*", metavar="NAME=MODEL", default=MODELS)
     parser.add_argument("--chain", default=str(TINY / "coupled"), help="The model whose chain all networks get.")
     parser.add_argument("--steps", type=count, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--updates", type=count, default=80, help="Of the chain that is trained on.")
+    parser.add_argument("--updates", type=count, default=50, help="Of the chain that is trained on.")
     parser.add_argument("--learning_rate", type=float, default=1e-2)
     parser.add_argument("--blocks", type=count, default=24)
     parser.add_argument("--batch_size", type=count, default=12)
