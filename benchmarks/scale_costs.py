@@ -12,10 +12,10 @@ over many processes: for each parameter
 
     DDP            8      gradients, reduced and spread, in float32
     ZeRO-1, -2     8      gradients reduced, weights spread
-    ZeRO-3        16      weights gathered forward and backward, and once for the EMA, gradients reduced, in float32
+    ZeRO-3        16      weights gathered forward and backward, the teacher's once, gradients reduced, in float32
     FSDP2, bf16   10      weights gathered forward and backward, the teacher's once, in bfloat16, gradients reduced in float32
 
-With an adapter DDP sends 8 for each of its numbers alone, FSDP2 6 for each parameter. Under FSDP2 following (EMA, snapshots) sends
+With an adapter DDP sends 8 for each of its numbers alone, FSDP2 6 for each parameter. Following (EMA, snapshots) sends
 nothing. The peak is that of dense bfloat16 products; the MFU is an assumption until a GPU has run it.
 """
 

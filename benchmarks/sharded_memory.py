@@ -1,6 +1,7 @@
 """Memory of each process under DDP, ZeRO and FSDP2: measured for two processes and a small shape, computed for larger ones.
 
     python -m benchmarks.sharded_memory                 # a network of 26M parameters, some minutes
+    python -m benchmarks.sharded_memory --modes zero3   # one of them; prints it, and writes nothing
 
 A step is MCD's with teacher and EMA, all in float32. What is computed is what a process holds whatever the batch, for each of
 P parameters divided among W processes, in bytes:
@@ -8,7 +9,7 @@ P parameters divided among W processes, in bytes:
     DDP       28           weights 4, gradients 4, their buckets 4, AdamW 8, teacher 4, EMA 4
     ZeRO-1    16 + 12/W    weights 4, gradients 4, teacher 4, EMA 4;  AdamW 8/W, a copy of the weights 4/W
     ZeRO-2    12 + 16/W    the gradients 4/W too
-    ZeRO-3    8 + 20/W     the weights 4/W too; teacher 4, EMA 4
+    ZeRO-3    28/W         the weights, teacher and EMA too
     FSDP2     24/W         weights, gradients, AdamW, teacher and EMA
 
 Each mode is measured in processes of its own, in its second and third step, from before the network is built; `beside` is what
@@ -37,7 +38,7 @@ from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 
 
 # Mode -> bytes for each parameter in every process, and those that the processes share.
-BYTES = {"ddp": (28, 0), "zero1": (16, 12), "zero2": (12, 16), "zero3": (8, 20), "fsdp2": (0, 24)}
+BYTES = {"ddp": (28, 0), "zero1": (16, 12), "zero2": (12, 16), "zero3": (0, 28), "fsdp2": (0, 24)}
 BUCKET = 1_000_000  # numbers in DeepSpeed's buffers
 
 
@@ -126,6 +127,7 @@ def main():
     parser.add_argument("--layers", type=count, default=6)
     parser.add_argument("--hidden_size", type=count, default=512)
     parser.add_argument("--vocab_size", type=count, default=4096)
+    parser.add_argument("--modes", nargs="+", choices=BYTES, default=list(BYTES))
     parser.add_argument("--measure", choices=BYTES, help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -141,7 +143,7 @@ def main():
     print(" | ".join(["bytes for each parameter, two processes", "measured", "computed", *columns]))
     measured, computed = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for mode in BYTES:
+        for mode in options.modes:
             row = measured[mode] = launched(mode, words, Path(folder))
             computed[mode] = {
                 f"{name}, {processes} processes": bytes_of(mode, size, processes)
@@ -151,7 +153,8 @@ def main():
             each = [row["peak"] / row["parameters"], bytes_of(mode, 1, 2)]
             cells = [f"{value:.1f}" for value in each] + [f"{x / 1e9:.1f} GB" for x in computed[mode].values()]
             print(" | ".join([mode, *cells]), flush=True)
-    write_result("sharded_memory", {"options": vars(options), "measured": measured, "computed": computed})
+    if set(options.modes) == set(BYTES):
+        write_result("sharded_memory", {"options": vars(options), "measured": measured, "computed": computed})
 
 
 if __name__ == "__main__":

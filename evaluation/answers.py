@@ -199,7 +199,7 @@ def evaluate_answers(
         "count": len(questions),
     }
     fixed |= {"length": length, "seeds": protocol.seeds, "precision": protocol.precision}
-    fixed |= {"weights": team.gather(fingerprint(model))[0]}
+    fixed |= {"weights": team.gather(fingerprint(model, team))[0]}
     todo = []
     for locking in lockings_for(model.config, protocol.sampler, lockings):
         for temperature in map(float, temperatures):

@@ -286,7 +286,7 @@ def evaluate_model(
     protocol.check(tokenizer, model.config, steps, temperatures, lockings, bound=bound_blocks is not None)
     length = protocol.length or model.config.max_position_embeddings
     fixed = protocol.settings(length, protocol.samples, protocol.seeds)
-    fixed |= {"weights": team.gather(fingerprint(model))[0]}
+    fixed |= {"weights": team.gather(fingerprint(model, team))[0]}
     asked = fixed | protocol.beside
     text = None if bound_blocks is None else digest_of(bound_blocks)
     todo = []

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from evaluation.team import ALONE, Team
 from modeling_mcd.loading import load_pretrained, load_tokenizer, reason_of
 
 
@@ -92,10 +93,14 @@ def context_of(judge: PreTrainedModel) -> int | None:
     return getattr(judge.config.get_text_config(), "max_position_embeddings", None)
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """16 hexadecimal digits that change with any weight. A label or a path does not identify the weights."""
+def fingerprint(model: PreTrainedModel, team: Team = ALONE) -> str:
+    """16 hexadecimal digits that change with any weight. A label or a path does not identify the weights.
+
+    Args:
+        team: the processes that have the model together; all of them call this.
+    """
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in team.weights(model):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

@@ -2,15 +2,16 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 class Team:
-    """One process alone. A team of several has the same five members."""
+    """One process alone. A team of several has the same members."""
 
     rank, size = 0, 1
 
@@ -25,6 +26,10 @@ class Team:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor on the CPU, of one shape everywhere, over all processes. It may be changed in place."""
         return tensor
+
+    def weights(self, model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+        """Name and value of all that a model's state holds, one after the other. Called in every process, together."""
+        return model.state_dict().items()
 
 
 ALONE = Team()

@@ -17,9 +17,13 @@ from toy_backbones import MASK, make_network
 from toy_distillers import METHODS, blocks, make_networks
 
 from benchmarks.sharded_memory import promote
+from evaluation.judge import fingerprint
+from evaluation.team import Ranks
 from modeling_mcd import as_masked_diffusion
 from trainers import MDLMTrainer, MDLMTrainingArguments, run_mcd
-from trainers.sharding import is_sharded, parameters_of, part_of
+from trainers.runs.together import together
+from trainers.sharded_trainer import ShardedTrainer
+from trainers.sharding import has_parts, is_sharded, parameters_of, part_of
 
 
 ROWS = 4  # of a global batch
@@ -38,7 +42,7 @@ CASES = {
     "mcd, lora, sharded files": ("mcd", {"lora": True, **SAVED}, SHARDED),
     "mcd, bf16": ("mcd", {"bf16": True, "ema_decay": 0.9}, FULL),
     "mcd, bf16, ddp": ("mcd", {"bf16": True, "ema_decay": 0.9}, None),
-    "tied": ("mcd", {"network": "qwen3", "save_strategy": "steps", "save_steps": 4}, FULL),
+    "tied": ("mcd", {"network": "qwen3", "ema_decay": 0.9, "save_strategy": "steps", "save_steps": 4}, FULL),
     "wrapped": ("mcd", {"network": "llama"}, FULL),
     "sdtt": ("sdtt", {}, FULL),
     "sdtt, ddp": ("sdtt", {}, None),
@@ -87,15 +91,24 @@ def make_trainer(case: str, networks: dict, folder: Path, processes: int):
 def run(case: str, networks: dict, folder: Path, processes: int, resume: Path | None = None):
     """Trains, and writes what the run computed: its log, and the network that it hands on."""
     trainer = make_trainer(case, networks, folder, processes)
-    trainer.train(resume and str(resume))
     divided = processes > 1 and CASES[case][2] is not None
+    if divided and "ema" in trainer.companions and "lora" not in case:  # no process ever has it completely
+        assert {p.device.type for p in trainer.companions["ema"].model.parameters()} == {"meta"}
+    trainer.train(resume and str(resume))
     assert is_sharded(trainer.model) == divided
     student = trainer.whole_student()
     tokens = student.generate(steps=4, seed=0, num_return_sequences=2)
     facts = {"log": trainer.state.log_history, "tokens": tokens.tolist()}
+    if divided:
+        network, team = trainer.handed_on(), Ranks()
+        with together(network, team) as crew:
+            for _ in range(1 + 2 * team.rank):  # not equally often
+                alone = network.generate(steps=4, seed=0, num_return_sequences=2)
+            facts["tokens together"], facts["weights"] = alone.tolist(), fingerprint(network, crew)
+        facts["weights complete"] = fingerprint(student)
+        saved = trainer.whole_student(everywhere=False)
+        assert {p.device.type for p in saved.parameters()} == {"meta" if team.rank else "cpu"}
     if divided and case == "mcd":
-        ema = trainer.companions["ema"].model.eval()
-        facts["tokens together"] = ema.generate(steps=4, seed=0, num_return_sequences=2).tolist()
         networks = (trainer.model, *(follower.model for follower in trainer.companions.values()))
         facts["parts"] = [sum(part_of(p).numel() for p in parameters_of(network).values()) for network in networks]
         facts["complete"] = sum(p.numel() for p in student.parameters())
@@ -115,6 +128,13 @@ def run(case: str, networks: dict, folder: Path, processes: int, resume: Path | 
 def run_command(inputs: Path, output: Path, processes: int):
     """`run_mcd.py` as `accelerate launch` with recipes/accelerate/fsdp2.yaml would start it, judged after each round."""
     if processes > 1:
+        complete = ShardedTrainer.complete
+
+        def complete_to_save(self, network, everywhere: bool = True):
+            assert not everywhere or not has_parts(network)
+            return complete(self, network, everywhere)
+
+        ShardedTrainer.complete = complete_to_save
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
         os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     settings = {"num_rounds": 2, "steps_per_round": 2, "per_device_train_batch_size": 8 // processes, "save_steps": 2}

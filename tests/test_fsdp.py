@@ -11,6 +11,7 @@ from tiny_run import start_python
 from transformers import AutoModel
 
 from evaluation import load_report
+from evaluation.judge import fingerprint
 from modeling_mcd.files import read_object
 from trainers.checkpoints import MANIFEST, fault_of
 
@@ -89,15 +90,19 @@ def test_a_checkpoint_loads_like_any_other(runs):
     assert all((networks[0][name] - value).abs().max() < 1e-5 for name, value in networks[1].items())
 
 
-def test_all_processes_together_generate_from_a_divided_network(runs):
-    together = facts(runs[0] / "mcd")
-    assert together["tokens together"] == together["tokens"]
+@pytest.mark.parametrize("case", [case for case, (_, _, fsdp) in CASES.items() if fsdp is not None])
+def test_each_process_generates_for_itself_from_a_divided_network(case, runs):
+    run = facts(runs[0] / case)
+    assert run["weights"] == run["weights complete"]
+    assert "bf16" in case or run["tokens together"] == run["tokens"]
 
 
 def test_a_judged_command_has_the_figures_of_one_process(runs):
+    """And no process ever has a complete network that is divided, but the first one to save it."""
     rows, expected = ({row["model"]: row for row in load_report(run / "command")["results"]} for run in runs)
     assert list(rows) == list(expected) == ["teacher", "round-1", "round-2"]
     for name, row in rows.items():
         assert row["gen_ppl"] == pytest.approx(expected[name]["gen_ppl"], rel=1e-4), name
+        assert row["weights"] == fingerprint(AutoModel.from_pretrained(runs[0] / "command" / name))
     final = [load_file(run / "command" / "model.safetensors") for run in runs]
     assert max((final[0][name] - value).abs().max().item() for name, value in final[1].items()) < 1e-4

@@ -213,6 +213,6 @@ class AdapterFollower(Follower):
         self.set(saved, folder)
 
 
-def follower_of(student: nn.Module, dtype: torch.dtype = torch.float32) -> Follower:
-    """A follower of the student's kind: a copy of the network, or of its adapter alone."""
-    return AdapterFollower(student) if is_adapted(student) else Follower(student, dtype)
+def follower_of(student: nn.Module, waits: bool = False) -> Follower:
+    """A follower of the student's kind: a float32 copy of the network (`waits`: see there), or of its adapter alone."""
+    return AdapterFollower(student) if is_adapted(student) else Follower(student, waits=waits)

@@ -21,7 +21,7 @@ from trainers.batch_mean import LOSS_NORMS, BatchMean
 from trainers.compilation import compile_trunk, take_compile_options
 from trainers.exact_resume import ExactResumeTrainer
 from trainers.resume_arguments import ExactResumeArguments
-from trainers.sharding import full_weights, is_sharded
+from trainers.sharding import complete_copy, is_sharded
 from trainers.step_meter import Operations, StepMeter
 from trainers.teacher import EMACallback, Follower
 from trainers.trajectories import spread_rows, step_noise
@@ -34,6 +34,8 @@ EVALUATION_STEP = 2**63  # no training step: evaluation has a stream of noise of
 TRAINING_LOCKINGS = ("independent", "spread")  # see `locking_mdlm.py`
 
 PADDINGS = ("unseen", "eos")
+
+FOLLOWER_DEVICES = (None, "cpu")
 
 TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "attention_mask")  # of the rows of a dataset
 
@@ -66,11 +68,12 @@ class DiffusionTrainingArguments(ExactResumeArguments):
     ema_decay: float | None = field(
         default=0.9999, metadata={"help": "Decay of the student's EMA, with warm-up; null: none."}
     )
+    follower_device: Literal["cpu"] | None = field(
+        default=None, metadata={"help": "cpu: teacher and EMA stay in main memory."}
+    )
     locking: Literal[TRAINING_LOCKINGS] = field(
         default="independent",
-        metadata={
-            "help": "Scalars u of a row's tokens: independent, or spread by one scalar, see docs/distillers.md."
-        },
+        metadata={"help": "Scalars u of a row's tokens, see docs/distillers.md."},
     )
     spread_fraction: float | None = field(
         default=None, metadata={"help": "Share of a batch's rows that locking spread is for; null: all."}
@@ -90,9 +93,10 @@ class DiffusionTrainingArguments(ExactResumeArguments):
     )
 
     def __post_init__(self):
-        for name, choices in (("padding", PADDINGS), ("loss_norm", LOSS_NORMS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
+        choices = {"padding": PADDINGS, "loss_norm": LOSS_NORMS, "follower_device": FOLLOWER_DEVICES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
         check_numbers(self, ema_decay=("lie in [0, 1) or be null", BELOW_1[1]), spread_fraction=ABOVE_0_TO_1)
         check_numbers(self, peak_tflops=POSITIVE)
         if self.locking not in TRAINING_LOCKINGS:
@@ -266,6 +270,7 @@ class DiffusionTrainer(ExactResumeTrainer):
         super().__init__(with_adapter(model, peft_config, args.seed), args, data_collator, **kwargs)
         train_in_float32(self.model)
         self._compile_options = take_compile_options(self.accelerator)
+        self._check_follower_device()
         if self.is_fsdp_enabled and is_adapted(self.model):
             self.model.to(args.device)  # the first teacher is its base, which may be judged before it is divided
         if self.train_dataset is not None:
@@ -283,9 +288,9 @@ class DiffusionTrainer(ExactResumeTrainer):
         self.schedule, self.mask_token_id = self.process.schedule, self.model.config.mask_token_id
         self.block_size = getattr(self.model.config, "block_size", None)  # of a block model
         if args.ema_decay is not None:
-            self.companions["ema"] = follower_of(self.model)
+            self.companions["ema"] = follower_of(self.model, waits=self.is_fsdp_enabled)
             if not self.is_fsdp_enabled:  # which moves the parts alone
-                self.companions["ema"].to(args.device)
+                self.place(self.companions["ema"])
             self.add_callback(EMACallback(self.companions["ema"], args.ema_decay))
         elif is_adapted(self.model):
             self._copy = AdapterFollower(self.model).to(args.device)
@@ -306,34 +311,67 @@ class DiffusionTrainer(ExactResumeTrainer):
         if self._compile_options is not None:
             compile_trunk(network, self._compile_options)
 
-    def whole_student(self) -> torch.nn.Module:
-        """The network that the run hands on: the EMA if there is one, otherwise a copy of the student.
+    def _check_follower_device(self):
+        """Raises ValueError where teacher and EMA are no complete networks, of which main memory could take the place."""
+        divided = "FSDP" if self.is_fsdp_enabled else "ZeRO-3" if is_deepspeed_zero3_enabled() else None
+        if self.args.follower_device != "cpu":
+            return
+        if self._compile_options is not None:
+            raise ValueError(
+                "torch_compile is true, but with follower_device 'cpu' weights move within the trunk: leave one out"
+            )
+        if divided or is_adapted(self.model):
+            what = (
+                "with an adapter they are adapters" if divided is None else f"{divided} divides them like the student"
+            )
+            raise ValueError(
+                f"follower_device is 'cpu', which is for complete teachers and EMAs, but {what}: leave it out"
+            )
 
-        It is complete on every rank, but for a base that adapters share: that is complete within `complete_networks`.
+    def place(self, follower: Follower) -> Follower:
+        """Puts a follower where `args.follower_device` says."""
+        if self.args.follower_device == "cpu":
+            return follower.stay(self.args.device)
+        return follower.to(self.args.device)
+
+    def judged_form(self, network: torch.nn.Module) -> torch.nn.Module:
+        """A follower's network as `generate` can use it: a copy on the device if it stays in main memory."""
+        return complete_copy(network, network, self.args.device) if self.args.follower_device == "cpu" else network
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether there is an EMA with weights: under FSDP2 it gets those of the student when training begins."""
+        return "ema" in self.companions and not self.companions["ema"].waits
+
+    def handed_on(self) -> torch.nn.Module:
+        """The network that the run hands on: the EMA if there is one, otherwise the student or a copy of it.
+
+        It may be divided among the processes: then all of them have to use it together (`trainers/runs/together.py`).
         """
         self.check_pending()
-        if "ema" in self.companions:
-            return self.complete(self.companions["ema"].model)
-        if is_adapted(self.model) and not is_sharded(self.model):
+        if self.has_ema:
+            return self.judged_form(self.companions["ema"].model)
+        if is_sharded(self.model):
+            return self.model
+        if is_adapted(self.model):
             self._copy.follow(self.model)
             return self._copy.model
-        student = self.accelerator.unwrap_model(self.model)
-        complete = self.complete(student)
-        return Follower(student).to(self.args.device).model if complete is student else complete
+        return Follower(self.accelerator.unwrap_model(self.model)).to(self.args.device).model
 
-    def complete_networks(self):
-        """A context in which every network of the run can be used by each process for itself: to generate, judge or merge.
+    def whole_student(self, everywhere: bool = True) -> torch.nn.Module:
+        """The network that the run hands on, complete and in eval mode. Called in every process, together.
 
-        Under ZeRO-3 a base that adapters share is gathered meanwhile. Call `whole_student` before.
+        Args:
+            everywhere: whether in every process, on its device; otherwise see `complete`.
         """
-        return full_weights(self.model.parameters() if is_adapted(self.model) else ())
+        return self.complete(self.handed_on(), everywhere)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Saves the network that is handed on (see the class) into `output_dir` or `args.output_dir`."""
         checkpoint = _internal_call and output_dir is not None
         if checkpoint or ("ema" not in self.companions and not is_sharded(self.model)):
             return super().save_model(output_dir, _internal_call)
-        output_dir, student = output_dir or self.args.output_dir, self.whole_student()
+        output_dir, student = output_dir or self.args.output_dir, self.whole_student(everywhere=False)
         if self.args.should_save:
             student.save_pretrained(output_dir)
             if self.processing_class is not None:
@@ -463,7 +501,7 @@ class DiffusionTrainer(ExactResumeTrainer):
         return self.accelerator.autocast()  # for the teacher and the head, which run outside the student's forward
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        network = self.companions["ema"].model if "ema" in self.companions else model
+        network = self.companions["ema"].model if self.has_ema else model
         recorded, self._recorded = self._recorded, {}  # the training's own, for its next log line
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(network, self._prepare_inputs(inputs))

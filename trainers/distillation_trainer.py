@@ -167,12 +167,19 @@ class DistillationTrainer(DiffusionTrainer):
             if is_adapted(self.model):
                 follower = AdapterFollower(self.model, off=True)
             else:
-                follower = Follower(self.model if teacher is None else teacher, self.model.dtype)
-            self.companions["teacher"] = follower.to(args.device)
+                first = self.model if teacher is None else teacher
+                follower = Follower(first, self.model.dtype, waits=self.is_fsdp_enabled and teacher is None)
+            self.companions["teacher"] = self.place(follower)
             self.teacher = follower.model
             self.compile_trunk(self.teacher)
         elif teacher is not None:
             raise ValueError(f"{type(self).__name__} has no teacher but the student itself: give only that one")
+
+    def first_teacher(self) -> nn.Module:
+        """What the student learns from at first, before training begins: the student itself for a method without a teacher."""
+        if not self.has_teacher or self.companions["teacher"].waits:
+            return self.handed_on()
+        return self.judged_form(self.teacher)
 
     def schedule_position(self) -> str:
         return f" (round {self.args.round_of(self.state.global_step) + 1} of {self.args.num_rounds})"

@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None):
 
     with run.start():
         trainer.train(run.checkpoint)
-        complete = trainer.complete(judge) if is_sharded(judge) else Follower(judge).model
+        complete = trainer.complete(judge if is_sharded(judge) else Follower(judge).model, everywhere=False)
         run.save(complete, tokenizer)
         figures = None
         if validation is not None:

@@ -122,31 +122,28 @@ def main(arguments: list[str] | None = None):
         report = start_report(judging, judge, tokenizer, teacher.config, text, training, validation)
 
     with run.start():
-        first = trainer.complete(trainer.teacher) if trainer.has_teacher else trainer.whole_student()
+        first = trainer.first_teacher()
         if run.checkpoint is None and adapter.lora_r is None:  # the base of an adapter is where it was
-            run.save(first, tokenizer, "teacher")
+            run.save(trainer.complete(first, everywhere=False), tokenizer, "teacher")
         if run.is_first:
             method_line = f"Distilled from {short_name(networks.teacher)} by {title}."
             run.save_about(text, judging, card, verb="Distilled", method=method_line, **card.about())
         if report is not None:  # all processes share the work
             if validation is not None and judge is not None:
                 report.judge_text(held_out_blocks(validation), tokenizer)
-            with trainer.complete_networks():
-                report.judge("teacher", first, tokenizer, label="teacher", plain=True)
+            report.judge("teacher", first, tokenizer, label="teacher", plain=True)
             table = report.write()
             if run.is_first:
                 print(f"\n{table}\n", flush=True)
+        del first
         trainer.add_callback(RoundCallback(trainer, tokenizer, run.save, report, run.push_rounds))
         trainer.train(run.checkpoint)
 
-        student = trainer.whole_student()
         last = f"round-{training.round_of(trainer.state.global_step - 1) + 1}"
         rows, table = [], ""
-        with trainer.complete_networks():
-            run.save(student, tokenizer)
-            if report is not None:
-                report.judge(last, student, tokenizer, label=last)
+        run.save(trainer.whole_student(everywhere=False), tokenizer)
         if report is not None:
+            report.judge(last, trainer.handed_on(), tokenizer, label=last)
             rows, table = report.known_rows(), report.write(training=trainer.meter.total())
         elif run.is_first:
             write_report(training.output_dir, save_results(training.output_dir, training=trainer.meter.total()))

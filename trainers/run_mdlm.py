@@ -11,6 +11,7 @@ from typing import Literal
 from transformers import PreTrainedModel, set_seed
 
 from evaluation import validation_nelbo, write_report
+from evaluation.team import ALONE, Ranks
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from modeling_mcd.checks_mdlm import AT_LEAST_1, BELOW_1, check_numbers
 from modeling_mcd.command_line import one_line_errors
@@ -28,6 +29,7 @@ from trainers.runs.inputs import (
 from trainers.runs.recipe import parse_recipe
 from trainers.runs.run import Run
 from trainers.runs.text_blocks import TextArguments
+from trainers.runs.together import together
 
 
 @dataclass
@@ -120,9 +122,9 @@ def main(arguments: list[str] | None = None):
 
     with run.start():
         trainer.train(run.checkpoint)
-        model, nelbo = trainer.whole_student(), None
-        with trainer.complete_networks():
-            run.save(model, tokenizer)
+        run.save(trainer.whole_student(everywhere=False), tokenizer)
+        model, nelbo = trainer.handed_on(), None
+        with together(model, Ranks() if training.world_size > 1 else ALONE):
             if run.is_first and validation is not None:
                 # Rows that are not packed: their completions, given the prompts.
                 rows = trainer.data_collator([validation[i] for i in range(len(validation))])

@@ -1,4 +1,4 @@
-"""A Trainer whose student and followers may be divided by FSDP2, and what of FSDP's settings cannot be used here."""
+"""A Trainer whose networks may be divided among the processes, and what of FSDP's settings cannot be used here."""
 
 import os
 
@@ -13,6 +13,7 @@ from trainers.sharding import (
     as_own_class,
     complete_copy,
     complete_head,
+    has_parts,
     is_sharded,
     skeleton_of,
 )
@@ -112,9 +113,16 @@ class ShardedTrainer(Trainer):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
 
-    def complete(self, network: nn.Module) -> nn.Module:
-        """A network that each process can use for itself: a copy in eval mode if FSDP2 divides this one, otherwise itself.
+    def complete(self, network: nn.Module, everywhere: bool = True) -> nn.Module:
+        """A network that is not divided: itself if it is none, otherwise a copy in eval mode. Called in all processes, together.
 
-        Called in all processes, together.
+        Args:
+            network: under ZeRO-3 none that DeepSpeed trains: a `Follower`'s.
+            everywhere: whether every process gets it, on its device; otherwise only the one that saves, in main memory, and the
+                others a copy that has no values.
         """
-        return complete_copy(self._skeleton, network, self.args.device) if is_sharded(network) else network
+        if not has_parts(network):
+            return network
+        skeleton = self._skeleton if is_sharded(network) else network
+        device = self.args.device if everywhere else torch.device("cpu")
+        return complete_copy(skeleton, network, device, everywhere or self.args.should_save)

@@ -27,7 +27,12 @@ DECISIVE_SETTINGS = (
 )
 # Settings that the run.json of earlier versions lacks, and what these did.
 EARLIER = {"padding": "unseen", "loss_norm": "tokens", "train_sampling_strategy": "random", "split_stream": False}
-INDECISIVE = ("num_proc", "checkpoint_staging", "peak_tflops")  # how something is computed or measured, not what
+INDECISIVE = (
+    "num_proc",
+    "checkpoint_staging",
+    "peak_tflops",
+    "follower_device",
+)  # how something is computed or measured, not what
 # Those that may change when a run goes on from a checkpoint in another folder.
 CHANGEABLE_SETTINGS = ("learning_rate", "max_grad_norm")
 

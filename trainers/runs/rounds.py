@@ -21,6 +21,7 @@ from evaluation.team import ALONE, Ranks
 from modeling_mcd.files import write_json
 from modeling_mcd.loading import reason_of
 from trainers.runs.text_blocks import TextArguments
+from trainers.runs.together import together
 from trainers.runs.trackers import show_report
 
 
@@ -72,6 +73,15 @@ class TrainingReport(RunReport):
         except Exception as error:  # whatever went wrong, the training has not failed
             logger.warning(f"the report in {self.folder} is not up to date, and training goes on: {reason_of(error)}")
             return otherwise
+
+    def judge(self, name: str, model: PreTrainedModel, *arguments, **settings):
+        """As `RunReport.judge`. A model that is divided among the processes is judged by all of them together."""
+        team = self.team
+        try:
+            with together(model, team) as self.team:
+                super().judge(name, model, *arguments, **settings)
+        finally:
+            self.team = team
 
     def known_rows(self) -> list[dict]:
         rows = None
@@ -205,9 +215,7 @@ class RoundCallback(TrainerCallback):
         if state.global_step % args.steps_per_round:
             return
         self.exported = f"round-{state.global_step // args.steps_per_round}"
-        student = self.trainer.whole_student()
-        with self.trainer.complete_networks():
-            self.save(student, self.tokenizer, self.exported)
+        self.save(self.trainer.whole_student(everywhere=False), self.tokenizer, self.exported)
         if args.save_strategy != "no" and not control.should_save:
             control.should_save = True
             # The log then gets a line here too: a run that resumes at this step no longer has the losses before it.
@@ -227,9 +235,7 @@ class RoundCallback(TrainerCallback):
         if name is None:
             return
         if self.report is not None:
-            student = self.trainer.whole_student()
-            with self.trainer.complete_networks():
-                self.report.judge(name, student, self.tokenizer, label=name)
+            self.report.judge(name, self.trainer.handed_on(), self.tokenizer, label=name)
             table = self.report.write()
             if self.report.team.rank == 0:
                 print(f"\n{table}\n", flush=True)
