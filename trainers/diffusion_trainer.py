@@ -85,7 +85,7 @@ class DiffusionTrainingArguments(ExactResumeArguments):
     )
     loss_norm: Literal[LOSS_NORMS] = field(
         default="tokens",
-        metadata={"help": "Mean over all tokens that count, or over each row's and then over rows (LLaDA)."},
+        metadata={"help": "Mean over all tokens that count, or of rows' own means."},
     )
     peak_tflops: float | None = field(
         default=None,

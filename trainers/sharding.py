@@ -195,12 +195,6 @@ def complete_copy(skeleton: nn.Module, network: nn.Module, device: torch.device,
     return copy.deepcopy(skeleton, values).to(device if here else "meta").eval()
 
 
-def trunk_of(network: nn.Module) -> nn.Module:
-    """The module of a network that every use of it runs, once for each forward."""
-    inner = network.get_base_model() if hasattr(network, "get_base_model") else network
-    return inner.base_model.base_model  # the second one of a wrapped language model
-
-
 def complete_weights(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and complete value of all that the state of a divided network holds, one after the other, as if it were undivided.
 
@@ -212,14 +206,14 @@ def complete_weights(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def outer_weights(network: nn.Module) -> Iterator[Callable[[], None]]:
+def outer_weights(network: nn.Module, trunk: nn.Module) -> Iterator[Callable[[], None]]:
     """A context in which all that is outside of a divided network's trunk can stay complete, and the embeddings too.
 
     Yields a function that completes it if it is not. Called in all processes, together.
     """
     embeddings, head = network.get_input_embeddings(), network.get_output_embeddings()
     if not is_sharded(network):
-        inside = {id(parameter) for parameter in trunk_of(network).parameters()}
+        inside = {id(parameter) for parameter in trunk.parameters()}
         outer = [parameter for parameter in network.parameters() if id(parameter) not in inside]
         outer = [*outer, *embeddings.parameters(), *head.parameters()]
         with full_weights(p for p in outer if is_partitioned(p) and not p.numel()):

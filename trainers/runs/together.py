@@ -12,7 +12,8 @@ import torch
 from torch import distributed, nn
 
 from evaluation.team import Team
-from trainers.sharding import complete_weights, has_parts, outer_weights, trunk_of
+from trainers.sharding import complete_weights, has_parts, outer_weights
+from trainers.step_meter import trunk_of
 
 
 class Together(Team):
@@ -73,11 +74,11 @@ def together(network: nn.Module, team: Team) -> Iterator[Team]:
         yield team
         return
     was_training, stored = network.training, network.dtype
+    trunk, head = trunk_of(network), network.get_output_embeddings()
     network.eval()
     with contextlib.ExitStack() as stack:
-        keep = stack.enter_context(outer_weights(network))
+        keep = stack.enter_context(outer_weights(network, trunk))
         keep()
-        trunk, head = trunk_of(network), network.get_output_embeddings()
         if head.weight.dtype != stored:
             for module in (trunk, head):
                 stack.enter_context(autocast_in(module, network.device.type, head.weight.dtype))
