@@ -19,6 +19,7 @@ from evaluation.answers import (
 )
 from evaluation.answers_table import answers_markdown, order_of
 from evaluation.run_eval import main as run_eval
+from evaluation.team import Team
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from trainers import run_mcd
 
@@ -113,7 +114,7 @@ def test_an_answer_does_not_depend_on_its_batch(teacher, tokenizer, right, sampl
     assert one == many and 0 < one["nfe"] <= 3  # 3 is the most steps of adaptive
 
 
-class Half:
+class Half(Team):
     """Two processes in turn: each answers its share, and is given what the other one found."""
 
     size = 2

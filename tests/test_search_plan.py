@@ -100,8 +100,10 @@ def test_a_network_that_needs_one_token_reveals_few_tokens_first(build):
     def forward(input_ids=None, hidden_rows=None, **others):
         output = trunk(input_ids=input_ids, hidden_rows=hidden_rows, **others)
         seen = torch.nn.functional.one_hot(input_ids, 48).sum(dim=1) > 0
-        shape = output.last_hidden_state.shape
-        output.last_hidden_state = torch.where(seen, 30.0, 0.0)[:, None].expand(shape)
+        states = torch.where(seen, 30.0, 0.0)[:, None].expand(*input_ids.shape, 48)
+        if hidden_rows is not None:
+            states = states.flatten(0, 1)[hidden_rows] if hidden_rows.ndim == 1 else states[:, : hidden_rows.shape[1]]
+        output.last_hidden_state = states
         return output
 
     model.model.forward = forward

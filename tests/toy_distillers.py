@@ -112,6 +112,6 @@ def assert_same_step(trainer, inputs: dict, by_hand, **tolerance):
         trainer.model.zero_grad()
     ours, theirs = found
     used = [n for n in ours if theirs[n] is not None and theirs[n].abs().max() > 0]
-    assert len(used) > 15
+    assert len(used) > (15 if trainer.trains_network else 2)
     for n in used:
         torch.testing.assert_close(ours[n], theirs[n], **tolerance, msg=lambda m, n=n: f"{n}: {m}")

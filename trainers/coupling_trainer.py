@@ -26,6 +26,7 @@ from modeling_mcd.reveal_grid_mdlm import ancestral_reveal_steps
 from trainers.diffusion_trainer import maskable_tokens
 from trainers.distillation_trainer import DistillationArguments, DistillationTrainer
 from trainers.divergences import cross_entropy
+from trainers.step_meter import trunk_of
 
 
 @dataclass
@@ -94,7 +95,7 @@ class CouplingTrainer(DistillationTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x_0, maskable = inputs["input_ids"], maskable_tokens(inputs, self.process)
-        self.model.model.eval()  # the trunk is as in sampling: without dropout
+        trunk_of(self.model).eval()  # the trunk is as in sampling: without dropout
         times, u = self.noise_of_batch(maskable)
         masked, revealed, gamma, weights = self.plan(times, u, maskable)
         z = mask_tokens(x_0, masked, self.mask_token_id)
