@@ -29,6 +29,7 @@ WAYS = {
 
 def measure(steps: int, rate: float, way: dict[str, str]) -> dict[str, float]:
     settings = {**SHAPE, **way, "learning_rate": rate, "max_steps": steps, "warmup_steps": max(1, steps // 10)}
+    settings |= {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": "null"}  # at any number of steps
     settings |= {"eval_strategy": "no", "save_strategy": "no", "use_cpu": "true", "disable_tqdm": "true"}
     settings |= {"ema_decay": 0.95, "logging_steps": steps}
     with tempfile.TemporaryDirectory() as folder:

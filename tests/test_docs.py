@@ -89,8 +89,9 @@ def library(tmp_path_factory) -> Path:
     tiny = folder / "recipes" / "tiny"
     for text in (ROOT / "recipes" / "tiny" / "text").rglob("*.txt"):
         (tiny / text.relative_to(ROOT / "recipes" / "tiny")).write_bytes(text.read_bytes()[:20_000])
-    sums = "recipes/tiny_sums/teacher/model.safetensors"  # small enough to be taken as it is
-    shutil.copy(ROOT / sums, folder / sums)
+    for name in ("tiny_sums", "bible"):  # fast enough to be taken as they are
+        weights = f"recipes/{name}/teacher/model.safetensors"
+        shutil.copy(ROOT / weights, folder / weights)
     set_seed(0)
     shapes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "conditioning_size": 8}
     config = MDLMConfig(vocab_size=48, max_position_embeddings=256, bos_token_id=46, eos_token_id=46, **shapes)
