@@ -22,15 +22,13 @@ class EvaluationArguments:
 
     judge: str | None = field(
         default=None,
-        metadata={
-            "help": "Causal language model that reads the samples, folder or Hub name; null: nothing is judged."
-        },
+        metadata={"help": "Causal language model that reads the samples; null: nothing is judged."},
     )
     judge_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Precision of the judge's weights."}
     )
     convention: Literal[CONVENTIONS] = field(
-        default="retokenized", metadata={"help": "What the judge reads: the samples' text, or their token ids."}
+        default="retokenized", metadata={"help": "What the judge reads: the text, or its ids."}
     )
     entropy_unit: Literal[ENTROPY_UNITS] = field(
         default="tokens", metadata={"help": "What the entropy counts; words for a character model."}

@@ -73,7 +73,7 @@ class DiffusionTrainingArguments(ExactResumeArguments):
     )
     locking: Literal[TRAINING_LOCKINGS] = field(
         default="independent",
-        metadata={"help": "Scalars u of a row's tokens, see docs/distillers.md."},
+        metadata={"help": "A row's scalars u, see docs/distillers.md."},
     )
     spread_fraction: float | None = field(
         default=None, metadata={"help": "Share of a batch's rows that locking spread is for; null: all."}

@@ -109,9 +109,7 @@ class TextArguments:
     )
     block_length: int = field(
         default=1024,
-        metadata={
-            "help": "Tokens in a block, BOS and EOS included; of rows that are not packed the most, the rest is cut."
-        },
+        metadata={"help": "Tokens in a block with BOS and EOS; rows that are not packed are cut to it."},
     )
     max_validation_blocks: int | None = field(
         default=None, metadata={"help": "Use only this many validation blocks, the first ones."}
