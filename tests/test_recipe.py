@@ -228,6 +228,26 @@ def test_a_value_that_its_dataclass_refuses_is_a_mistake_of_usage(tmp_path, caps
     assert line == "error: max_validation_blocks must be at least 1, not 0"
 
 
+def test_a_dictionary_that_is_not_json_is_named(tmp_path, capsys):
+    for words in (["--lr_scheduler_kwargs", "{num"], ["--lr_scheduler_kwargs={num"]):
+        line = refusal(
+            capsys, lambda words=words: parse_recipe((ExactResumeArguments,), ["--output_dir", str(tmp_path), *words])
+        )
+        assert "lr_scheduler_kwargs is '{num', which is not JSON" in line
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_sums", "bible"])
+def test_a_copied_recipe_finds_what_ships(name, tmp_path):
+    @dataclass
+    class Paths:
+        teacher: str = ""
+        judge: str = ""
+
+    (tmp_path / "copy.yaml").write_text(f"teacher: ./{name}/teacher\njudge: ./mine/judge\n")
+    (paths,) = parse_recipe((Paths,), [str(tmp_path / "copy.yaml")])
+    assert paths == Paths(str(RECIPE_FOLDER / name / "teacher"), str(tmp_path / "mine" / "judge"))
+
+
 def test_a_new_training_text_never_keeps_the_recipes_validation_text(tmp_path, capsys):
     """Otherwise a run on somebody's own text would be validated on the novels that ship with the recipe."""
     recipe = tmp_path / "r.yaml"

@@ -176,6 +176,10 @@ def parse_recipe(
         *instances, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
         )
+    except json.JSONDecodeError as error:  # of a key that takes a dictionary
+        pairs = zip_longest(arguments, arguments[1:])
+        key = next(word.split("=")[0] for word, value in pairs if error.doc in (word.partition("=")[2], value))
+        parser.error(f"{key[2:]} is {error.doc!r}, which is not JSON ({error}): write it as '{{\"name\": 1}}'")
     except ValueError as error:  # of a dataclass: a value that is out of its range, or that contradicts another one
         parser.error(str(error))
     for word in unknown:
@@ -262,8 +266,7 @@ def _as_word(value, folder: Path) -> str:
     if isinstance(value, str) and value.startswith(("./", "../")):
         path, shipped = folder / value, RECIPE_FOLDER / value
         # A shipped recipe that was copied elsewhere, or that a model card holds, still means what ships with the library.
-        ours = value.startswith(("./tiny/", "./tiny_sums/"))
-        return os.path.normpath(shipped if ours and not path.exists() else path)
+        return os.path.normpath(shipped if shipped.exists() and not path.exists() else path)
     return str(value)
 
 
