@@ -120,6 +120,7 @@ def test_an_adapter_and_its_teacher_are_compiled(networks, tmp_path):
     assert graphs == [2, 2, 2, 3, 3, 3] and not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_rows_of_many_lengths_are_compiled_twice(trainer_of):
     """For the first length, and then for all others."""
     rows = [{"input_ids": row[:width]} for width in (32, 20, 27, 12, 30, 17) for row in blocks().tolist()]

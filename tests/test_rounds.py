@@ -49,6 +49,7 @@ def points(folder) -> dict:
 ALL = {("held-out text", None), *((name, n) for name in ("teacher", "round-1", "round-2") for n in (2, 4))}
 
 
+@pytest.mark.slow
 def test_trackers_hear_of_every_round(inputs, tmp_path):
     """TensorBoard's files hold figures and a sample of the teacher at step 0 and of each round at its last step."""
     output = tmp_path / "run"
@@ -69,6 +70,7 @@ def test_trackers_hear_of_every_round(inputs, tmp_path):
     assert "round-2" not in tables[1].tensor_proto.string_val[0].decode() and plots[2].width > 500
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_round_is_a_repository_with_its_card(inputs, tmp_path):
     """Its figures are those of its own rows, its plot is there, and a resumed run leaves it as it is."""
     output = tmp_path / "run"
