@@ -592,6 +592,7 @@ print(model.generate(steps=4, seed=0).shape, model.config.diffusion_kind, "model
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout, kind", [("sdtt", "absorbing"), ("duo", "uniform")])
 def test_a_converted_checkpoint_needs_no_package(tmp_path, layout, kind):
     """Converted by one process, it generates in another one."""

@@ -326,7 +326,7 @@ def test_gradients_reach_every_parameter_as_through_logits(build):
         assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5 * expected[name].abs().max().item()), name
 
 
-@pytest.mark.parametrize("way", ["activation checkpointing", "compiled trunk"])
+@pytest.mark.parametrize("way", ["activation checkpointing", pytest.param("compiled trunk", marks=pytest.mark.slow)])
 def test_the_same_gradients_in_every_way_to_run_the_trunk(build, way):
     model = build(hidden_dropout=0.0).train()
     expected = gradients_of(model)

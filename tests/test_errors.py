@@ -96,6 +96,7 @@ def test_a_users_own_file_of_the_name_of_a_package_is_named(tmp_path, name):
     assert "call the command in another folder" in line
 
 
+@pytest.mark.slow
 def test_a_users_own_evaluation_does_not_disturb_the_methods(tmp_path):
     (tmp_path / "evaluation.py").write_text("FIGURE = 3")
     (tmp_path / "mine.py").write_text("from trainers import MCDTrainer; import evaluation; print(evaluation.FIGURE)")
