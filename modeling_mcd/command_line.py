@@ -109,6 +109,9 @@ def one_line_errors(main):
 
     @functools.wraps(main)
     def wrapped(arguments: list[str] | None = None):
+        # A line and its end are one write, even with PYTHONUNBUFFERED: the processes of a launch share one standard error.
+        if sys.__stderr__ is not None:
+            sys.__stderr__.reconfigure(line_buffering=True, write_through=False)
         try:
             return main(arguments)
         except Exception as error:

@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,17 @@ def test_a_fault_of_ours_keeps_its_traceback():
     error = ValueError("a\nb")
     with pytest.raises(SystemExit, match="^error: a b$"):
         main([])
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="pipes that keep writes apart are Linux's")
+def test_a_line_of_error_is_one_write():
+    """Two processes of a launch that fail together would mix their lines otherwise; PYTHONUNBUFFERED makes each part a write."""
+    reader, writer = os.pipe2(os.O_DIRECT)  # each write is one read
+    code = "from modeling_mcd.command_line import one_line_errors as o; o(lambda a: int('x'))()"
+    with os.fdopen(writer, "wb", 0) as stderr:
+        subprocess.run([sys.executable, "-u", "-c", code], stderr=stderr, stdin=subprocess.DEVNULL, check=False)
+    assert os.read(reader, 1 << 16) == b"error: invalid literal for int() with base 10: 'x'\n"
+    os.close(reader)
 
 
 @pytest.mark.parametrize(
