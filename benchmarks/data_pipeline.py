@@ -3,7 +3,7 @@
     python -m benchmarks.data_pipeline                               # 1 GB of synthetic text; half an hour on two cores
     python -m benchmarks.data_pipeline --megabytes 20 --processes 1
 
-A corpus of seeded words with Zipf's frequencies is written as one file, then each side runs in a process of its own:
+A corpus of words with the frequencies of recipes/bible/text is written as one file, then each side runs in a process of its own:
 
     tokenise N    blocks into an empty cache, by N processes
     stream        batches of blocks that are tokenised as they are read, with a shuffle buffer
@@ -17,14 +17,16 @@ A corpus of seeded words with Zipf's frequencies is written as one file, then ea
 
 import argparse
 import json
-import random
+import re
 import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import numpy
 import torch
 from transformers import AutoTokenizer
 
@@ -38,21 +40,19 @@ from trainers.runs.text_blocks import TextArguments, load_blocks
 MODULE = "benchmarks.data_pipeline"
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, STEPS = 4, 3
-LETTERS = "etaoinshrdlcumwfgypb"
+TEXT = ROOT / "recipes" / "bible" / "text" / "train"
 
 
 def write_corpus(file: Path, megabytes: float):
-    """Sentences of 20,000 made-up words, in paragraphs; some 1 MB of distinct text for each MB."""
-    draw = random.Random(0)
-    words = [
-        "".join(draw.choices(LETTERS, weights=range(len(LETTERS), 0, -1), k=draw.randint(2, 9))) for _ in range(20_000)
-    ]
-    weights = [1 / (rank + 3) for rank in range(len(words))]
+    """Sentences and paragraphs of words drawn independently with the frequencies that they have in recipes/bible/text."""
+    draw = numpy.random.default_rng(0)
+    counts = Counter(re.findall(r"[a-z']+", " ".join(part.read_text() for part in sorted(TEXT.iterdir())).lower()))
+    words, shares = numpy.array(list(counts), dtype=object), numpy.array(list(counts.values())) / counts.total()
+    ends = numpy.array([" ", ". ", ".\n\n"], dtype=object)
     with file.open("w") as opened:
         while opened.tell() < megabytes * 1e6:
-            chosen = iter(draw.choices(words, weights=weights, k=20_000))
-            while sentence := list(islice(chosen, draw.randint(4, 24))):
-                opened.write(" ".join(sentence).capitalize() + (".\n\n" if draw.random() < 0.1 else ". "))
+            size = 20_000
+            opened.write("".join(draw.choice(words, size, p=shares) + draw.choice(ends, size, p=(0.93, 0.063, 0.007))))
 
 
 def peak() -> float:
