@@ -1,6 +1,6 @@
 """Ways to pre-train a small model, compared at equal steps and by processor time: AdamW, Muon, Muon with spread masks.
 
-    python -m benchmarks.pretraining [--steps 200]
+    python -m benchmarks.pretraining [--steps 1500]
 
 Trains 1.2M parameters on the text of recipes/bible once for each way and learning rate, and writes the validation NELBO of the
 EMA and the processor time of a step to `benchmarks/results/pretraining.json`.
@@ -43,7 +43,7 @@ def measure(steps: int, rate: float, way: dict[str, str]) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=count, default=200)
+    parser.add_argument("--steps", type=count, default=1500)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2])
     parser.add_argument("--output", help="File for the figures, instead of the committed one.")
     options = parser.parse_args(arguments)

@@ -1,24 +1,10 @@
-"""Muon: orthogonal steps for the matrices inside a network, AdamW for the rest, exact resume."""
+"""Muon: orthogonal steps of AdamW's size for the matrices inside a network, AdamW for the rest, exact resume."""
 
 import pytest
 import torch
 
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
-from trainers.muon import Muon, inner_matrices, orthogonal
-
-
-@pytest.mark.parametrize("shape", [(24, 96), (96, 24), (32, 32)])
-def test_a_step_is_orthogonal_and_keeps_the_singular_vectors(shape):
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    inner = left.T @ orthogonal(matrix) @ right.T
-    values = inner.diagonal()
-    assert 0.6 < values.min() and values.max() < 1.3
-    torch.testing.assert_close(inner, values.diag(), atol=1e-3, rtol=0)
-
-
-def test_a_vanishing_gradient_gives_no_step():
-    assert orthogonal(torch.zeros(4, 6)).abs().max() == 0
+from trainers.muon import Float32Muon, MuonAndAdamW, inner_matrices
 
 
 def test_the_matrices_are_those_inside_the_network(model):
@@ -29,26 +15,63 @@ def test_the_matrices_are_those_inside_the_network(model):
     assert all(shapes[name].ndim == 2 for name in names)
 
 
-def test_what_is_no_matrix_is_stepped_by_adamw():
-    start = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    settings = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-8}
+def test_matrices_are_stepped_by_muon_and_all_else_by_adamw(build, tmp_path):
+    """The step of a matrix is orthogonal and of AdamW's size; the others take torch's AdamW, with the same decay."""
+    settings = {"learning_rate": 0.01, "weight_decay": 0.1, "adam_beta2": 0.98, "muon": True, "use_cpu": True}
+    blocks = [{"input_ids": [3] * 8}] * 8
+    trainer = MDLMTrainer(build(), MDLMTrainingArguments(output_dir=str(tmp_path), **settings), train_dataset=blocks)
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    theirs = dict(build().named_parameters())
+    plain = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in theirs.items() if n in decayed], "weight_decay": 0.1},
+            {"params": [p for n, p in theirs.items() if n not in decayed], "weight_decay": 0.0},
+        ],
+        lr=0.01,
+        betas=(0.9, 0.98),
+    )
+    muon, ours = trainer.create_optimizer(), dict(trainer.model.named_parameters())
+    start = {name: parameter.detach().clone() for name, parameter in ours.items()}
+    for step in range(3):
+        for parameter in (*ours.values(), *theirs.values()):
+            parameter.grad = (parameter.detach() + step).sin()
+        muon.step()
+        plain.step()
+        if step == 0:
+            first = {name: parameter.detach().clone() for name, parameter in ours.items()}
+    matrices = inner_matrices(trainer.model)
+    for name, parameter in ours.items():
+        if name not in matrices:
+            torch.testing.assert_close(parameter, theirs[name], msg=name)
+            continue
+        update = (first[name] - start[name] * (1 - 0.01 * 0.1)) / (-0.2 * 0.01 * max(parameter.shape) ** 0.5)
+        left, _, right = torch.linalg.svd(start[name].sin(), full_matrices=False)
+        inner = left.T @ update @ right.T
+        values, count = inner.diagonal(), min(parameter.shape)
+        assert values.max() < 1.3 and values.median() > 0.6 and (inner - values.diag()).abs().max() < 0.1, name
+        assert update.square().mean().sqrt() * max(parameter.shape) ** 0.5 == pytest.approx(1, rel=0.25), (name, count)
+
+
+@pytest.mark.parametrize("shape", [(24, 96), (96, 24), (32, 32)])
+def test_steps_in_float32_are_those_of_torch(shape):
+    """torch rounds to bfloat16, whose error the momentum keeps."""
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    optimizers = [
-        Muon([{"params": [ours], "weight_decay": 0.1}], **settings),
-        torch.optim.AdamW([{"params": [theirs], "weight_decay": 0.1}], **settings),
-    ]
+    settings = {"lr": 0.01, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = Float32Muon([ours], **settings), torch.optim.Muon([theirs], **settings)
     for step in range(4):
         for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
-            parameter.grad = (parameter.detach() + step).sin()
+            parameter.grad = (start * (step + 1)).sin()
             optimizer.step()
-    torch.testing.assert_close(ours, theirs)
+    moved = (theirs - start).detach()
+    assert ((ours - theirs).norm() / moved.norm()).item() < 0.02
 
 
-def test_a_matrix_s_step_has_the_size_of_adamw_s():
-    parameter = torch.nn.Parameter(torch.zeros(48, 96))
-    parameter.grad = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
-    Muon([{"params": [parameter], "muon": True}], lr=0.01, betas=(0.9, 0.98), eps=1e-8).step()
-    assert parameter.detach().square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.2)
+def test_a_vanishing_gradient_gives_no_step():
+    parameter = torch.nn.Parameter(torch.zeros(4, 6))
+    parameter.grad = torch.zeros(4, 6)
+    Float32Muon([parameter], lr=1.0).step()
+    assert parameter.detach().abs().max() == 0
 
 
 def test_resume_with_muon_is_bitwise(build, tmp_path):
@@ -69,7 +92,7 @@ def test_resume_with_muon_is_bitwise(build, tmp_path):
         arguments = MDLMTrainingArguments(output_dir=str(tmp_path / folder), **options)
         trainer = MDLMTrainer(build(), arguments, train_dataset=blocks)
         trainer.train(str(tmp_path / "all" / f"checkpoint-{steps}") if resume else None)
-        assert isinstance(trainer.optimizer.optimizer, Muon)
+        assert isinstance(trainer.optimizer.optimizer, MuonAndAdamW)
         return trainer.model.state_dict()
 
     once, again = run("all", 4), run("again", 2, resume=True)
