@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.measuring import in_its_own_process, write_result
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
-from trainers.diffusion_trainer import collate_blocks
+from trainers.batches import collate_blocks
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.runs.text_blocks import TextArguments, load_blocks
 

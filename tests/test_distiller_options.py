@@ -7,7 +7,7 @@ import torch
 from toy_distillers import MASK, K, blocks, log_probabilities, make_trainer, mask, noise, prompted
 
 from modeling_mcd.forward_process_mdlm import other_tokens
-from trainers.diffusion_trainer import maskable_tokens
+from trainers.batches import maskable_tokens
 
 
 def subs_tables(model, z, gamma, inputs, temperature=1.0):

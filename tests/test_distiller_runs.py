@@ -16,8 +16,8 @@ from transformers import AutoModel
 from evaluation.evaluate_model import KEY, SETTINGS
 from evaluation.judge import fingerprint
 from trainers import run_mcd
+from trainers.batches import collate_blocks, maskable_tokens
 from trainers.dcd_trainer import DCDTrainingArguments
-from trainers.diffusion_trainer import collate_blocks, maskable_tokens
 from trainers.dscd_trainer import DSCDTrainingArguments
 from trainers.mcd_trainer import MCDTrainer, MCDTrainingArguments
 from trainers.mpdc_trainer import MPDCTrainer, MPDCTrainingArguments

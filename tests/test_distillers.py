@@ -12,7 +12,7 @@ from modeling_mcd.forward_process_mdlm import UniformProcess, other_tokens
 from modeling_mcd.head_mdlm import HeadRows
 from modeling_mcd.locking_mdlm import locked_uniforms
 from modeling_mcd.noise_schedule_mdlm import LogLinearSchedule
-from trainers.diffusion_trainer import maskable_tokens
+from trainers.batches import maskable_tokens
 from trainers.divergences import divergence_from_token
 from trainers.dscd_trainer import short_answers
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments

@@ -9,7 +9,8 @@ from toy_distillers import K, blocks, make_trainer, prompted
 
 from modeling_mcd.forward_process_mdlm import mask_tokens, masked_at
 from modeling_mcd.noise_schedule_mdlm import CosineSchedule, LogLinearSchedule
-from trainers.diffusion_trainer import DiffusionTrainingArguments, maskable_tokens
+from trainers.batches import maskable_tokens
+from trainers.diffusion_trainer import DiffusionTrainingArguments
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.runs.output_folder import recipe_text, run_settings
 from trainers.trajectories import spread_rows, step_noise

@@ -27,9 +27,9 @@ from modeling_mcd.replay import Replay
 from modeling_mcd.reveal_grid_mdlm import TAIL
 from modeling_mcd.sampling_mdlm import uniform_ancestral
 from trainers import run_mcd, run_mdlm
+from trainers.batches import maskable_tokens
 from trainers.character_tokenizer import character_tokenizer
 from trainers.dcd_trainer import DCDTrainer, DCDTrainingArguments
-from trainers.diffusion_trainer import maskable_tokens
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
 from trainers.trajectories import step_noise
 

@@ -9,7 +9,7 @@ from transformers import AutoModel
 
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from trainers import run_mcd
-from trainers.diffusion_trainer import collate_blocks
+from trainers.batches import collate_blocks
 from trainers.trajectories import step_noise
 
 

@@ -23,7 +23,7 @@ from modeling_mcd.forward_process_mdlm import mask_tokens
 from modeling_mcd.head_mdlm import HeadRows, in_chunks
 from modeling_mcd.locking_mdlm import locked_uniforms
 from modeling_mcd.reveal_grid_mdlm import ancestral_reveal_steps
-from trainers.diffusion_trainer import maskable_tokens
+from trainers.batches import maskable_tokens
 from trainers.distillation_trainer import DistillationArguments, DistillationTrainer
 from trainers.divergences import cross_entropy
 from trainers.step_meter import trunk_of

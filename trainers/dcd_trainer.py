@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from trainers.diffusion_trainer import maskable_tokens
+from trainers.batches import maskable_tokens
 from trainers.distillation_trainer import DistillationTrainer, WideningGapArguments
 from trainers.divergences import check_divergence, divergence
 from trainers.duality import uniform_alpha

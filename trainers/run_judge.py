@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 from evaluation import write_report
 from modeling_mcd.checks_mdlm import AT_LEAST_1, check_numbers
 from modeling_mcd.command_line import one_line_errors
-from trainers.diffusion_trainer import check_training_batch
+from trainers.batches import check_training_batch
 from trainers.exact_resume import ExactResumeTrainer
 from trainers.resume_arguments import ExactResumeArguments
 from trainers.runs.inputs import TokenizerArguments, load_data, load_run_tokenizer, open_data
