@@ -12,7 +12,7 @@ A corpus of words with the frequencies of recipes/bible/text is written as one f
     training      what MDLM takes: steps of a small network on this machine
 
 `peak_megabytes` is the most that one process held, imports included; `imports_megabytes` what they are. Ratios are to
-`training`. The hours for 10^13 tokens are those of one process. Writes `benchmarks/results/data_pipeline.json`.
+`training`. The hours for 10^13 tokens are those of one process that tokenises. Writes `benchmarks/results/data_pipeline.json`.
 """
 
 import argparse
