@@ -11,7 +11,7 @@ EXTRAS = {
     "lm-eval": ["lm-eval>=0.4.13"],
     "demo": ["gradio>=6.31"],
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
-    "tracking": ["tensorboard>=2.20", "trackio>=0.43"],
+    "tracking": ["tensorboard>=2.20", "trackio>=0.43", "wandb>=0.31"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["deepspeed"],

@@ -9,7 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from evaluation.answers_table import answers_markdown, order_of
 from evaluation.evaluate_model import FIRST_LOCKING
-from evaluation.table import markdown_table, plain_rows, tables_of
+from evaluation.table import example_of, markdown_table, plain_rows, tables_of
+from evaluation.writing import WRITING
 from modeling_mcd.adapters import ADAPTER_CONFIG
 from modeling_mcd.files import write_atomically
 from modeling_mcd.requirements_mdlm import MINIMUM
@@ -60,6 +61,9 @@ def write_model_card(folder: str | Path, report: dict, name: str | None = None) 
     )
     by_hand = not is_ours(folder / "README.md")
     figures, results = report.get("figures", []), report["results"]
+    writing = report.get("writing")
+    if writing is not None and (writing["model"] != report.get("label") or not (folder / WRITING).exists()):
+        writing = None
     card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
@@ -77,7 +81,8 @@ def write_model_card(folder: str | Path, report: dict, name: str | None = None) 
         table=markdown_table(results) if results or not (figures or answers) else None,
         answers=answers_markdown(answers),
         plot=(folder / "eval.png").exists(),
-        examples=_examples(tables, report.get("label")),
+        writing=writing,
+        examples=_examples(results, report.get("label")),
         method=report.get("method"),
         data=report.get("data"),
         recipe=report.get("recipe"),
@@ -165,14 +170,10 @@ def _exact_match(row: dict) -> EvalResult:
     )
 
 
-def _examples(tables: list[list[dict]], label: str | None) -> list[dict]:
-    """One text of the first model (the teacher) and one of the folder's own, at the number of steps nearest to 8."""
-    if not tables:
+def _examples(results: list[dict], label: str | None) -> list[dict]:
+    """One text of the first model (the teacher) and one of the folder's own."""
+    models = [row["model"] for rows in tables_of(results)[:1] for row in plain_rows(rows)]
+    if not models:
         return []
-    rows = tables[0]
-    chosen = {}
-    for model in (rows[0]["model"], label or rows[-1]["model"]):
-        candidates = [row for row in rows if row["model"] == model and row.get("example")]
-        if candidates:
-            chosen[model] = min(candidates, key=lambda row: abs(row["steps"] - 8))
-    return list(chosen.values())
+    chosen = [example_of(results, model) for model in dict.fromkeys([models[0], label or models[-1]])]
+    return [row for row in chosen if row is not None]

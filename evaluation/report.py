@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from evaluation.answers import AnswerProtocol, evaluate_answers, key_of
 from evaluation.answers_table import answers_markdown, write_answers_plot
@@ -21,9 +22,13 @@ from evaluation.results import load_report, report_lock, save_results
 from evaluation.scores import save_scores
 from evaluation.table import markdown_table
 from evaluation.team import ALONE, Team
+from evaluation.writing import WRITING, point_of_writing, write_writing
 from modeling_mcd.adapters import ADAPTER_CONFIG
 from modeling_mcd.files import write_atomically
+from modeling_mcd.loading import reason_of
 
+
+logger = logging.get_logger(__name__)
 
 MODELS = ("config.json", ADAPTER_CONFIG)  # either makes a folder one with a model, and so with a card
 
@@ -112,9 +117,24 @@ class RunReport:
                 if scores is not None and self.team.rank == 0:  # first: a row that is saved is not measured again
                     save_scores(self.folder, row, scores)
                 self.save([row], label=label)
+            if label == name:
+                self.show_writing(*of_model)
         if self.answers is not None:
             for row in evaluate_answers(*of_model, self.answers, **grid, known_rows=self.known_answers()):
                 self.save(answers={key_of(row): row}, label=label)
+
+    def show_writing(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        """Draws `writing.gif` of the folder's own model, unless it is there. Whatever goes wrong, the figures are not touched."""
+        rows = self.known_rows()
+        if self.team.rank > 0:
+            return
+        try:
+            point, drawn = point_of_writing(rows, name, self.protocol), load_report(self.folder).get("writing")
+            if point is not None and (point != drawn or not (self.folder / WRITING).exists()):
+                write_writing(self.folder, point, model, tokenizer, self.protocol)
+                self.save(writing=point)
+        except Exception as error:  # a picture is no reason to lose an evaluation
+            logger.warning(f"there is no picture of {name} writing: {reason_of(error)}")
 
     def known_rows(self) -> list[dict]:
         """The rows of the report, the same in all processes."""

@@ -64,7 +64,7 @@ def save_results(folder: str | Path, rows: Sequence[dict] = (), **about) -> dict
     `data` and `method` (a sentence each), `figures` (a list of lines with other figures of the folder's model), `kind`
     ("causal" for an autoregressive model), `repository` (the folder's name on the Hub), `revision` (its branch there),
     `base_model` (the Hub name of the network that this one was made from), `base_model_relation` ("adapter" or "finetune"),
-    `datasets` and `language` (lists of names) and `license`.
+    `datasets` and `language` (lists of names), `license`, and `writing` (what `writing.gif` is of, see `writing.py`).
 
     Raises:
         ValueError: `eval.json` is not a report, or a value is infinite or NaN; the file is left as it was.

@@ -26,6 +26,13 @@ def plain_rows(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["temperature"] == temperature]
 
 
+def example_of(results: list[dict], model: str) -> dict | None:
+    """The row of a model whose text stands for it: of the first table, at the number of steps nearest to 8."""
+    for rows in tables_of(results)[:1]:
+        rows = [row for row in plain_rows(rows) if row["model"] == model and row.get("example")]
+        return min(rows, key=lambda row: abs(row["steps"] - 8), default=None)
+
+
 def names_of(rows: list[dict]) -> list[str]:
     """What each row of a table is called: its model, and its locking where another than `independent` is in the table."""
     lockings = {row["locking"] for row in rows}

@@ -39,7 +39,9 @@ def parser() -> OneLineParser:
     result.add_argument("--stream", action="store_true", help="Fail where there is no terminal to show drafts on.")
     result.add_argument("--json", action="store_true", help="Write a line of JSON for each text, with its cost.")
     result.add_argument(
-        "--replay", metavar="PAGE", help="Write the first text, step by step, as this HTML page, or picture (.svg)."
+        "--replay",
+        metavar="PAGE",
+        help="Write the first text, step by step, as this HTML page, or picture (.svg, .gif).",
     )
     return result
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import pad
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
 
 from evaluation import (
     EvaluationProtocol,
+    RunReport,
     causal_loss,
     distinct_n,
     evaluate_held_out_text,
@@ -32,9 +34,13 @@ from evaluation import (
     validation_nelbo,
     vocabulary_of,
 )
+from evaluation.measure import plain_texts
 from evaluation.options import EvaluationArguments
 from evaluation.run_eval import main, parser
+from evaluation.table import example_of
+from evaluation.writing import WRITING
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
+from modeling_mcd.replay import Replay
 
 
 EOS = 46  # of the character tokenizer; it writes <|endoftext|>
@@ -305,6 +311,47 @@ def test_raw_ids_are_refused_when_the_judge_names_them_otherwise(judge, tokenize
     other._tokenizer = other._tokenizer.from_str(json.dumps(reordered))
     with pytest.raises(ValueError, match="raw_ids needs a judge with the model's own tokenizer"):
         list(evaluate_model("m", model, tokenizer, protocol_of(judge, other, convention="raw_ids"), [1]))
+
+
+def report_of(folder: Path, judge, tokenizer, **options) -> RunReport:
+    return RunReport(folder, protocol_of(judge, tokenizer, **options), [2, 4])
+
+
+def test_the_picture_is_of_the_text_that_the_card_shows(model, judge, tokenizer, tmp_path, monkeypatch):
+    """It is the row's sample, drawn again for other weights alone, and of the folder's own model alone."""
+    canvases = []
+    monkeypatch.setattr(
+        Replay, "save", lambda self, *a, f=Replay.save, **k: canvases.append(self.canvases) or f(self, *a, **k)
+    )
+    report = report_of(tmp_path, judge, tokenizer)
+    report.judge("teacher", model, tokenizer)
+    assert not canvases and not (tmp_path / WRITING).exists()
+    report.judge("round-1", model, tokenizer, label="round-1")
+    row = example_of(report.known_rows(), "round-1")
+    assert row["steps"] == 4 and plain_texts(torch.tensor(canvases[0][-1:]), tokenizer)[0].strip() == row["example"]
+    with Image.open(tmp_path / WRITING) as picture:
+        assert picture.n_frames == len(canvases[0]) > 2
+    drawn = (tmp_path / WRITING).read_bytes()
+    report.judge("round-1", model, tokenizer, label="round-1")
+    report_of(tmp_path, judge, tokenizer, precision="legacy_float32").judge(
+        "round-1", model, tokenizer, label="round-1"
+    )
+    assert len(canvases) == 1
+    model.lm_head.weight.data.mul_(2)
+    report.judge("round-1", model, tokenizer, label="round-1")
+    assert len(canvases) == 2 and (tmp_path / WRITING).read_bytes() != drawn
+    (tmp_path / "config.json").write_text("{}")
+    report.write()
+    assert "](writing.gif)" in (tmp_path / "README.md").read_text()
+
+
+def test_a_picture_that_cannot_be_written_costs_no_figure(model, judge, tokenizer, tmp_path, caplog):
+    (tmp_path / WRITING / "in the way").mkdir(parents=True)
+    (tmp_path / "config.json").write_text("{}")
+    report = report_of(tmp_path, judge, tokenizer)
+    report.judge("round-1", model, tokenizer, label="round-1")
+    assert "round-1" in report.write() and WRITING not in (tmp_path / "README.md").read_text()
+    assert "there is no picture of round-1 writing: " in caplog.text and "\n" not in caplog.messages[-1]
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from PIL import Image
 
+from evaluation.writing import FRAMES, LINES
 from modeling_mcd import MDLMGenerationConfig
 from modeling_mcd.generate_text import main
 from modeling_mcd.loading import load_model, load_tokenizer
-from modeling_mcd.replay import lines_of
+from modeling_mcd.replay import COLUMNS, HEIGHT, Replay, runs_of, svg_line
 from modeling_mcd.terminal import DIM, GREEN, PLAIN, Drafts
 
 
@@ -227,9 +229,41 @@ def test_a_replay_is_a_picture_that_moves(folder, capsys, tmp_path):
     assert [frame.get("visibility") for frame in frames] == ["hidden", "hidden", "visible"]
     turns = [frame.find(f"{space}animate").get("keyTimes").split(";") for frame in frames]
     assert [turn[2] for turn in turns[:-1]] == [turn[1] for turn in turns[1:]] and turns[-1][2] == "1.0000"
-    first, second = lines_of([0, 1, 2], [0, 3, 2], {0: "<a&", 1: "b\n\0", 2: None, 3: "x"})
+    first, second = map(svg_line, runs_of([0, 1, 2], [0, 3, 2], {0: "<a&", 1: "b\n\0", 2: None, 3: "x"}))
     assert first == '&lt;a&amp;<tspan class="new">b</tspan>'
     assert second == '<tspan class="new"> </tspan><tspan class="mask">\u2591</tspan>'
+
+
+def test_a_replay_is_a_gif_with_a_frame_a_step_the_same_each_time(folder, capsys, tmp_path):
+    """Masks give way to letters, and what is new in a step has a colour of its own."""
+    for name in ("one.gif", "other.gif"):
+        written(capsys, folder, "--replay", str(tmp_path / name), "--seed", "0", "--prompt", "hello ")
+    assert (tmp_path / "one.gif").read_bytes() == (tmp_path / "other.gif").read_bytes()
+    colours, times = [], []
+    with Image.open(tmp_path / "one.gif") as picture:
+        assert picture.info["loop"] == 0
+        for number in range(picture.n_frames):
+            picture.seek(number)
+            times.append(picture.info["duration"])
+            colours.append({colour: count for count, colour in picture.convert("RGB").getcolors()})
+    mask, new = (0xBB,) * 3, (0xC2, 0x41, 0x0C)
+    assert len(colours) == 3 and times[0] == times[1] < times[2] / 4
+    assert colours[0][mask] > colours[1][mask] > colours[2][mask], "what is left are edges of letters"
+    assert new not in colours[0] and colours[1][new] > 0 and colours[2][new] > 0
+
+
+def test_a_picture_for_a_card_is_cut_and_small(tokenizer, tmp_path):
+    """The worst that can be written: 4096 tokens in 200 steps, all of them new in every step."""
+    replay, letters = Replay(tokenizer), torch.randint(1, 26, (201, 4096), generator=torch.Generator().manual_seed(0))
+    for step, canvas in enumerate(letters):
+        replay(step, canvas[None])
+    picture = replay.save(tmp_path / "picture.gif", lines=LINES, frames=FRAMES)
+    with Image.open(picture) as image:
+        assert image.n_frames == FRAMES and image.size[1] == (LINES + 1) * HEIGHT
+    assert picture.stat().st_size < 200_000
+    svg = replay.save(tmp_path / "picture.svg", lines=2, frames=3).read_text()
+    final = ElementTree.fromstring(svg).findall("{http://www.w3.org/2000/svg}g")[-1]
+    assert "".join(final.itertext()) == tokenizer.decode(letters[-1])[: 2 * COLUMNS]
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,22 @@ def test_the_card_holds_table_recipe_and_an_index_of_its_model(tmp_path):
     assert "round-1 wrote this" in card.text
 
 
+def test_the_card_shows_its_own_model_writing_and_no_other(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "writing.gif").write_bytes(b"GIF89a")
+    about = {"writing": {"model": "round-1", "steps": 8, "temperature": 1.0, "locking": "spread"}}
+    shown = {}
+    for label in ("round-1", "round-2"):
+        write_report(tmp_path, save_results(tmp_path, sweep_of_two_models(), label=label, **about))
+        shown[label] = ModelCard.load(tmp_path / "README.md").text
+    assert "](writing.gif)\n\nround-1, 8 steps, spread, temperature 1, seed 0" in shown["round-1"]
+    assert shown["round-1"].index("Gen-PPL (entropy)") < shown["round-1"].index("writing.gif")
+    assert "writing.gif" not in shown["round-2"]
+    (tmp_path / "writing.gif").unlink()
+    write_report(tmp_path, save_results(tmp_path, label="round-1"))
+    assert "writing.gif" not in ModelCard.load(tmp_path / "README.md").text
+
+
 def test_the_card_s_metadata_is_what_the_hub_reads(tmp_path):
     """Read back by huggingface_hub: what a model comes from, its data, language, licence, metrics and tags."""
     about = {"label": "round-1", "base_model": "someone/teacher", "base_model_relation": "finetune", "license": "mit"}

@@ -81,8 +81,11 @@ def test_the_folder_of_a_round_is_a_repository_with_its_card(inputs, tmp_path):
         figures = {result.metric_name: result.metric_value for result in card.data.eval_results}
         assert figures["Gen-PPL, 4 steps, temperature 1, ancestral"] == round(rows[name, 4]["gen_ppl"], 4)
         assert "](eval.png)" in card.text and (output / name / "eval.png").stat().st_size > 1000
+        assert f"](writing.gif)\n\n{name}, 4 steps" in card.text
         assert other not in card.text and 'from_pretrained(".", trust' in card.text
         assert {row["model"] for row in load_report(output / name)["results"]} > {name} and "revision" not in card.text
+    pictures = [(folder / "writing.gif").read_bytes() for folder in (output / "round-1", output / "round-2", output)]
+    assert pictures[0] != pictures[1] == pictures[2]
     before = {path: path.stat().st_mtime_ns for path in output.glob("round-*/*")}
     run(inputs, output, steps_per_round=2)
     assert before == {path: path.stat().st_mtime_ns for path in output.glob("round-*/*")}

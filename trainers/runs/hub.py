@@ -42,6 +42,8 @@ class CardArguments:
 def take_hub_api(training: TrainingArguments) -> HfApi | None:
     """The API for the final push, or None. Removes the token from the arguments, which every checkpoint stores.
 
+    It is blotted out in `sys.argv` too, which W&B stores.
+
     `hub_model_id` becomes the repository's full name, which the model card shows, or None if nothing is to be pushed.
 
     Raises:
@@ -74,6 +76,8 @@ def take_hub_api(training: TrainingArguments) -> HfApi | None:
                 f"log in, or give the full name, as in 'you/{name}'"
             ) from None
     training.hub_model_id = None if api is None else name
+    if training.hub_token is not None:
+        sys.argv[:] = [word.replace(training.hub_token, "<HUB_TOKEN>") for word in sys.argv]
     training.push_to_hub, training.hub_token = False, None
     return api
 

@@ -18,6 +18,7 @@ from evaluation.judge import load_judge
 from evaluation.model_card import write_model_card
 from evaluation.options import EvaluationArguments
 from evaluation.team import ALONE, Ranks
+from evaluation.writing import WRITING
 from modeling_mcd.files import write_json
 from modeling_mcd.loading import reason_of
 from trainers.runs.text_blocks import TextArguments
@@ -173,7 +174,8 @@ def write_round_card(folder: Path, training: TrainingArguments):
     else:
         report, heading = {key: value for key, value in report.items() if key != "repository"}, name
     write_json(folder / "eval.json", report)
-    for file in ("eval.md", "eval.png", "answers.png"):
+    of_round = report.get("writing", {}).get("model") == name
+    for file in ("eval.md", "eval.png", "answers.png", *[WRITING] * of_round):
         if (run / file).exists():
             shutil.copy(run / file, folder / file)
     write_model_card(folder, report, heading)
@@ -226,6 +228,10 @@ class RoundCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._judge()  # in a run without checkpoints
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if args.save_strategy == "no":
+            self._judge()  # the last round too while the trackers are open, which the end of the training closes
 
     def on_train_end(self, args, state, control, **kwargs):
         self._judge()
