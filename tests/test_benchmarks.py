@@ -3,6 +3,7 @@
 import argparse
 import copy
 import importlib
+import itertools
 import math
 import os
 import pkgutil
@@ -17,6 +18,7 @@ import benchmarks
 from benchmarks import (
     bound_table,
     coupling_ablation,
+    coupling_levers,
     distillation_step,
     divergence,
     load_checkpoint,
@@ -63,6 +65,33 @@ def test_chains_on_remembered_rows_are_those_on_new_ones(build):
         assert torch.equal(value, first.state_dict()[name]) and torch.equal(value, again.state_dict()[name]), name
     wider = coupling_ablation.train_chain(copy.deepcopy(model), blocks, 2, remembered, disable_tqdm=True, states=5)
     assert wider.coupling.start.shape == (4, 5)
+
+
+@pytest.mark.parametrize("options", [{}, {"width": 6}, {"topics": 2}, {"width": 6, "joins": False}])
+def test_every_lever_is_a_law(options):
+    """The probabilities of two revealed tokens of four sum to one, beside one that is seen and one that is summed out."""
+    generator, tokens, states = torch.Generator().manual_seed(0), 3, 4
+    shapes = (states,), (states, states), (states, tokens), (3, tokens), (3, 6)
+    *chain, logits, hidden = (2 * torch.randn(shape, generator=generator) for shape in shapes)
+    level = coupling_levers.Level(*chain, **options)
+    if level.context is not None:
+        level.context.data.normal_(std=0.3, generator=generator)
+    pairs = torch.tensor(list(itertools.product(range(tokens), repeat=2)))
+    texts = torch.tensor([[0, 1, 2, 0]]).repeat(len(pairs), 1)
+    texts[:, :2] = pairs
+    masked, revealed = (
+        torch.tensor([row]).expand(len(pairs), 4) for row in ([True, True, False, True], [True, True, False, False])
+    )
+    p = logits.softmax(dim=-1)
+    canvas = texts, masked, revealed, p.repeat(len(pairs), 1), hidden.repeat(len(pairs), 1)
+    gain = level.log_gain(*canvas)
+    law = gain.exp() * p[0, pairs[:, 0]] * p[1, pairs[:, 1]]
+    assert law.sum().item() == pytest.approx(1, abs=1e-5)
+    marginals = law.view(tokens, tokens).sum(dim=1)[:, None] * law.view(tokens, tokens).sum(dim=0)
+    alone = level.log_gain_of_single_tokens(*canvas).sum(dim=1).exp() * p[0, pairs[:, 0]] * p[1, pairs[:, 1]]
+    torch.testing.assert_close(alone.view(tokens, tokens), marginals)
+    joined = (law.view(tokens, tokens) - marginals).abs().max().item()
+    assert joined < 1e-6 if options.get("joins") is False else joined > 1e-4
 
 
 @pytest.mark.parametrize("workload", workloads.WORKLOADS)
