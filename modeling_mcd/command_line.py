@@ -8,12 +8,16 @@ import argparse
 import difflib
 import errno
 import functools
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
 
 from safetensors import SafetensorError
+
+
+LOST_A_PROCESS = "another process of the launch has ended (its own last line says why, unless it was killed); start the same command again"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -129,6 +133,8 @@ def line_of(error: Exception) -> str | None:
         # When a file is copied, `filename` is what was read and `filename2` what could not be written.
         file = getattr(error, "filename2", None) or getattr(error, "filename", None) or f"a file ({error})"
         line = f"no space left on the disk while writing {file}: free some and start again"
+    elif has_lost_a_process(error):
+        line = LOST_A_PROCESS
     elif isinstance(error, OSError) and error.filename is not None:  # no permission, a file for a folder, ...
         line = f"{error.filename}: {error.strerror or error}"
     elif isinstance(error, (ValueError, OSError, FloatingPointError, SafetensorError)):
@@ -136,6 +142,18 @@ def line_of(error: Exception) -> str | None:
     else:
         return None
     return " ".join(line.split())
+
+
+def has_lost_a_process(error: Exception) -> bool:
+    """Whether an error of this process says that another one of its launch has ended or does not answer."""
+    from torch import distributed
+
+    if not distributed.is_available() or not isinstance(error, RuntimeError):
+        return False
+    words = r"gloo|NCCL|connection (was )?(closed|reset)|broken pipe|by peer"
+    return isinstance(error, distributed.DistError) or (
+        distributed.is_initialized() and re.search(words, str(error), re.IGNORECASE) is not None
+    )
 
 
 def disk_is_full(error: Exception) -> bool:

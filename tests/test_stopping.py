@@ -49,6 +49,38 @@ def test_sigterm_saves_a_checkpoint_and_says_so(inputs, whole, tmp_path):
     assert_same_end(tmp_path / "run", whole)
 
 
+def test_sigterm_before_the_first_step_ends_the_run_at_once(inputs, tmp_path):
+    """Networks and optimizer are being made: a process may wait there for one that has ended, in code that runs no handler."""
+    before = """
+from trainers.exact_resume import ExactResumeTrainer
+create = ExactResumeTrainer.create_optimizer
+def create_optimizer(self, *a, **k):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return create(self, *a, **k)
+ExactResumeTrainer.create_optimizer = create_optimizer
+"""
+    (stopped,) = finish(start(mcd_arguments(inputs, tmp_path / "run"), before=before))
+    assert stopped.returncode == -signal.SIGTERM and not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_process_killed_before_training_leaves_one_line(inputs, tmp_path):
+    """The first process keeps the store of the launch, so that the other one hears of its end while it waits for it."""
+    before = """
+from trainers import run_mcd
+load = run_mcd.load_data
+def load_data(*a, **k):
+    if os.environ.get("RANK") == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return load(*a, **k)
+run_mcd.load_data = load_data
+"""
+    arguments = mcd_arguments(inputs, tmp_path / "run", per_device_train_batch_size=4)
+    killed, survivor = finish(start(arguments, 2, before=before))
+    assert killed.returncode == -signal.SIGKILL and survivor.returncode == 1
+    (line,) = (line for line in survivor.stderr.splitlines() if line.startswith("error: "))
+    assert line.startswith("error: another process of the launch has ended") and "Traceback" not in survivor.stderr
+
+
 def test_two_processes_stop_together_and_one_and_four_go_on(inputs, whole, tmp_path):
     """Only one of the two gets the signal. Each launch divides the batch in another way."""
     run = tmp_path / "run"

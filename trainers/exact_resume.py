@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from modeling_mcd.command_line import LOST_A_PROCESS, has_lost_a_process
 from modeling_mcd.files import read_object
 from trainers.adapters import is_adapted
 from trainers.checkpoints import (
@@ -34,7 +35,7 @@ from trainers.other_launch import check_launch, format_of, load_optimizer, load_
 from trainers.resume_arguments import ExactResumeArguments, check_intervals
 from trainers.sharded_trainer import ShardedTrainer
 from trainers.staging import Writer, copy_checkpoint
-from trainers.stopping import TERMINATED, Termination, has_lost_a_process
+from trainers.stopping import TERMINATED, Termination
 from trainers.stream_resume import Stream, check_place, loader_of, remember_places, restore_place, save_place
 
 
@@ -152,7 +153,7 @@ class ExactResumeTrainer(ShardedTrainer):
             if self.args.should_save and self._unfinished is not None:  # a full disk, for example
                 shutil.rmtree(self._unfinished, ignore_errors=True)
             if has_lost_a_process(error):
-                raise ConnectionError(self._lost()) from None
+                raise ConnectionError(f"{LOST_A_PROCESS}: {self._going_on()}") from None
             raise
         finally:
             self._writer.join()
@@ -172,12 +173,6 @@ class ExactResumeTrainer(ShardedTrainer):
             line = f"stopped by SIGTERM after step {step} of {steps}; start the same command again: {self._going_on()}"
             print(line, file=sys.stderr, flush=True)
         raise SystemExit(TERMINATED)
-
-    def _lost(self) -> str:
-        return (
-            "another process of the launch has ended (its own last line says why, unless it was killed); start the same "
-            f"command again: {self._going_on()}"
-        )
 
     def _going_on(self) -> str:
         saved = self._last_saved()
@@ -406,6 +401,7 @@ class _CheckpointCallback(TrainerCallback):
             register_head(network.get_base_model() if is_adapted(network) else network)
         if self.trainer._resumed_from is not None:
             self.trainer._restore(self.trainer._resumed_from)
+        self.trainer.termination.listen()
 
     def on_step_end(self, args, state, control, **kwargs):
         if isinstance(

@@ -1,7 +1,6 @@
-"""A run that is told to stop, or that has lost one of its processes, ends with one line, and the next start goes on."""
+"""A run that is told to stop ends with one line, and the next start goes on."""
 
 import itertools
-import re
 import signal
 import threading
 
@@ -13,24 +12,29 @@ _calls = itertools.count()  # all processes make the same calls in the same orde
 
 
 class Termination:
-    """SIGTERM while the context is open: all processes of a launch stop after the same step, whoever of them got the signal.
+    """SIGTERM during the steps of a training: all processes of a launch stop after the same one, whoever of them got the signal.
 
     The process that got it writes the number of the step after the next synchronisation of gradients into the key-value
-    store of the launch, which every process reads at the end of each of its steps.
+    store of the launch, which every process reads at the end of each of its steps. Ends with the context.
     """
 
     def __init__(self):
         self.asked = self.stopped = False
         self._key = f"trainers.stopping/{next(_calls)}"
+        self._before = None
 
     def __enter__(self) -> "Termination":
-        self._in_main_thread = threading.current_thread() is threading.main_thread()
-        if self._in_main_thread:
-            self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
+    def listen(self):
+        """Called before the first step. Until then the signal ends the process at once, even while it waits for another one
+        that has ended: nothing was trained yet, and a handler would run only when the waiting is over.
+        """
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+
     def __exit__(self, *_):
-        if self._in_main_thread:
+        if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             if self.asked and not self.stopped:  # it came after the last step
                 signal.raise_signal(signal.SIGTERM)
@@ -48,11 +52,3 @@ class Termination:
             store.set(self._key, str(step + 1))
         self.stopped = store.check([self._key]) and step >= int(store.get(self._key))
         return self.stopped
-
-
-def has_lost_a_process(error: Exception) -> bool:
-    """Whether an error of this process says that another one of the launch has ended or does not answer."""
-    if not (distributed.is_available() and distributed.is_initialized() and isinstance(error, RuntimeError)):
-        return False
-    words = r"gloo|NCCL|connection (was )?(closed|reset)|broken pipe|by peer"
-    return isinstance(error, distributed.DistError) or re.search(words, str(error), re.IGNORECASE) is not None
