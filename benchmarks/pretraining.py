@@ -3,7 +3,7 @@
     python -m benchmarks.pretraining [--steps 1500]
 
 Trains 1.2M parameters on the text of recipes/bible once for each way and learning rate, and writes the validation NELBO of the
-EMA and the processor time of a step to `benchmarks/results/pretraining.json`.
+EMA and the processor time of a step to `benchmarks/results/pretraining.json`. A command that was killed goes on where it was.
 """
 
 import argparse
@@ -13,11 +13,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.coupling_bound import ROOT, saved
 from benchmarks.measuring import count, write_result
 from trainers.run_mdlm import main as pretrain
 
 
-RECIPE = str(Path(__file__).parent.parent / "recipes" / "bible_teacher.yaml")
+RECIPE = str(ROOT / "recipes" / "bible_teacher.yaml")
 SHAPE = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3, "conditioning_size": 16}
 SHAPE |= {"block_length": 64, "per_device_train_batch_size": 16}
 WAYS = {
@@ -44,21 +45,24 @@ def measure(steps: int, rate: float, way: dict[str, str]) -> dict[str, float]:
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=count, default=1500)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--output", help="File for the figures, instead of the committed one.")
     options = parser.parse_args(arguments)
-    runs = list(itertools.product(options.rates, WAYS))
-    figures, start = [], time.perf_counter()
+    path = Path(options.output or ROOT / "benchmarks" / "results" / "pretraining.json")
+    content = saved(path, {"steps": options.steps, "shape": SHAPE}, figures=[])
+    done = {(row["learning_rate"], row["way"]) for row in content["figures"]}
+    runs, start = [run for run in itertools.product(options.rates, WAYS) if run not in done], time.perf_counter()
     for number, (rate, name) in enumerate(runs, start=1):
         print(f"{number} of {len(runs)}: {name}, learning rate {rate:g}, {options.steps} steps", flush=True)
-        figures.append({"way": name, "learning_rate": rate, **measure(options.steps, rate, WAYS[name])})
+        row = {"way": name, "learning_rate": rate, **measure(options.steps, rate, WAYS[name])}
+        content["figures"].append(row)
         left = (time.perf_counter() - start) / number * (len(runs) - number) / 60
-        nelbo, seconds = figures[-1]["nelbo"], figures[-1]["processor_seconds"] / options.steps
+        seconds = row["processor_seconds"] / options.steps
         print(
-            f"NELBO {nelbo:.4f} nats a token, {seconds:.2f} s of processor a step; {left:.1f} minutes left", flush=True
+            f"NELBO {row['nelbo']:.4f} nats a token, {seconds:.2f} s of processor a step; {left:.1f} minutes left",
+            flush=True,
         )
-        # After each of them: what was measured is kept if the others are not.
-        write_result("pretraining", {"steps": options.steps, "shape": SHAPE, "figures": figures}, options.output)
+        write_result("pretraining", content, path)
 
 
 if __name__ == "__main__":

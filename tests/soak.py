@@ -18,6 +18,7 @@ complete checkpoint that is gone. Exits with status 1 if there was any.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -119,7 +120,8 @@ def end_of(processes: list[Process], hangs: float = HANGS) -> list[int]:
 def send(processes: list[Process], number: int):
     for process in processes:
         if process.poll() is None:
-            os.kill(process.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(process.pid, number)
 
 
 def check_words(processes: list[Process], statuses: list[int]):
