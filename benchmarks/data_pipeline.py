@@ -34,7 +34,8 @@ from benchmarks.measuring import in_its_own_process, write_result
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from trainers.batches import collate_blocks
 from trainers.mdlm_trainer import MDLMTrainer, MDLMTrainingArguments
-from trainers.runs.text_blocks import TextArguments, load_blocks
+from trainers.runs.text_arguments import TextArguments
+from trainers.runs.text_blocks import load_blocks
 
 
 MODULE = "benchmarks.data_pipeline"

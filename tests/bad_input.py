@@ -87,7 +87,8 @@ from trainers.batches import collate_blocks  # noqa: E402
 from trainers.character_tokenizer import character_tokenizer  # noqa: E402
 from trainers.divergences import cross_entropy, divergence, divergence_from_token  # noqa: E402
 from trainers.runs.inputs import TokenizerArguments, load_run_tokenizer  # noqa: E402
-from trainers.runs.text_blocks import TextArguments, load_blocks  # noqa: E402
+from trainers.runs.text_arguments import TextArguments  # noqa: E402
+from trainers.runs.text_blocks import load_blocks  # noqa: E402
 
 
 DATA = Path(__file__).parent / "data"

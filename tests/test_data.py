@@ -15,7 +15,8 @@ from evaluation.text import encode
 from evaluation.text_sources import open_text
 from trainers import run_mdlm
 from trainers.runs import parallel_text
-from trainers.runs.text_blocks import TextArguments, blocks_of, load_blocks, open_run_text, tokenise_shares
+from trainers.runs.text_arguments import TextArguments
+from trainers.runs.text_blocks import blocks_of, load_blocks, open_run_text, tokenise_shares
 
 
 END, BLOCK = 46, 16
@@ -423,7 +424,8 @@ import json, resource, sys
 from datasets import disable_progress_bars
 from transformers import AutoTokenizer
 from trainers.runs import parallel_text
-from trainers.runs.text_blocks import TextArguments, load_blocks
+from trainers.runs.text_arguments import TextArguments
+from trainers.runs.text_blocks import load_blocks
 disable_progress_bars()
 parallel_text.PART_BYTES = 2**19
 file, tokenizer, ways = sys.argv[1], AutoTokenizer.from_pretrained(sys.argv[2]), json.loads(sys.argv[3])

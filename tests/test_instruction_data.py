@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from evaluation.instructions import joined
 from trainers.character_tokenizer import character_tokenizer
 from trainers.runs.inputs import check_shift
-from trainers.runs.text_blocks import TextArguments, load_blocks, open_run_text
+from trainers.runs.text_arguments import TextArguments
+from trainers.runs.text_blocks import load_blocks, open_run_text
 
 
 END = 46

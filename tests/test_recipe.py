@@ -13,7 +13,7 @@ from trainers import run_judge, run_mcd, run_mdlm
 from trainers.resume_arguments import ExactResumeArguments
 from trainers.runs.output_folder import recipe_text, run_settings
 from trainers.runs.recipe import RECIPE_FOLDER, parse_recipe, parse_recipe_of
-from trainers.runs.text_blocks import TextArguments
+from trainers.runs.text_arguments import TextArguments
 
 
 @dataclass

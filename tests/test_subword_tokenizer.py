@@ -10,7 +10,7 @@ from trainers.mdlm_trainer import MDLMTrainingArguments
 from trainers.run_mdlm import ModelArguments, build_model
 from trainers.runs.inputs import TokenizerArguments, check_tokenizer, load_run_tokenizer
 from trainers.runs.recipe import parse_recipe
-from trainers.runs.text_blocks import TextArguments
+from trainers.runs.text_arguments import TextArguments
 from trainers.subword_tokenizer import evenly, main, subword_tokenizer
 
 

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from evaluation.answers import AnswerProtocol, evaluate_answers, open_questions
 from modeling_mcd.loading import load_model
-from trainers.runs.text_blocks import TextArguments, load_blocks
+from trainers.runs.text_arguments import TextArguments
+from trainers.runs.text_blocks import load_blocks
 from trainers.sums_data import DIGITS, LENGTH, QUESTIONS, TRAIN, longest_carry, main, sums, sums_tokenizer
 
 

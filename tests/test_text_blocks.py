@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from evaluation.text import Divider, encode, pack, read_texts, text_blocks, token_stream
 from evaluation.text_sources import open_text
 from trainers.character_tokenizer import ALPHABET, character_tokenizer
-from trainers.runs.text_blocks import TextArguments, load_blocks, tokenizer_digest
+from trainers.runs.text_arguments import TextArguments
+from trainers.runs.text_blocks import load_blocks, tokenizer_digest
 
 
 END = 46
@@ -563,7 +564,8 @@ MEMORY = """
 import resource, sys
 from datasets import disable_progress_bars
 from trainers.character_tokenizer import character_tokenizer
-from trainers.runs.text_blocks import TextArguments, load_blocks
+from trainers.runs.text_arguments import TextArguments
+from trainers.runs.text_blocks import load_blocks
 disable_progress_bars()
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

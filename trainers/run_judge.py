@@ -19,7 +19,7 @@ from trainers.resume_arguments import ExactResumeArguments
 from trainers.runs.inputs import TokenizerArguments, load_data, load_run_tokenizer, open_data
 from trainers.runs.recipe import parse_recipe
 from trainers.runs.run import Run
-from trainers.runs.text_blocks import TextArguments
+from trainers.runs.text_arguments import TextArguments
 from trainers.sharding import is_sharded
 from trainers.teacher import Follower
 

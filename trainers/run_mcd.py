@@ -38,7 +38,7 @@ from trainers.runs.output_folder import short_name
 from trainers.runs.recipe import parse_recipe_of
 from trainers.runs.rounds import RoundCallback, held_out_blocks, load_run_judge, start_report
 from trainers.runs.run import Run
-from trainers.runs.text_blocks import TextArguments
+from trainers.runs.text_arguments import TextArguments
 from trainers.sdtt_trainer import SDTTTrainer, SDTTTrainingArguments
 
 

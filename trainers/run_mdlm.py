@@ -28,7 +28,7 @@ from trainers.runs.inputs import (
 )
 from trainers.runs.recipe import parse_recipe
 from trainers.runs.run import Run
-from trainers.runs.text_blocks import TextArguments
+from trainers.runs.text_arguments import TextArguments
 from trainers.runs.together import together
 
 

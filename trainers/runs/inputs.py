@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from modeling_mcd.backbones import warn_of_wrong_shift
 from modeling_mcd.loading import check_tokens, load_tokenizer, split_revision
 from modeling_mcd.modeling_backbone_mdlm import MDLMBackboneForMaskedDiffusion
-from trainers.runs.text_blocks import RunText, TextArguments, load_blocks, open_run_text, tokenise_shares
+from trainers.runs.text_arguments import TextArguments
+from trainers.runs.text_blocks import RunText, load_blocks, open_run_text, tokenise_shares
 from trainers.runs.waiting import main_process_first, wait_for_all
 
 

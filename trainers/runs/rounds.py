@@ -21,7 +21,7 @@ from evaluation.team import ALONE, Ranks
 from evaluation.writing import WRITING
 from modeling_mcd.files import write_json
 from modeling_mcd.loading import reason_of
-from trainers.runs.text_blocks import TextArguments
+from trainers.runs.text_arguments import TextArguments
 from trainers.runs.together import together
 from trainers.runs.trackers import show_report
 

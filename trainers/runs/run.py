@@ -23,7 +23,8 @@ from trainers.runs.output_folder import (
     short_name,
 )
 from trainers.runs.round_pushes import RoundPushes
-from trainers.runs.text_blocks import RunText, TextArguments
+from trainers.runs.text_arguments import TextArguments
+from trainers.runs.text_blocks import RunText
 
 
 logger = logging.get_logger(__name__)
