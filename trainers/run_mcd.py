@@ -175,7 +175,9 @@ def finish(trainer: DistillationTrainer, student, last: str, rows: list[dict], t
             print(f"\n{name}, {row['steps']} steps:\n  {row['example']}")
     # No plot without a judge, no round before its end, and neither teacher nor early rounds after another folder's checkpoint.
     rounds = [f"round-{k + 1}" for k in range(trainer.args.num_rounds)]
-    names = [name for name in ("eval.json", "eval.md", "eval.png", WRITING, "teacher", *rounds) if (folder / name).exists()]
+    names = [
+        name for name in ("eval.json", "eval.md", "eval.png", WRITING, "teacher", *rounds) if (folder / name).exists()
+    ]
     what, use = (
         "the student (model.safetensors, config.json)",
         "AutoModel.from_pretrained({!r}, trust_remote_code=True)",
