@@ -155,6 +155,7 @@ def svg_line(line: list[tuple[str, str]]) -> str:
 
 
 def gif_of(pages: list[list]) -> bytes:
+    """Each page is a frame; the last one stays."""
     from matplotlib import get_data_path  # here, and for its font: only those who ask for a GIF wait for the import
     from PIL import Image, ImageColor, ImageDraw, ImageFont
 

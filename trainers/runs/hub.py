@@ -76,7 +76,7 @@ def take_hub_api(training: TrainingArguments) -> HfApi | None:
                 f"log in, or give the full name, as in 'you/{name}'"
             ) from None
     training.hub_model_id = None if api is None else name
-    if training.hub_token is not None:
+    if training.hub_token:
         sys.argv[:] = [word.replace(training.hub_token, "<HUB_TOKEN>") for word in sys.argv]
     training.push_to_hub, training.hub_token = False, None
     return api
