@@ -13,7 +13,7 @@ are timed once more with compiled trunks, against the same plain step and the sa
 
 Every measurement is a process of its own, alternating; its first steps warm up. Memory is the peak of the whole process (of
 the GPU, if there is one, where the step runs under bf16 autocast; on a CPU in float32). Prints the ratios of the medians
-and writes `benchmarks/results/distillation_step.json`.
+and writes `benchmarks/results/distillation_step.json`, with `--compile` `distillation_step_compiled.json`.
 """
 
 import argparse
@@ -269,7 +269,7 @@ def main():
         print(f"{side:>34}: " + ", ".join(f"{name} {value:.3g}" for name, value in speed[side].items()))
     settings = {name: value for name, value in vars(options).items() if name != "measure"}
     content = {"runs": runs, "seconds": seconds, "peak_gb": peaks, "ratio": ratios, "speed": speed}
-    write_result("distillation_step", {"settings": settings, **content})
+    write_result("distillation_step" + "_compiled" * options.compile, {"settings": settings, **content})
 
 
 if __name__ == "__main__":
