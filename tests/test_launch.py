@@ -32,6 +32,8 @@ LAUNCHES = {
     "ddp, accumulating": ("ddp_cpu.yaml", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
     "zero2": ("zero2_cpu.yaml", {}),
     "zero3": ("zero3_cpu.yaml", {}),
+    "ddp, compiled": ("ddp_cpu.yaml", {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
+    "zero2, compiled": ("zero2_cpu.yaml", {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
 }
 
 
