@@ -250,7 +250,7 @@ def test_a_run_prints_its_table_at_the_end_of_each_round(judged_run):
 def test_what_a_run_says_it_saved_is_there_and_its_last_line_works(judged_run, tmp_path, capsys):
     folder, printed = judged_run
     *_, saved, line = printed.strip().splitlines()
-    assert saved.endswith("(README.md), eval.json, eval.md, eval.png, teacher, round-1, round-2.")
+    assert saved.endswith("(README.md), eval.json, eval.md, eval.png, writing.gif, teacher, round-1, round-2.")
     result = run_python(f"from transformers import AutoModel; print({line.strip()}.shape)", plain=True)
     assert f"torch.Size([1, {BLOCK}])" in result.stdout, result.stderr
     run_mcd.main(mcd_arguments(write_inputs(tmp_path), tmp_path / "run", max_steps=2))

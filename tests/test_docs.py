@@ -205,12 +205,12 @@ def test_console_scripts_start_functions_that_exist():
         assert callable(getattr(importlib.import_module(module), function))
 
 
-def options_of(module: str, capsys) -> set[str]:
+def options_of(module: str, capsys, *recipe: str) -> set[str]:
     """The options that a command lists in its longest help; those of `mcd-evaluate --perplexity` have a page of their own."""
     found = set()
     for words in (["--help-all"], ["--help"], ["--perplexity", "text", "--help"]):
         with pytest.raises(SystemExit) as end:
-            importlib.import_module(module).main(words)
+            importlib.import_module(module).main([*recipe, *words])
         text = capsys.readouterr().out
         if end.value.code == 0:
             found |= set(re.findall(r"--[\w-]+", text))
@@ -226,6 +226,8 @@ def test_every_option_on_a_page_is_one_of_its_command(capsys):
             module, arguments = entry_point(shlex.split(command, comments=True))
             if module in known:
                 unknown = {word.split("=")[0] for word in arguments if word.startswith("--")} - known[module]
+                if unknown and arguments[0].endswith(".yaml"):  # of another method
+                    unknown -= options_of(module, capsys, arguments[0])
                 assert not unknown, f"{page}: {command}: {unknown}"
                 seen += 1
             assert all((ROOT / word).is_file() for word in arguments if re.fullmatch(r"recipes/\w+\.yaml", word)), (

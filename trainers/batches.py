@@ -78,9 +78,9 @@ def collator_of(padding: str, config):
 
 
 def _length_of(row: dict) -> int:
-    ids = row.get("input_ids")
-    if ids is None:
+    if "input_ids" not in row:
         raise ValueError(f"a row must hold input_ids, but has {list(row)}")
+    ids = row["input_ids"]
     if isinstance(ids, str) or not hasattr(ids, "__len__"):
         raise ValueError(f"input_ids of a row must be token ids, not {ids!r}")
     return len(ids)
