@@ -136,15 +136,15 @@ def test_what_a_model_refuses_is_an_error_and_nothing_hangs(writers):
 
 
 def test_a_visitor_who_leaves_stops_the_writing(writers):
-    seen = []
+    seen, others = [], threading.enumerate()
     model = writers[0].model
     hook = model.model.register_forward_hook(lambda *_: seen.append(None))
     writing = write(writers[0], Settings(steps=20, length=32))
     next(writing)
     writing.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("Thread") and thread.daemon:
-            thread.join(10)
+    for thread in set(threading.enumerate()).difference(others):
+        thread.join(10)
+        assert not thread.is_alive()
     hook.remove()
     assert len(seen) < 20
 
