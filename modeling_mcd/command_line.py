@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterable
 from safetensors import SafetensorError
 
 
-LOST_A_PROCESS = "another process of the launch has ended (its own last line says why, unless it was killed); start the same command again"
+LOST_A_PROCESS = (
+    "another process of the launch has ended (its own last line says why, unless it was killed); "
+    "start the same command again"
+)
 
 
 class OneLineParser(argparse.ArgumentParser):

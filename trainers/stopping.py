@@ -15,7 +15,8 @@ class Termination:
     """SIGTERM during the steps of a training: all processes of a launch stop after the same one, whoever of them got the signal.
 
     The process that got it writes the number of the step after the next synchronisation of gradients into the key-value
-    store of the launch, which every process reads at the end of each of its steps. Ends with the context.
+    store of the launch, which every process reads at the end of each of its steps. After the context the handler is again what
+    it was before.
     """
 
     def __init__(self):
@@ -27,8 +28,10 @@ class Termination:
         return self
 
     def listen(self):
-        """Called before the first step. Until then the signal ends the process at once, even while it waits for another one
-        that has ended: nothing was trained yet, and a handler would run only when the waiting is over.
+        """Takes SIGTERM from now on; to be called before the first step.
+
+        Until then the signal ends the process at once. There is nothing to save, and a handler in Python would not run while
+        the process waits for another one, which may have ended.
         """
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
