@@ -57,6 +57,7 @@ setup(
             "mcd-frontier=evaluation.run_frontier:main",
             "mcd-plan=evaluation.search_plan:main",
             "mcd-lm-eval=evaluation.lm_eval_adapter:main",
+            "mcd-eval-results=evaluation.eval_results:main",
             "mcd-generate=modeling_mcd.generate_text:main",
             "mcd-chat=modeling_mcd.chat:main",
             "mcd-convert=modeling_mcd.convert_checkpoints:main",

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, List, Value
 from tiny_run import ROOT, mdlm_arguments, run_python, write_inputs
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.data_pipeline import write_corpus
 from evaluation.text import encode
@@ -436,16 +440,45 @@ print(tokens, max(resource.getrusage(one).ru_maxrss for one in who) / 1024)
 """
 
 
+def tokens_and_peak(text: Path, tokenizer: Path, ways: dict) -> tuple[float, float]:
+    """How many tokens the blocks of a text hold, and the MB of the largest process that made and read them."""
+    result = run_python(MEMORY, str(text), str(tokenizer), json.dumps(ways))
+    assert result.returncode == 0, result.stderr
+    return tuple(map(float, result.stdout.split()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ways", [{"num_proc": 2}, {"streaming": True}], ids=str)
 def test_memory_does_not_grow_with_the_text(tmp_path, ways):
-    """MB held by the largest process: eight times the text, hardly more memory. Tokens take 200 bytes until they are integers."""
-    tokenizer, peaks = str(ROOT / "recipes" / "bible" / "tokenizer"), []
+    """Eight times the text, hardly more memory. Tokens take 200 bytes until they are integers."""
+    peaks = []
     for megabytes in (1, 8):
         write_corpus(tmp_path / "corpus.txt", megabytes)
-        result = run_python(MEMORY, str(tmp_path / "corpus.txt"), tokenizer, json.dumps(ways))
-        assert result.returncode == 0, result.stderr
-        tokens, peak = map(float, result.stdout.split())
+        tokens, peak = tokens_and_peak(tmp_path / "corpus.txt", ROOT / "recipes" / "bible" / "tokenizer", ways)
         assert tokens > megabytes * 1e5
         peaks.append(peak)
     assert peaks[1] - peaks[0] < 150, peaks
+
+
+@pytest.mark.slow
+def test_a_gigabyte_goes_through_in_bounded_memory(tmp_path):
+    """Of long words, each of them a token, so that it takes minutes. As Python's numbers the tokens would be 13 GB."""
+    letters = random.Random(0)
+    words = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=14)) for _ in range(5000)]
+    vocabulary = {word: i for i, word in enumerate(["<bos>", "<eos>", "<mask>", "<unk>", *words])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "mask", "unk")}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path / "tokenizer")
+    some = "".join(word + letters.choice("    \n") for word in letters.choices(words, k=2**19)).encode()
+    peaks = {}
+    for copies in (1, 10**9 // len(some) + 1):
+        with (tmp_path / "corpus.txt").open("wb") as file:
+            for _ in range(copies):
+                file.write(some)
+        tokens, peaks[copies] = tokens_and_peak(tmp_path / "corpus.txt", tmp_path / "tokenizer", {"num_proc": 2})
+        assert tokens > 0.99 * copies * 2**19
+    assert (tmp_path / "corpus.txt").stat().st_size > 1e9
+    mapped = 2 * 2 * tokens / 2**20  # the cached tokens and blocks, of 2 bytes, whose pages the system can take back
+    small, large = peaks.values()
+    assert large - small < 150 + mapped, (small, large, mapped)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_run import run_python
 
-from evaluation import run_eval, run_frontier, search_plan
+from evaluation import eval_results, run_eval, run_frontier, search_plan
 from modeling_mcd import chat, convert_checkpoints, generate_text
 from modeling_mcd.command_line import line_of, one_line_errors
 
@@ -82,8 +82,9 @@ def test_a_line_of_error_is_one_write():
         (run_eval.parser, ["MODEL", "--steps"]),
         (run_frontier.parser, []),
         (search_plan.parser, ["MODEL", "--text"]),
+        (eval_results.parser, ["RESULTS", "MODEL"]),
     ],
-    ids=["mcd-generate", "mcd-chat", "mcd-convert", "mcd-evaluate", "mcd-frontier", "mcd-plan"],
+    ids=["mcd-generate", "mcd-chat", "mcd-convert", "mcd-evaluate", "mcd-frontier", "mcd-plan", "mcd-eval-results"],
 )
 def test_help_is_short_and_says_what_is_required(parser, required, capsys, monkeypatch):
     """A line or two for each option; those of the recipes' commands: test_recipe.py."""

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from toy_backbones import NETWORKS, SHIFT, make_network
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 
+import lm_eval  # noqa: E402
 from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from evaluation import block_nelbo, sequence_nelbo  # noqa: E402
-from evaluation.lm_eval_adapter import MaskedDiffusionLM  # noqa: E402
+from evaluation.eval_results import write_eval_results  # noqa: E402
+from evaluation.lm_eval_adapter import MaskedDiffusionLM, main  # noqa: E402
 from evaluation.text import encode  # noqa: E402
 from modeling_mcd import as_masked_diffusion  # noqa: E402
 
@@ -261,6 +264,33 @@ def test_the_harness_runs_a_local_task(language_model, tmp_path):
     one, other = language_model.loglikelihood([Request("it was", c) for c in ROWS[0]["choices"]], disable_tqdm=True)
     best = int(other[0] > one[0])
     assert results["results"]["choices"]["acc,none"] == pytest.approx(sum(row["answer"] == best for row in ROWS) / 3)
+
+
+def test_a_score_on_a_registered_benchmark_is_read_from_what_the_harness_writes(language_model, tmp_path, monkeypatch):
+    """The harness's own GSM8K, on questions of ours."""
+    rows = [{"question": f"it was {n}", "answer": f"so it was\n#### {n}"} for n in range(7)]
+    (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {split: str(tmp_path / "rows.json") for split in ("train", "test")}
+    task = {
+        "include": str(Path(lm_eval.tasks.__file__).parent / "gsm8k" / "gsm8k.yaml"),
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+    }
+    (tmp_path / "gsm8k.yaml").write_text(json.dumps(task))
+    words = ["run", "--model", "mcd", "--model_args", f"path={language_model.name},draws=16,steps=2"]
+    words += ["--tasks", str(tmp_path / "gsm8k.yaml"), "--gen_kwargs", "max_gen_toks=8", "--output_path"]
+    for more, name in ([], "out"), (["--limit", "3"], "part"):
+        monkeypatch.setattr("sys.argv", ["mcd-lm-eval", *words, str(tmp_path / name), *more])
+        main()
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    ((path, entry),) = write_eval_results(file, language_model.name).items()
+    assert path.name == "gsm8k.yaml" and entry.dataset_id == "openai/gsm8k"
+    assert entry.value == 100 * json.loads(file.read_text())["results"]["gsm8k"]["exact_match,strict-match"]
+    assert entry.notes.startswith("5-shot, exact_match (strict-match), draws 16, steps 2, max_gen_toks 8, lm-eval")
+    (part,) = (tmp_path / "part").rglob("results_*.json")
+    with pytest.raises(ValueError, match="gsm8k was run on 3 of its 7 questions"):
+        write_eval_results(part, language_model.name)
 
 
 def test_a_chat_template_writes_its_marks(build, tmp_path):
