@@ -95,7 +95,8 @@ def medians(runs: dict[str, list[dict]], *names: str) -> dict[str, dict[str, flo
 
 def circumstances() -> dict:
     """The machine and the versions under which figures were taken."""
-    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine = {"processor": platform.machine(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    machine |= {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     versions = {
