@@ -39,10 +39,11 @@ demo: setup
 # The same as a Space of the Hub, complete in one folder.
 SPACE ?= runs/space
 space:
-	mkdir -p $(SPACE)/recipes/tiny
+	mkdir -p $(SPACE)/recipes/tiny $(SPACE)/recipes/bible
 	cp demo/README.md demo/requirements.txt demo/app.py demo/studio.py $(SPACE)
 	cp -r modeling_mcd evaluation $(SPACE)
 	cp -r recipes/tiny/teacher recipes/tiny/coupled recipes/tiny/judge $(SPACE)/recipes/tiny
+	cp -r recipes/bible/teacher $(SPACE)/recipes/bible
 	find $(SPACE) -name __pycache__ -prune -exec rm -rf {} +
 
 # The pages as a site, in build/site; a link that leads nowhere is an error.

@@ -2,7 +2,7 @@
 
 python demo/app.py [NAME=MODEL ...] [--judge MODEL] [--port 7860]
 
-A model is a folder or a Hub name. By default the tiny ones that ship, and the student of `make distill` where there is one.
+A model is a folder or a Hub name. By default those that ship, and the student of `make distill` where there is one.
 """
 
 import argparse
@@ -31,12 +31,18 @@ from studio import (  # noqa: E402
     compare,
     load_judge_of,
     load_writer,
+    takes_locking,
     trouble,
 )
 
 
 TINY = ROOT / "recipes" / "tiny"
-SHIPPED = {"teacher": TINY / "teacher", "coupled": TINY / "coupled", "student": ROOT / "runs" / "tiny" / "round-3"}
+SHIPPED = {
+    "teacher": TINY / "teacher",
+    "sub-words": ROOT / "recipes" / "bible" / "teacher",
+    "coupled": TINY / "coupled",
+    "student": ROOT / "runs" / "tiny" / "round-3",
+}
 INTRODUCTION = """# Text from noise
 Both models start from the same masks and the same random numbers, and reveal tokens step by step. A colour is the step that
 wrote a token. Write a prompt to continue, or leave holes: `the [MASK][MASK][MASK] was ____`, where an underscore of three or
@@ -65,6 +71,11 @@ def build(writers: list[Writer], judge: Judge | None) -> gr.Blocks:
     def show(writings, number):
         return [writing.html(number) for writing in writings or []] or [gr.skip(), gr.skip()]
 
+    def locking_of(sampler):
+        """Samplers that choose by themselves what to reveal have no locking."""
+        locked = takes_locking(sampler)
+        return gr.Dropdown(value="spread" if locked else LOCKINGS[0], interactive=locked)
+
     with gr.Blocks(title="Text from noise", analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION)
         history = gr.State([])
@@ -79,7 +90,7 @@ def build(writers: list[Writer], judge: Judge | None) -> gr.Blocks:
             length = gr.Slider(*LIMITS["length"], value=128, step=1, label="Length in tokens")
         with gr.Row():
             sampler = gr.Dropdown(list(STEPPED), value=STEPPED[0], label="Sampler")
-            locking = gr.Dropdown(list(LOCKINGS), value=LOCKINGS[0], label="Locking")
+            locking = gr.Dropdown(list(LOCKINGS), value="spread", label="Locking")
             seed = gr.Number(0, precision=0, minimum=0, maximum=LIMITS["seed"][1], label="Seed")
         problem = gr.HTML()
         slider = gr.Slider(0, 1, value=0, step=1, label="History: after this step", interactive=False)
@@ -102,6 +113,7 @@ def build(writers: list[Writer], judge: Judge | None) -> gr.Blocks:
             concurrency_limit=1,
             trigger_mode="once",
         )
+        sampler.input(locking_of, sampler, locking, show_progress="hidden", api_visibility="private")
         slider.input(
             show,
             [history, slider],

@@ -36,6 +36,10 @@ CSS = """
 """
 
 
+def takes_locking(sampler: str) -> bool:
+    return "locking" in options_of(SAMPLERS["absorbing"][sampler])
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a visitor asks for. Nothing of it is trusted: it may come from anywhere.
@@ -77,8 +81,9 @@ class Settings:
     def options(self) -> dict:
         """The keyword arguments of `generate`."""
         options = {name: getattr(self, name) for name in ("steps", "sampler", "temperature", "seed")}
-        takes_one = "locking" in options_of(SAMPLERS["absorbing"][self.sampler])
-        if takes_one or self.locking != LOCKINGS[0]:  # said even where it is the default: a model may have its own
+        if (
+            takes_locking(self.sampler) or self.locking != LOCKINGS[0]
+        ):  # said even where it is the default: a model may have its own
             options["locking"] = self.locking
         return options
 

@@ -288,6 +288,12 @@ def test_a_browser_shows_both_texts_and_their_history(address, tmp_path):
         slider.press("Home")
         page.wait_for_function(f"document.querySelector('.canvas').innerText.includes('{BLANK}')")
         assert page.locator(".canvas .given").count() > 0
+        locking = page.get_by_label("Locking")
+        assert locking.input_value() == "spread"
+        page.get_by_label("Sampler").click()
+        page.get_by_role("option", name="confidence").click()
+        page.wait_for_function("document.querySelector('[aria-label=Locking]').value == 'independent'")
+        assert locking.is_disabled(), "a sampler that chooses by itself what to reveal"
         page.screenshot(path=tmp_path / "page.png")
         browser.close()
     assert (tmp_path / "page.png").stat().st_size > 10_000
