@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure  # not pyplot: no display and no global state
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, NullLocator
 
 from evaluation.frontier import SURE, Frontier, Table, tables_of
 from modeling_mcd.files import write_atomically
@@ -82,9 +82,10 @@ def plot(frontier: Frontier) -> Figure:
         panels.append(_seconds_panel)
     if any(point.row.get("bound") is not None for point in frontier.points):
         panels.append(_bound_panel)
-    lines = (len(panels) + 1) // 2
-    figure = Figure(figsize=(13, 5 * lines), layout="constrained")
-    places = figure.subplots(lines, 2, squeeze=False).flatten()
+    columns = 3 if len(panels) == 3 else 2
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(6.5 * columns, 5 * lines), layout="constrained")
+    places = figure.subplots(lines, columns, squeeze=False).flatten()
     colours = {name: f"C{i}" for i, name in enumerate(frontier.series)}
     for draw, place in zip(panels, places, strict=False):
         draw(place, frontier, colours)
@@ -129,6 +130,7 @@ def _entropy_panel(panel, frontier: Frontier, colours: dict[str, str]):
 def _nfe_panel(panel, frontier: Frontier, colours: dict[str, str]):
     _matched_panel(panel, frontier, colours, lambda point: point.row.get("nfe"))
     panel.set(xlabel="NFE")
+    _ticks_at(panel.xaxis, {round(point.row["nfe"]) for point in frontier.points if point.row.get("nfe") is not None})
 
 
 def _seconds_panel(panel, frontier: Frontier, colours: dict[str, str]):
@@ -157,7 +159,7 @@ def _bound_panel(panel, frontier: Frontier, colours: dict[str, str]):
         heights, errors = [p.row["bound"] for p in known], [SURE * (p.row["bound_se"] or 0) for p in known]
         panel.errorbar([p.steps for p in known], heights, errors, fmt="o-", color=colours[name], capsize=2)
     panel.set(xscale="log", xlabel="steps N", ylabel="N-step bound (nats per token)")
-    _plain_ticks(panel.xaxis)
+    _ticks_at(panel.xaxis, {point.steps for point in frontier.points if point.row.get("bound") is not None})
 
 
 def _bars(panel, places: list[float], intervals: list, colour: str, label: str | None):
@@ -168,6 +170,18 @@ def _bars(panel, places: list[float], intervals: list, colour: str, label: str |
     panel.errorbar(places, heights, [below, above], fmt="o-", color=colour, capsize=2, markersize=4, label=label)
 
 
+def _ticks_at(axis, values: set[int]):
+    axis.set_ticks(sorted(values), list(map(str, sorted(values))))
+    axis.set_minor_locator(NullLocator())
+
+
+class _Plain(LogFormatter):
+    """40 and 0.1, not 4 x 10^1 and 1e-01."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def _plain_ticks(axis):
-    axis.set_major_formatter(LogFormatter())  # 40, not 4 x 10^1
-    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
+    axis.set_major_formatter(_Plain())
+    axis.set_minor_formatter(_Plain(labelOnlyBase=False, minor_thresholds=(2, 0.4)))

@@ -15,7 +15,7 @@ from tiny_run import save_judge, save_teacher, start_python
 from evaluation import load_report, markdown_table
 from evaluation.evaluate_model import HELD_OUT_TEXT
 from evaluation.frontier import frontier_of, matched_table, tables_of, time_table
-from evaluation.frontier_page import write_page
+from evaluation.frontier_page import plot, write_page
 from evaluation.intervals import Interval, places, row_replicates
 from evaluation.run_frontier import main
 from evaluation.scores import load_scores, save_scores, scores_path
@@ -221,6 +221,27 @@ def test_the_page_needs_nothing_from_elsewhere(swept):
     assert page.count("<svg") == 1 and page.count("<table>") == 3 and "2.000 ± 0.196" in page
     assert files["frontier.png"].read_bytes().startswith(b"\x89PNG")
     assert files["frontier.svg"].read_text().rstrip().endswith("</svg>")
+
+
+def test_the_axes_have_the_measured_steps_and_plain_numbers(swept):
+    rows, folder = swept
+    rows = [row | {"bound": 2.0, "bound_se": 0.1} for row in rows]
+    frontier = frontier_of(rows, folder)
+    for point in frontier.points:
+        point.seconds = 0.05 * point.steps
+    figure = plot(frontier)
+    figure.canvas.draw()
+
+    def ticks(panel) -> list[str]:
+        labels = panel.get_xticklabels() + panel.get_xticklabels(minor=True)
+        return [label.get_text() for label in labels if label.get_text()]
+
+    _, forwards, seconds, bound = figure.axes
+    assert ticks(forwards) == ticks(bound) == ["4", "8"]
+    assert ticks(seconds) and all(re.fullmatch(r"[\d.]+", text) for text in ticks(seconds)), "0.3, not 3 x 10^-1"
+    for point in frontier.points:
+        point.seconds = None
+    assert len(plot(frontier).axes) == 3, "no empty place"
 
 
 # --- The command
