@@ -130,7 +130,8 @@ def _entropy_panel(panel, frontier: Frontier, colours: dict[str, str]):
 def _nfe_panel(panel, frontier: Frontier, colours: dict[str, str]):
     _matched_panel(panel, frontier, colours, lambda point: point.row.get("nfe"))
     panel.set(xlabel="NFE")
-    _ticks_at(panel.xaxis, {round(point.row["nfe"]) for point in frontier.points if point.row.get("nfe") is not None})
+    known = [point for point in frontier.points if point.matched is not None and point.row.get("nfe") is not None]
+    _ticks_at(panel.xaxis, {round(point.row["nfe"]) for point in known})
 
 
 def _seconds_panel(panel, frontier: Frontier, colours: dict[str, str]):
