@@ -72,7 +72,6 @@ def build(writers: list[Writer], judge: Judge | None) -> gr.Blocks:
         return [writing.html(number) for writing in writings or []] or [gr.skip(), gr.skip()]
 
     def locking_of(sampler):
-        """Samplers that choose by themselves what to reveal have no locking."""
         locked = takes_locking(sampler)
         return gr.Dropdown(value="spread" if locked else LOCKINGS[0], interactive=locked)
 

@@ -37,6 +37,7 @@ CSS = """
 
 
 def takes_locking(sampler: str) -> bool:
+    """Whether a sampler's plan is drawn from locked noise; other samplers choose by themselves what to reveal."""
     return "locking" in options_of(SAMPLERS["absorbing"][sampler])
 
 
@@ -81,9 +82,8 @@ class Settings:
     def options(self) -> dict:
         """The keyword arguments of `generate`."""
         options = {name: getattr(self, name) for name in ("steps", "sampler", "temperature", "seed")}
-        if (
-            takes_locking(self.sampler) or self.locking != LOCKINGS[0]
-        ):  # said even where it is the default: a model may have its own
+        # Said even where it is the default: a model may have its own.
+        if takes_locking(self.sampler) or self.locking != LOCKINGS[0]:
             options["locking"] = self.locking
         return options
 

@@ -2,18 +2,20 @@
 
     mcd-eval-results runs/harness/results_2026-11-27.json runs/student
 
-The Hub reads these files from a model's repository, for the benchmarks that it has registered. Everything else that a model
-is measured by stands in its card.
+The Hub reads these files from a model's repository, for the benchmarks that it has registered. All other figures of a model stand
+in its card.
 """
 
 import argparse
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
+from modeling_mcd.adapters import ADAPTER_CONFIG
 from modeling_mcd.command_line import OneLineParser
 from modeling_mcd.files import write_atomically
 
@@ -45,7 +47,7 @@ def eval_result_entries(results: dict) -> dict[str, EvalResultEntry]:
     Values are percentages, as the leaderboards have them. `notes` say how the score came about.
 
     Raises:
-        ValueError: none of its tasks is a registered benchmark, or it was run on a part of the questions.
+        ValueError: none of its tasks is in `BENCHMARKS`, or one was run on a part of its questions.
     """
     found = {}
     for name, benchmark in BENCHMARKS.items():
@@ -69,8 +71,8 @@ def eval_result_entries(results: dict) -> dict[str, EvalResultEntry]:
         )
     if not found:
         raise ValueError(
-            f"none of the tasks {', '.join(results['results'])} is a benchmark that the Hub has registered: it takes "
-            f"{' and '.join(BENCHMARKS)}"
+            f"none of the tasks {', '.join(results['results'])} is one whose leaderboard is known here: "
+            f"{' and '.join(BENCHMARKS)} are"
         )
     return found
 
@@ -94,8 +96,10 @@ def write_eval_results(file: str | Path, folder: str | Path) -> dict[Path, EvalR
         FileNotFoundError: there is no such file.
     """
     file, folder = Path(file), Path(folder)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds no config.json: give the folder of the model that was measured")
+    if not any((folder / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
+        raise ValueError(
+            f"{folder} holds no config.json and no {ADAPTER_CONFIG}: give the folder of the model that was measured"
+        )
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
         entries = eval_result_entries(results)
@@ -125,7 +129,7 @@ def main(arguments: list[str] | None = None):
 def run(options: argparse.Namespace):
     for path, entry in write_eval_results(options.results, options.model).items():
         print(f"wrote {path}: {entry.value} on {entry.dataset_id} ({entry.notes})")
-    print(f"To the Hub: hf upload you/model {path.parent} .eval_results")
+    print("To the Hub:", shlex.join(["hf", "upload", "you/model", str(path.parent), ".eval_results"]))
 
 
 if __name__ == "__main__":

@@ -31,11 +31,12 @@ HARNESS = {
 }
 
 
-def test_the_hub_reads_what_is_written(tmp_path, capsys):
-    file, model = tmp_path / "results.json", tmp_path / "model"
+@pytest.mark.parametrize("config", ["config.json", "adapter_config.json"])
+def test_the_hub_reads_what_is_written(config, tmp_path, capsys):
+    file, model = tmp_path / "results.json", tmp_path / "my model"
     file.write_text(json.dumps(HARNESS))
     model.mkdir()
-    (model / "config.json").write_text("{}")
+    (model / config).write_text("{}")
     main([str(file), str(model)])
     assert sorted(path.name for path in (model / ".eval_results").iterdir()) == ["gsm8k.yaml", "mmlu_pro.yaml"]
     read = {}
@@ -48,7 +49,7 @@ def test_the_hub_reads_what_is_written(tmp_path, capsys):
     assert entry.notes == f"5-shot, exact_match (strict-match), {how}"
     entry = read["mmlu_pro"]
     assert (entry.dataset_id, entry.task_id, entry.value) == ("TIGER-Lab/MMLU-Pro", "mmlu_pro", 30.0)
-    assert f"hf upload you/model {model}/.eval_results .eval_results" in capsys.readouterr().out
+    assert f"hf upload you/model '{model}/.eval_results' .eval_results" in capsys.readouterr().out
 
 
 def test_a_part_of_the_questions_is_no_score():
@@ -65,10 +66,18 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys):
     for name, content in files.items():
         file = tmp_path / f"{name}.json"
         file.write_text(content, errors="surrogateescape")
-        expected = "none of the tasks hellaswag is a benchmark" if name == "other" else f"{file} is no file of results"
+        expected = (
+            "none of the tasks hellaswag is one whose leaderboard is known"
+            if name == "other"
+            else f"{file} is no file of results"
+        )
         check(capsys, [str(file), str(tmp_path)], expected)
     check(capsys, [str(tmp_path / "none.json"), str(tmp_path)], "No such file")
-    check(capsys, [str(file), str(tmp_path / "nowhere")], "holds no config.json: give the folder of the model")
+    check(
+        capsys,
+        [str(file), str(tmp_path / "nowhere")],
+        "holds no config.json and no adapter_config.json: give the folder of the model",
+    )
     assert not (tmp_path / ".eval_results").exists()
 
 
