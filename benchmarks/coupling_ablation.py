@@ -1,10 +1,11 @@
-"""What the shape of a chain is worth: states, levels and windows, each varied around one cell, at equal updates.
+"""What the shape of a chain is worth: states, levels, windows, and other ways to know the noise level, at equal updates.
 
     python -m benchmarks.coupling_ablation [CELL ...] [--updates 200] [--blocks 24]
 
 Every chain is trained over the shipped tiny teacher on the same batches and plans, for 1, 2 and 4 spread steps, and judged by
 the N-step bound on the same held-out blocks. The network is frozen and its batches are the same, so its hidden rows are computed
-once. Each cell is saved in `benchmarks/results/coupling_ablation.json` as soon as it is measured, and the table in
+once. `sharing` cells have one chain for all levels, which each level changes a little (`SharedCoupling`); their states are chosen
+so that they have about as many parameters as the first cell. Each cell is saved in `benchmarks/results/coupling_ablation.json` as soon as it is measured, and the table in
 `coupling_ablation.md`: a command that was killed goes on where it was.
 """
 
@@ -15,12 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, set_seed
 
 from benchmarks.coupling_bound import ROOT, bound_of, saved
 from benchmarks.measuring import circumstances, count
 from evaluation import Bound, read_texts, step_bound, text_blocks
 from evaluation.judge import fingerprint
+from modeling_mcd.coupling_mdlm import CouplingWeights, MDLMCoupling
 from modeling_mcd.files import write_atomically
 from modeling_mcd.loading import load_model
 from trainers import CouplingTrainer, CouplingTrainingArguments
@@ -39,8 +42,50 @@ CELLS = {
     "window 128": {"window": 128},
     "window 32": {"window": 32},
     "window 8": {"window": 8},
+    "1 chain, 147 states": {"states": 147, "levels": 1},
+    "1 chain, 147 states, gates": {"states": 147, "sharing": "gates"},
+    "1 chain, 147 states, exponents": {"states": 147, "sharing": "exponents"},
+    "1 chain, 108 states, updates of rank 8": {"states": 108, "sharing": 8},
 }
 STEPS = (1, 2, 4)
+
+
+class SharedCoupling(MDLMCoupling):
+    """One chain for all levels, which each level changes.
+
+    Args:
+        config: of the network, with its `coupling`.
+        sharing: "exponents": a level takes a, T and W to powers of its own; "gates": a and T alone, to one power; a number:
+            it adds matrices of this rank to log T and log W, and a vector to log a.
+    """
+
+    def __init__(self, config, sharing: str | int):
+        super().__init__(config)
+        levels, states = self.start.shape
+        for name in ("start", "transition", "emission"):
+            setattr(self, name, nn.Parameter(getattr(self, name)[:1].detach()))
+        self.initialize()
+        self.sharing = sharing
+        if isinstance(sharing, int):
+            shapes = (states,), (states, sharing), (sharing, states), (states, sharing), (sharing, self.width)
+            self.own = nn.ParameterList(nn.Parameter(torch.zeros(levels, *shape)) for shape in shapes)
+            for factor in (self.own[2], self.own[4]):  # the others are zero: at first all levels are the same
+                nn.init.normal_(factor, std=sharing**-0.5)
+        else:
+            self.own = nn.ParameterList([nn.Parameter(torch.ones(levels, 1 if sharing == "gates" else 3))])
+
+    def forward(self, embedding: torch.Tensor) -> CouplingWeights:
+        if isinstance(self.sharing, int):
+            start, left, right, left_of_tokens, right_of_tokens = self.own
+            transition, emission = self.transition + left @ right, self.emission + left_of_tokens @ right_of_tokens
+            return CouplingWeights(self.start + start, transition, emission)
+        powers = self.own[0]
+        if self.sharing == "gates":
+            powers = torch.cat([powers, powers, torch.ones_like(powers)], dim=1)
+        of_start, of_transition, of_emission = powers[..., None].unbind(dim=1)
+        return CouplingWeights(
+            self.start * of_start, self.transition * of_transition[..., None], self.emission * of_emission[..., None]
+        )
 
 
 class RememberingTrainer(CouplingTrainer):
@@ -66,13 +111,14 @@ class RememberingTrainer(CouplingTrainer):
         return replace(head, hidden=hidden)
 
 
-def train_chain(model, blocks: torch.LongTensor, updates: int, rows_of_step: dict | None = None, **settings):
+def train_chain(model, blocks: torch.LongTensor, updates: int, rows_of_step=None, sharing=None, **settings):
     """The model with a chain that was trained for so many updates of 24 blocks, as `recipes/tiny_coupling.yaml` trains it.
 
     Args:
         model: with a chain, which goes on; or without, and then `settings` hold its shape.
         blocks: of text, [n, L], n at least 24 a step.
-        rows_of_step: see `RememberingTrainer`; None: every forward is run.
+        rows_of_step: a dict, see `RememberingTrainer`; None: every forward is run.
+        sharing: see `SharedCoupling`; None: each level has a chain of its own.
         settings: of `CouplingTrainingArguments`.
     """
     set_seed(1)  # of a new chain's emission
@@ -82,6 +128,9 @@ def train_chain(model, blocks: torch.LongTensor, updates: int, rows_of_step: dic
         arguments = CouplingTrainingArguments(
             output_dir=folder, steps_per_round=updates, use_cpu=True, save_strategy="no", report_to="none", **settings
         )
+        if sharing is not None:
+            model.add_coupling(arguments.coupling())
+            model.coupling = SharedCoupling(model.config, sharing)
         data = [{"input_ids": block} for block in blocks.tolist()]
         trainer_class = CouplingTrainer
         if rows_of_step is not None:

@@ -5,17 +5,20 @@
 MODEL has a chain of four levels. A chain changes the law of each token as well as what tokens know of each other: its gain is
 split into what independent draws from these single laws gain (at the first and last token of a block, which are special tokens,
 and at the others), and the rest, which is joint. Under spread locking each of four steps has a level of its own, so a change of
-a level is trained on its step of N = 4 alone, on the same blocks and plans as the others. Figures are nats per token of all the
+a level is trained on its step of N = 4 alone, on the same blocks and plans as the others; a change may be of the network too (LoRA).
+Figures are nats per token of all the
 text, so those of the four steps add up. Every level is saved in `benchmarks/results/coupling_levers_NAME.json` as soon as it is
 measured, and the tables in `coupling_levers_NAME.md`: a command that was killed goes on where it was.
 """
 
 import argparse
+import copy
 import json
 import math
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -29,14 +32,17 @@ from modeling_mcd.forward_process_mdlm import mask_tokens, process_of
 from modeling_mcd.loading import load_model
 from modeling_mcd.locking_mdlm import locked_uniforms
 from modeling_mcd.reveal_grid_mdlm import ancestral_reveal_steps
+from trainers.adapters import with_adapter
 
 
 STEPS = 4
 FINER = (8, 16)  # numbers of steps whose plans refine those of four
-RATE, RATE_OF_CONTEXT = 3e-2, 3e-3
+RATE, RATE_OF_CONTEXT, RATE_OF_NETWORK = 3e-2, 3e-3, 2e-3
+RANK = 8  # of an update of the network
 FIRST = "goes on"
 NEW = {"new, 256 states": (256, 1), "new, 512 states": (512, 1), "new, 4 topics of 64 states": (256, 4)}
 SEEING = ("begins as level 0", "sees the context", "the context, without a chain")
+UPDATING = ("updates the network", "updates it, without a chain")
 
 
 class Level(nn.Module):
@@ -48,10 +54,12 @@ class Level(nn.Module):
             the same, since the evidence may depend on all that is visible. 0: they do not.
         topics: equal groups of states that the chain never leaves, a mixture of as many chains.
         joins: False leaves T and a at one, so that no token knows of another.
+        network: the one whose laws the chain couples, if it is trained along; None: the frozen one.
     """
 
-    def __init__(self, start, transition, emission, width: int = 0, topics: int = 1, joins: bool = True):
+    def __init__(self, start, transition, emission, width=0, topics=1, joins=True, network: nn.Module | None = None):
         super().__init__()
+        self.network = network
         states = len(start)
         self.start = nn.Parameter(start.clone() if joins else torch.zeros(states), requires_grad=joins)
         self.transition = nn.Parameter(
@@ -61,6 +69,14 @@ class Level(nn.Module):
         self.context = nn.Parameter(torch.zeros(states, width)) if width else None
         topic = torch.arange(states) * topics // states
         self.allowed = (topic[:, None] == topic).float()
+
+    def gain(self, texts, masked, revealed, p, hidden) -> torch.Tensor:
+        """Nats of each text [n] by which this is better than the frozen network alone, whose p and hidden states are given."""
+        if self.network is None:
+            return self.log_gain(texts, masked, revealed, p, hidden)
+        own, own_hidden = seen(self.network, texts, masked)
+        updated = (log_of(own, texts, masked) - log_of(p, texts, masked)) * revealed
+        return updated.sum(dim=1) + self.log_gain(texts, masked, revealed, own, own_hidden)
 
     def log_gain(self, texts, masked, revealed, p, hidden) -> torch.Tensor:
         """`Chain.log_gain` of texts [n, L], for the probabilities [R, V] and hidden states [R, d] of the masked positions.
@@ -94,6 +110,9 @@ class Level(nn.Module):
 
     def parameter_groups(self) -> list[dict]:
         slow = [] if self.context is None else [{"params": [self.context], "rate": RATE_OF_CONTEXT}]
+        if self.network is not None:
+            factors = [p for p in self.network.parameters() if p.requires_grad]
+            slow.append({"params": factors, "rate": RATE_OF_NETWORK})
         own = [self.start, self.transition, self.emission]
         return [{"params": [p for p in own if p.requires_grad], "rate": RATE}, *slow]
 
@@ -105,7 +124,12 @@ def levels_of(model, level: int) -> dict[str, Level]:
         chain = model.coupling
         return [weight[index].detach().float() for weight in (chain.start, chain.transition, chain.emission)]
 
-    cells, width = {FIRST: Level(*own(level))}, model.config.hidden_size
+    def updated() -> nn.Module:
+        return with_adapter(copy.deepcopy(model), LoraConfig(r=RANK, lora_alpha=RANK))
+
+    changed = (Level(*own(level), network=updated()), Level(*own(level), joins=False, network=updated()))
+    cells = {FIRST: Level(*own(level)), **dict(zip(UPDATING, changed, strict=True))}
+    width = model.config.hidden_size
     if level == 0:  # the hidden states are the same in every text: they have nothing to tell
         generator = torch.Generator().manual_seed(0)
         for name, (states, topics) in NEW.items():
@@ -129,7 +153,6 @@ def plans(model, texts: torch.LongTensor, steps: int, seed: int) -> torch.LongTe
     return ancestral_reveal_steps(locked, steps, process_of(model.config).schedule)
 
 
-@torch.no_grad()
 def seen(model, texts: torch.LongTensor, masked: torch.BoolTensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The network's probabilities [R, V] and hidden states [R, d] at the masked positions; of one row if all is masked."""
     if masked.all():
@@ -139,16 +162,19 @@ def seen(model, texts: torch.LongTensor, masked: torch.BoolTensor) -> tuple[torc
     return torch.cat([rows.log_probabilities().exp() for rows in parts]), torch.cat([rows.hidden for rows in parts])
 
 
+def log_of(p: torch.Tensor, texts: torch.LongTensor, masked: torch.BoolTensor) -> torch.Tensor:
+    """Log-probability of each masked token, [n, L], 0 elsewhere; of the network's probabilities as `seen` returns them."""
+    p = p.repeat(int(masked.sum()) // len(p), 1).gather(1, texts[masked][:, None])[:, 0]
+    return torch.zeros(texts.shape, dtype=torch.float64).masked_scatter(masked, p.double().log())
+
+
 @torch.no_grad()
 def nats_of_quarters(model, texts: torch.LongTensor, steps: int) -> torch.Tensor:
     """Nats of each text [4, n] without a chain, of the steps of each quarter of a plan."""
     plan, nats = plans(model, texts, steps, seed=0), torch.zeros(STEPS, len(texts), dtype=torch.float64)
     for step in range(steps):
         masked, revealed = plan >= step, plan == step
-        p = seen(model, texts, masked)[0]
-        p = p.repeat(int(masked.sum()) // len(p), 1).gather(1, texts[masked][:, None])[:, 0]
-        values = torch.zeros(texts.shape, dtype=torch.float64).masked_scatter(masked, -p.double().log())
-        nats[step * STEPS // steps] += (values * revealed).sum(dim=1)
+        nats[step * STEPS // steps] -= (log_of(seen(model, texts, masked)[0], texts, masked) * revealed).sum(dim=1)
     return nats
 
 
@@ -165,7 +191,7 @@ def taught(model, cells: dict[str, Level], level: int, blocks: torch.LongTensor,
                 group["lr"] = (
                     group["rate"] * min(1, (update + 1) / 10) * (1 + math.cos(math.pi * update / updates)) / 2
                 )
-            loss = -cell.log_gain(texts, masked, revealed, *told).sum() / texts.numel()
+            loss = -cell.gain(texts, masked, revealed, *told).sum() / texts.numel()
             optimizers[name].zero_grad()
             loss.backward()
             optimizers[name].step()
@@ -244,7 +270,10 @@ def main():
     )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
-    model, tokenizer = load_model(options.model).eval(), AutoTokenizer.from_pretrained(options.model)
+    model, tokenizer = (
+        load_model(options.model).eval().requires_grad_(False),
+        AutoTokenizer.from_pretrained(options.model),
+    )
     if model.config.coupling is None or model.config.coupling["levels"] != STEPS:
         raise SystemExit(f"{options.model} has no chain of {STEPS} levels: its coupling is {model.config.coupling}")
     length = model.config.max_position_embeddings
@@ -275,7 +304,7 @@ def main():
             plan = plans(model, held_out, STEPS, seed=0)
             canvas = held_out, plan >= level, plan == level, *seen(model, held_out, plan >= level)
             with torch.no_grad():
-                found = {name: rounded(cell.log_gain(*canvas)) for name, cell in cells.items()}
+                found = {name: rounded(cell.gain(*canvas)) for name, cell in cells.items()}
             keep(levels=content["levels"] | {str(level): found})
     found = table(content, length)
     write_atomically(path.with_suffix(".md"), found)

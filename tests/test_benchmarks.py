@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny_run import ROOT
 
 import benchmarks
@@ -29,6 +30,7 @@ from benchmarks import (
     sharded_memory,
     workloads,
 )
+from trainers.adapters import with_adapter
 
 
 TINY = {"batch_size": 2, "length": 16, "layers": 1, "hidden_size": 32, "vocab_size": 48, "steps": 4, "device": "cpu"}
@@ -67,6 +69,23 @@ def test_chains_on_remembered_rows_are_those_on_new_ones(build):
     assert wider.coupling.start.shape == (4, 5)
 
 
+@pytest.mark.parametrize("sharing", ["gates", "exponents", 2])
+def test_a_chain_that_levels_share(build, sharing):
+    """All levels are the same at first; what a level learns is its own, and what all learn is everyone's."""
+    blocks, shape = torch.randint(46, (144, 12), generator=torch.Generator().manual_seed(0)), {"states": 3, "levels": 2}
+    model = build().float()
+    model.add_coupling(shape | {"emission": "table", "window": None})
+    fresh = coupling_ablation.SharedCoupling(model.config, sharing)
+    for weight in fresh(None)[:3]:
+        assert weight.shape[0] == 2 and torch.equal(weight[0], weight[1])
+    rate = {"learning_rate": 0.3, "warmup_steps": 0, "disable_tqdm": True}
+    trained = coupling_ablation.train_chain(build().float(), blocks, 6, sharing=sharing, **shape, **rate)
+    weights = trained.coupling(None)
+    assert (weights.transition[0] - weights.transition[1]).abs().max() > 1e-3
+    assert trained.coupling.transition.shape == (1, 3, 3) and trained.coupling.transition.abs().max() > 1e-3
+    assert torch.equal(weights.emission[0], weights.emission[1]) == (sharing == "gates")
+
+
 @pytest.mark.parametrize("options", [{}, {"width": 6}, {"topics": 2}, {"width": 6, "joins": False}])
 def test_every_lever_is_a_law(options):
     """The probabilities of two revealed tokens of four sum to one, beside one that is seen and one that is summed out."""
@@ -92,6 +111,35 @@ def test_every_lever_is_a_law(options):
     torch.testing.assert_close(alone.view(tokens, tokens), marginals)
     joined = (law.view(tokens, tokens) - marginals).abs().max().item()
     assert joined < 1e-6 if options.get("joins") is False else joined > 1e-4
+
+
+def test_a_lever_that_updates_the_network_is_a_law(build):
+    """The probabilities of two revealed tokens sum to one, and they are those of the updated network under the chain."""
+    generator, states = torch.Generator().manual_seed(0), 4
+    model = build(vocab_size=5, bos_token_id=3, eos_token_id=3).requires_grad_(False)  # the last token is [MASK]
+    network = with_adapter(copy.deepcopy(model), LoraConfig(r=2, lora_alpha=2))
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=generator)
+    chain = [2 * torch.randn(shape, generator=generator) for shape in ((states,), (states, states), (states, 5))]
+    pairs = torch.tensor(list(itertools.product(range(4), repeat=2)))
+    texts = torch.tensor([[0, 1, 2, 0]]).repeat(len(pairs), 1)
+    texts[:, :2] = pairs
+    masked = torch.tensor([True, True, False, True]).expand(len(pairs), 4)
+    revealed = torch.tensor([True, True, False, False]).expand(len(pairs), 4)
+    told = coupling_levers.seen(model, texts, masked)
+    with torch.no_grad():
+        laws = {}
+        for name, trained in {"frozen": None, "updated": network}.items():
+            gain = coupling_levers.Level(*chain, network=trained).gain(texts, masked, revealed, *told)
+            alone = (coupling_levers.log_of(told[0], texts, masked) * revealed).sum(dim=1)
+            laws[name] = (gain + alone).exp()
+            assert laws[name].sum().item() == pytest.approx(1, abs=1e-5), name
+        own = coupling_levers.seen(network, texts, masked)
+        gain = coupling_levers.Level(*chain).log_gain(texts, masked, revealed, *own)
+        expected = gain + (coupling_levers.log_of(own[0], texts, masked) * revealed).sum(dim=1)
+    torch.testing.assert_close(laws["updated"].log(), expected)
+    assert (laws["updated"] - laws["frozen"]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("workload", workloads.WORKLOADS)
