@@ -71,9 +71,14 @@ def build(writers: list[Writer], judge: Judge | None) -> gr.Blocks:
     def show(writings, number):
         return [writing.html(number) for writing in writings or []] or [gr.skip(), gr.skip()]
 
+    uniform = any(
+        writer.model.config.diffusion_kind == "uniform" for writer in writers
+    )  # has independent locking alone
+    usual = LOCKINGS[0] if uniform else "spread"
+
     def locking_of(sampler):
         locked = takes_locking(sampler)
-        return gr.Dropdown(value="spread" if locked else LOCKINGS[0], interactive=locked)
+        return gr.Dropdown(value=usual if locked else LOCKINGS[0], interactive=locked)
 
     with gr.Blocks(title="Text from noise", analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION)
@@ -89,7 +94,7 @@ def build(writers: list[Writer], judge: Judge | None) -> gr.Blocks:
             length = gr.Slider(*LIMITS["length"], value=128, step=1, label="Length in tokens")
         with gr.Row():
             sampler = gr.Dropdown(list(STEPPED), value=STEPPED[0], label="Sampler")
-            locking = gr.Dropdown(list(LOCKINGS), value="spread", label="Locking")
+            locking = gr.Dropdown(list(LOCKINGS), value=usual, label="Locking")
             seed = gr.Number(0, precision=0, minimum=0, maximum=LIMITS["seed"][1], label="Seed")
         problem = gr.HTML()
         slider = gr.Slider(0, 1, value=0, step=1, label="History: after this step", interactive=False)

@@ -268,6 +268,17 @@ def test_nothing_is_asked_from_elsewhere(address):
     assert list(json.loads(info)["named_endpoints"]) == ["/write"]
 
 
+@needs_gradio
+@pytest.mark.parametrize(("kind", "usual"), [("absorbing", "spread"), ("uniform", "independent")])
+def test_the_page_begins_with_a_locking_that_every_model_takes(writers, build, tokenizer, kind, usual):
+    from demo import app
+
+    page = app.build([*writers, Writer("another", build(diffusion_kind=kind), tokenizer)], None)
+    components = page.get_config_file()["components"]
+    (locking,) = [part["props"]["value"] for part in components if part["props"].get("label") == "Locking"]
+    assert locking == usual
+
+
 @pytest.mark.slow
 @needs_gradio
 def test_a_browser_shows_both_texts_and_their_history(address, tmp_path):
