@@ -103,6 +103,8 @@ def recipe_of(day: Day, name: str, **changes) -> dict:
 def training_recipe(day: Day, label: str) -> dict:
     recipe = recipe_of(day, NETWORKS[label][0], output_dir=str(folder_of(day, label)))
     recipe.pop("use_cpu", None)
+    if label == "character teacher":  # what was best for small networks, docs/teachers.md; its recipe is older
+        recipe |= {"muon": True, "locking": "spread"}
     if day.small:
         recipe |= SMALL_JUDGE if is_judge(label) else SMALL_TEACHER
         recipe |= {"use_cpu": True}
@@ -147,7 +149,8 @@ def pace(day: Day, label: str) -> float:
     else:
         known = ModelArguments.__dataclass_fields__
         shape = ModelArguments(**{name: value for name, value in recipe.items() if name in known})
-        arguments = MDLMTrainingArguments(**settings, ema_decay=recipe["ema_decay"])
+        own = {name: recipe[name] for name in ("ema_decay", "muon", "locking") if name in recipe}
+        arguments = MDLMTrainingArguments(**settings, **own)
         trainer = MDLMTrainer(build_model(shape, tokenizer, length), arguments, train_dataset=rows)
     clock = Clock(day)
     trainer.add_callback(clock)
