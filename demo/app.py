@@ -37,9 +37,9 @@ from studio import (  # noqa: E402
 
 
 TINY = ROOT / "recipes" / "tiny"
-SHIPPED = {
-    "teacher": TINY / "teacher",
+SHIPPED = {  # the page begins with the first and the last
     "sub-words": ROOT / "recipes" / "bible" / "teacher",
+    "teacher": TINY / "teacher",
     "coupled": TINY / "coupled",
     "student": ROOT / "runs" / "tiny" / "round-3",
 }
@@ -90,7 +90,7 @@ def build(writers: list[Writer], judge: Judge | None) -> gr.Blocks:
             button = gr.Button("Write", variant="primary", scale=1)
         with gr.Row():
             steps = gr.Slider(*LIMITS["steps"], value=16, step=1, label="Steps")
-            temperature = gr.Slider(*LIMITS["temperature"], value=1.0, step=0.05, label="Temperature")
+            temperature = gr.Slider(*LIMITS["temperature"], value=0.8, step=0.05, label="Temperature")
             length = gr.Slider(*LIMITS["length"], value=128, step=1, label="Length in tokens")
         with gr.Row():
             sampler = gr.Dropdown(list(STEPPED), value=STEPPED[0], label="Sampler")
