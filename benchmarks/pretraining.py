@@ -22,8 +22,8 @@ RECIPE = str(ROOT / "recipes" / "bible_teacher.yaml")
 SHAPE = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3, "conditioning_size": 16}
 SHAPE |= {"block_length": 64, "per_device_train_batch_size": 16}
 WAYS = {
-    "AdamW": {"muon": "false"},
-    "Muon": {"muon": "true"},
+    "AdamW": {"muon": "false", "locking": "independent"},
+    "Muon": {"muon": "true", "locking": "independent"},
     "Muon, spread masks": {"muon": "true", "locking": "spread"},
 }
 
