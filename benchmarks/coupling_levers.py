@@ -29,6 +29,7 @@ from evaluation.judge import fingerprint
 from modeling_mcd.coupling_mdlm import Chain
 from modeling_mcd.files import write_atomically
 from modeling_mcd.forward_process_mdlm import mask_tokens, process_of
+from modeling_mcd.head_mdlm import exclude_mask
 from modeling_mcd.loading import load_model
 from modeling_mcd.locking_mdlm import locked_uniforms
 from modeling_mcd.reveal_grid_mdlm import ancestral_reveal_steps
@@ -154,12 +155,17 @@ def plans(model, texts: torch.LongTensor, steps: int, seed: int) -> torch.LongTe
 
 
 def seen(model, texts: torch.LongTensor, masked: torch.BoolTensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The network's probabilities [R, V] and hidden states [R, d] at the masked positions; of one row if all is masked."""
+    """The network's probabilities [R, V] and hidden states [R, d] at the masked positions; of one row if all is masked.
+
+    With a gradient where the network is trained, which `HeadRows.log_probabilities` has not.
+    """
     if masked.all():
         texts, masked = texts[:1], masked[:1]
     z = mask_tokens(texts, masked, model.config.mask_token_id)
     parts = [model(input_ids=a, hidden_rows=b) for a, b in zip(z.split(16), masked.split(16), strict=True)]
-    return torch.cat([rows.log_probabilities().exp() for rows in parts]), torch.cat([rows.hidden for rows in parts])
+    logits = torch.cat([torch.addmm(rows.bias, rows.hidden, rows.weight.T) for rows in parts])
+    p = exclude_mask(logits, model.config.mask_token_id, -math.inf).softmax(dim=-1)
+    return p, torch.cat([rows.hidden for rows in parts])
 
 
 def log_of(p: torch.Tensor, texts: torch.LongTensor, masked: torch.BoolTensor) -> torch.Tensor:

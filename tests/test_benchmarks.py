@@ -72,7 +72,10 @@ def test_chains_on_remembered_rows_are_those_on_new_ones(build):
 @pytest.mark.parametrize("sharing", ["gates", "exponents", 2])
 def test_a_chain_that_levels_share(build, sharing):
     """All levels are the same at first; what a level learns is its own, and what all learn is everyone's."""
-    blocks, shape = torch.randint(46, (144, 12), generator=torch.Generator().manual_seed(0)), {"states": 3, "levels": 2}
+    blocks, shape = (
+        torch.randint(46, (144, 12), generator=torch.Generator().manual_seed(0)),
+        {"states": 3, "levels": 2},
+    )
     model = build().float()
     model.add_coupling(shape | {"emission": "table", "window": None})
     fresh = coupling_ablation.SharedCoupling(model.config, sharing)
@@ -140,6 +143,9 @@ def test_a_lever_that_updates_the_network_is_a_law(build):
         expected = gain + (coupling_levers.log_of(own[0], texts, masked) * revealed).sum(dim=1)
     torch.testing.assert_close(laws["updated"].log(), expected)
     assert (laws["updated"] - laws["frozen"]).abs().max() > 1e-3
+    coupling_levers.Level(*chain, network=network).gain(texts, masked, revealed, *told).sum().backward()
+    for name, parameter in network.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("workload", workloads.WORKLOADS)
