@@ -4,8 +4,8 @@
 
 Every chain is trained over the shipped tiny teacher on the same batches and plans, for 1, 2 and 4 spread steps, and judged by
 the N-step bound on the same held-out blocks. The network is frozen and its batches are the same, so its hidden rows are computed
-once. `sharing` cells have one chain for all levels, which each level changes a little (`SharedCoupling`); their states are chosen
-so that they have about as many parameters as the first cell. Each cell is saved in `benchmarks/results/coupling_ablation.json` as soon as it is measured, and the table in
+once. "1 chain" is one for all levels, which each level changes (`shared`, or otherwise: `SharedCoupling`), with states so many that it
+has about as many parameters as the first cell. Each cell is saved in `benchmarks/results/coupling_ablation.json` as soon as it is measured, and the table in
 `coupling_ablation.md`: a command that was killed goes on where it was.
 """
 
@@ -44,7 +44,7 @@ CELLS = {
     "window 8": {"window": 8},
     "1 chain, 147 states": {"states": 147, "levels": 1},
     "1 chain, 147 states, gates": {"states": 147, "sharing": "gates"},
-    "1 chain, 147 states, exponents": {"states": 147, "sharing": "exponents"},
+    "1 chain, 147 states, powers": {"states": 147, "shared": True},
     "1 chain, 108 states, updates of rank 8": {"states": 108, "sharing": 8},
 }
 STEPS = (1, 2, 4)
@@ -55,8 +55,8 @@ class SharedCoupling(MDLMCoupling):
 
     Args:
         config: of the network, with its `coupling`.
-        sharing: "exponents": a level takes a, T and W to powers of its own; "gates": a and T alone, to one power; a number:
-            it adds matrices of this rank to log T and log W, and a vector to log a.
+        sharing: "gates": a level takes a and T to one power of its own; a number: it adds matrices of this rank to log T and
+            log W, and a vector to log a.
     """
 
     def __init__(self, config, sharing: str | int):
@@ -72,20 +72,16 @@ class SharedCoupling(MDLMCoupling):
             for factor in (self.own[2], self.own[4]):  # the others are zero: at first all levels are the same
                 nn.init.normal_(factor, std=sharing**-0.5)
         else:
-            self.own = nn.ParameterList([nn.Parameter(torch.ones(levels, 1 if sharing == "gates" else 3))])
+            self.own = nn.ParameterList([nn.Parameter(torch.ones(levels, 1))])
 
     def forward(self, embedding: torch.Tensor) -> CouplingWeights:
         if isinstance(self.sharing, int):
             start, left, right, left_of_tokens, right_of_tokens = self.own
             transition, emission = self.transition + left @ right, self.emission + left_of_tokens @ right_of_tokens
             return CouplingWeights(self.start + start, transition, emission)
-        powers = self.own[0]
-        if self.sharing == "gates":
-            powers = torch.cat([powers, powers, torch.ones_like(powers)], dim=1)
-        of_start, of_transition, of_emission = powers[..., None].unbind(dim=1)
-        return CouplingWeights(
-            self.start * of_start, self.transition * of_transition[..., None], self.emission * of_emission[..., None]
-        )
+        gate = self.own[0]
+        emission = self.emission.expand(len(gate), -1, -1)
+        return CouplingWeights(self.start * gate, self.transition * gate[..., None], emission)
 
 
 class RememberingTrainer(CouplingTrainer):

@@ -122,8 +122,7 @@ def levels_of(model, level: int) -> dict[str, Level]:
     """What is compared at one level, by name."""
 
     def own(index: int) -> list[torch.Tensor]:
-        chain = model.coupling
-        return [weight[index].detach().float() for weight in (chain.start, chain.transition, chain.emission)]
+        return model.coupling(model.get_input_embeddings().weight).at(index, torch.float32)
 
     def updated() -> nn.Module:
         return with_adapter(copy.deepcopy(model), LoraConfig(r=RANK, lora_alpha=RANK))

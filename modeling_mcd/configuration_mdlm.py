@@ -32,7 +32,7 @@ NUMBERS = dict.fromkeys((*COUNTS, "conditioning_size", "max_position_embeddings"
     "initializer_range": NOT_NEGATIVE,
     "noise_epsilon": INSIDE_0_1,
 }
-COUPLING = {"states": 128, "levels": 4, "emission": "table", "window": None}
+COUPLING = {"states": 128, "levels": 4, "emission": "table", "window": None, "shared": False}
 EMISSIONS = ("table", "embedding")
 # Keywords of other models that look like ours and are none of our business.
 FOREIGN = ("sep_token_id", "cls_token_id", "unk_token_id", "decoder_start_token_id")
@@ -69,7 +69,8 @@ class MDLMConfig(PreTrainedConfig):
         coupling (`dict`, *optional*): A chain that joins the tokens of a step, see `coupling_mdlm.py`; none by default.
             `states` (128 by default); `levels`, chains for as many parts of the noise levels (4); `emission`, `"table"` or,
             for large vocabularies, `"embedding"`: of low rank, against the token embedding; `window`, positions after which
-            the chain begins anew (null: never).
+            the chain begins anew (null: never); `shared`, one chain for all levels, which each level takes to powers of its
+            own (false: they share nothing).
 
     Raises:
         ValueError: names the field, its value and the rule: for a number out of range, heads that do not divide the width,
@@ -148,6 +149,8 @@ def checked_coupling(settings: dict, config: MDLMConfig) -> dict:
     for name in ("states", "levels", "window"):
         if settings[name] is not None or name != "window":
             check_number(f"coupling: {name}", settings[name], COUNT)
+    if not isinstance(settings["shared"], bool):
+        raise ValueError(f"coupling: shared must be true or false, not {settings['shared']!r}")
     if settings["emission"] not in EMISSIONS:
         raise ValueError(f"coupling: emission must be one of {list(EMISSIONS)}, not {settings['emission']!r}")
     if (settings["window"] or 0) > config.max_position_embeddings:

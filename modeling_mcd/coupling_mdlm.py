@@ -33,12 +33,26 @@ class CouplingWeights(NamedTuple):
         transition: [K, S, S], from the state of a position to that of the next.
         emission: [K, S, V], or with an `embedding` [K, S, d].
         embedding: [V, d], the network's token embedding, or None.
+        powers: [K, 3] for one chain that all levels share: the three above have one level then, and each level multiplies
+            them by numbers of its own. Zero for the transition switches it off, where there is nothing to join. Or None.
     """
 
     start: torch.Tensor
     transition: torch.Tensor
     emission: torch.Tensor
     embedding: torch.Tensor | None = None
+    powers: torch.Tensor | None = None
+
+    @property
+    def levels(self) -> int:
+        return len(self.start if self.powers is None else self.powers)
+
+    def at(self, level: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """log a [S], log T [S, S], and log W before its softmax [S, V or d], of one level."""
+        parts = (self.start, self.transition, self.emission)
+        if self.powers is None:
+            return [part[level].to(dtype) for part in parts]
+        return [part[0].to(dtype) * power for part, power in zip(parts, self.powers[level].to(dtype), strict=True)]
 
 
 class MDLMCoupling(nn.Module):
@@ -46,7 +60,9 @@ class MDLMCoupling(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        levels, states = config.coupling["levels"], config.coupling["states"]
+        levels, states, shared = (config.coupling[name] for name in ("levels", "states", "shared"))
+        self.powers = nn.Parameter(torch.empty(levels, 3)) if shared else None
+        levels = 1 if shared else levels
         self.low_rank = config.coupling["emission"] == "embedding"
         self.width = width = config.hidden_size if self.low_rank else config.vocab_size
         self.start = nn.Parameter(torch.empty(levels, states))
@@ -57,11 +73,14 @@ class MDLMCoupling(nn.Module):
         init.zeros_(self.start)
         init.zeros_(self.transition)  # T is all ones: the draw is the factorised one, whatever the emission
         init.normal_(self.emission, std=self.width**-0.5 if self.low_rank else 1.0)
+        if self.powers is not None:
+            init.ones_(self.powers)
 
     def forward(self, embedding: torch.Tensor) -> CouplingWeights:
         """Views of the parameters, made in the network's forward for the wrappers that train it, as in `HeadRows`."""
         own = (weight.view_as(weight) for weight in (self.start, self.transition, self.emission))
-        return CouplingWeights(*own, embedding.detach() if self.low_rank else None)
+        powers = None if self.powers is None else self.powers.view_as(self.powers)
+        return CouplingWeights(*own, embedding.detach() if self.low_rank else None, powers)
 
 
 class Chains:
@@ -79,11 +98,11 @@ class Chains:
 
     def levels_of(self, gamma: torch.Tensor) -> torch.LongTensor:
         """Numbers of the levels of rows whose tokens are visible with probability gamma: K equal parts of [0, 1]."""
-        levels = len(self.weights.start)
+        levels = self.weights.levels
         return (gamma * levels).long().clamp(max=levels - 1)
 
     def _at(self, level: int) -> "Chain":
-        start, transition, emission = (weight[level].to(self.dtype) for weight in self.weights[:3])
+        start, transition, emission = self.weights.at(level, self.dtype)
         if self.weights.embedding is not None:
             # Standardised over the vocabulary: an embedding's numbers may be small, and have a mean that says nothing.
             vectors = self.weights.embedding.to(self.dtype)

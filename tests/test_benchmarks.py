@@ -69,7 +69,7 @@ def test_chains_on_remembered_rows_are_those_on_new_ones(build):
     assert wider.coupling.start.shape == (4, 5)
 
 
-@pytest.mark.parametrize("sharing", ["gates", "exponents", 2])
+@pytest.mark.parametrize("sharing", ["gates", 2])
 def test_a_chain_that_levels_share(build, sharing):
     """All levels are the same at first; what a level learns is its own, and what all learn is everyone's."""
     blocks, shape = (

@@ -286,6 +286,33 @@ def test_levels_are_equal_parts_of_the_visible_fraction():
     assert Chains(weights(levels=4), None).levels_of(gamma).tolist() == [0, 0, 0, 1, 2, 3, 3]
 
 
+@pytest.mark.parametrize("emission", ["table", "embedding"])
+def test_a_shared_chain_is_taken_to_the_powers_of_its_level(build, emission, tmp_path):
+    model = build()
+    model.add_coupling({"states": 3, "levels": 2, "shared": True, "emission": emission})
+    assert model.coupling.start.shape == (1, 3) and model.coupling.powers.eq(1).all()
+    for weight in model.coupling.parameters():
+        weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path)
+    coupling, loaded = model.coupling, load_model(str(tmp_path)).coupling
+    chains = Chains(loaded(model.model.embed_tokens.weight), None)
+    for level, (of_start, of_transition, of_emission) in enumerate(coupling.powers.double()):
+        alone = CouplingWeights(
+            coupling.start.double() * of_start,
+            coupling.transition.double() * of_transition,
+            coupling.emission.double() * of_emission,
+            None if emission == "table" else model.model.embed_tokens.weight.double(),
+        )
+        for name in ("start", "transition", "log_emission"):
+            expected = getattr(Chains(alone, None).at(0), name)
+            torch.testing.assert_close(getattr(chains.at(level), name), expected, rtol=1e-5, atol=1e-5)
+    coupling.powers.data[1] = 0  # the level joins nothing
+    texts = torch.randint(0, 46, (3, 12), generator=torch.Generator().manual_seed(0))
+    chain = Chains(coupling(model.model.embed_tokens.weight), None).at(1)
+    gain = chain.log_gain(chain.emission[texts].roll(1, dims=1), *(torch.ones_like(texts).bool(),) * 2, texts)
+    torch.testing.assert_close(gain, torch.zeros_like(gain), rtol=0, atol=1e-9)
+
+
 TABLE = table_of_logits()
 
 
@@ -487,7 +514,8 @@ def test_a_new_coupling_changes_no_likelihood(build):
 
 
 @pytest.mark.parametrize(
-    "coupling", [{"states": 5}, {"states": 5, "window": 3}, {"states": 5, "emission": "embedding"}]
+    "coupling",
+    [{"states": 5}, {"states": 5, "window": 3}, {"states": 5, "emission": "embedding"}, {"states": 5, "shared": True}],
 )
 def test_all_texts_under_one_plan_sum_to_one(build, coupling):
     model = build(vocab_size=4, mask_token_id=3, bos_token_id=0, eos_token_id=0, coupling=coupling)
@@ -584,6 +612,7 @@ def test_the_shipped_chain_is_over_the_shipped_teacher_and_better():
         ({"states": None}, "coupling: states must be an integer of at least 1, not None"),
         ({"window": 33}, r"coupling: window \(33\) must not exceed the context, 32 tokens"),
         ({"emission": "rank"}, "coupling: emission must be one of .*, not 'rank'"),
+        ({"shared": 1}, "coupling: shared must be true or false, not 1"),
         ({"state": 4}, "coupling has no 'state': it takes"),
     ],
 )
@@ -680,7 +709,8 @@ def test_training_is_on_the_samplers_own_plans(networks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"plan_steps": None}, {"coupling_window": 5}, {"emission": "embedding"}, {"bf16": True}]
+    "changes",
+    [{"plan_steps": None}, {"coupling_window": 5}, {"emission": "embedding"}, {"bf16": True}, {"shared": True}],
 )
 def test_only_the_chain_learns_and_it_learns(changes, networks, tmp_path):
     changes = {"window" if name == "coupling_window" else name: value for name, value in changes.items()}

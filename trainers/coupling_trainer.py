@@ -42,6 +42,10 @@ class CouplingTrainingArguments(DistillationArguments):
         metadata={"help": "What a token tells about the state: a table, or of low rank against the token embedding."},
     )
     window: int | None = field(default=None, metadata={"help": "Positions after which the chain begins anew."})
+    shared: bool = field(
+        default=False,
+        metadata={"help": "One chain, which each level takes to powers of its own; false: a chain a level."},
+    )
     plan_steps: list[int] | None = field(
         default_factory=lambda: [1, 2, 4],
         metadata={"help": "Numbers of steps N to teach for; null: every noise level, all masked tokens at once."},
@@ -66,7 +70,7 @@ class CouplingTrainingArguments(DistillationArguments):
 
     def coupling(self) -> dict:
         """The `coupling` of a model's configuration."""
-        return {name: getattr(self, name) for name in ("states", "levels", "emission", "window")}
+        return {name: getattr(self, name) for name in ("states", "levels", "emission", "window", "shared")}
 
 
 class CouplingTrainer(DistillationTrainer):
