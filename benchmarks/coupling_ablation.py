@@ -4,9 +4,9 @@
 
 Every chain is trained over the shipped tiny teacher on the same batches and plans, for 1, 2 and 4 spread steps, and judged by
 the N-step bound on the same held-out blocks. The network is frozen and its batches are the same, so its hidden rows are computed
-once. "1 chain" is one for all levels, which each level changes (`shared`, or otherwise: `SharedCoupling`), with states so many that it
-has about as many parameters as the first cell. Each cell is saved in `benchmarks/results/coupling_ablation.json` as soon as it is measured, and the table in
-`coupling_ablation.md`: a command that was killed goes on where it was.
+once. Cells named "1 chain" have one chain for all levels, which a level may change (`shared`, or `SharedCoupling`), and about as many
+parameters as the first cell. Each cell is saved in `benchmarks/results/coupling_ablation.json` as soon as it is measured, and the
+table in `coupling_ablation.md`: a command that was killed goes on where it was.
 """
 
 import argparse
@@ -51,7 +51,7 @@ STEPS = (1, 2, 4)
 
 
 class SharedCoupling(MDLMCoupling):
-    """One chain for all levels, which each level changes.
+    """One chain for all levels, which each level changes in another way than the `shared` chain of the library.
 
     Args:
         config: of the network, with its `coupling`.
@@ -114,7 +114,7 @@ def train_chain(model, blocks: torch.LongTensor, updates: int, rows_of_step=None
         model: with a chain, which goes on; or without, and then `settings` hold its shape.
         blocks: of text, [n, L], n at least 24 a step.
         rows_of_step: a dict, see `RememberingTrainer`; None: every forward is run.
-        sharing: see `SharedCoupling`; None: each level has a chain of its own.
+        sharing: of a `SharedCoupling`; None: a chain as `settings` say.
         settings: of `CouplingTrainingArguments`.
     """
     set_seed(1)  # of a new chain's emission

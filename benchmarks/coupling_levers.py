@@ -5,10 +5,10 @@
 MODEL has a chain of four levels. A chain changes the law of each token as well as what tokens know of each other: its gain is
 split into what independent draws from these single laws gain (at the first and last token of a block, which are special tokens,
 and at the others), and the rest, which is joint. Under spread locking each of four steps has a level of its own, so a change of
-a level is trained on its step of N = 4 alone, on the same blocks and plans as the others; a change may be of the network too (LoRA).
-Figures are nats per token of all the
-text, so those of the four steps add up. Every level is saved in `benchmarks/results/coupling_levers_NAME.json` as soon as it is
-measured, and the tables in `coupling_levers_NAME.md`: a command that was killed goes on where it was.
+a level is trained on its step of N = 4 alone, on the same blocks and plans as the others; two changes train the network too, by
+LoRA. Figures are nats per token of all the text, so those of the four steps add up. Every level is saved in
+`benchmarks/results/coupling_levers_NAME.json` as soon as it is measured, and the tables in `coupling_levers_NAME.md`: a command
+that was killed goes on where it was.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Level(nn.Module):
             the same, since the evidence may depend on all that is visible. 0: they do not.
         topics: equal groups of states that the chain never leaves, a mixture of as many chains.
         joins: False leaves T and a at one, so that no token knows of another.
-        network: the one whose laws the chain couples, if it is trained along; None: the frozen one.
+        network: the network under the chain, if it is trained with it; None: the frozen one.
     """
 
     def __init__(self, start, transition, emission, width=0, topics=1, joins=True, network: nn.Module | None = None):

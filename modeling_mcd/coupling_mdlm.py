@@ -33,8 +33,8 @@ class CouplingWeights(NamedTuple):
         transition: [K, S, S], from the state of a position to that of the next.
         emission: [K, S, V], or with an `embedding` [K, S, d].
         embedding: [V, d], the network's token embedding, or None.
-        powers: [K, 3] for one chain that all levels share: the three above have one level then, and each level multiplies
-            them by numbers of its own. Zero for the transition switches it off, where there is nothing to join. Or None.
+        powers: [K, 3] of a chain that all levels share, or None. The first three have one level then, and each level
+            multiplies start, transition and emission by numbers of its own: zeros for the first two switch the chain off.
     """
 
     start: torch.Tensor
@@ -62,12 +62,12 @@ class MDLMCoupling(nn.Module):
         super().__init__()
         levels, states, shared = (config.coupling[name] for name in ("levels", "states", "shared"))
         self.powers = nn.Parameter(torch.empty(levels, 3)) if shared else None
-        levels = 1 if shared else levels
+        chains = 1 if shared else levels
         self.low_rank = config.coupling["emission"] == "embedding"
         self.width = width = config.hidden_size if self.low_rank else config.vocab_size
-        self.start = nn.Parameter(torch.empty(levels, states))
-        self.transition = nn.Parameter(torch.empty(levels, states, states))
-        self.emission = nn.Parameter(torch.empty(levels, states, width))
+        self.start = nn.Parameter(torch.empty(chains, states))
+        self.transition = nn.Parameter(torch.empty(chains, states, states))
+        self.emission = nn.Parameter(torch.empty(chains, states, width))
 
     def initialize(self):
         init.zeros_(self.start)

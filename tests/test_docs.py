@@ -297,6 +297,14 @@ def test_hyper_parameters_are_those_of_the_code(name):
     assert set(defaults) - general <= set(table), "an option without its row"
 
 
+# --- docs/tests.md
+
+
+def test_every_file_of_tests_is_in_the_list():
+    listed = re.findall(r"`(test_\w+\.py)`", (ROOT / "docs" / "tests.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+
+
 # --- docs/choosing.md
 
 

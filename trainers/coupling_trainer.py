@@ -44,7 +44,7 @@ class CouplingTrainingArguments(DistillationArguments):
     window: int | None = field(default=None, metadata={"help": "Positions after which the chain begins anew."})
     shared: bool = field(
         default=False,
-        metadata={"help": "One chain, which each level takes to powers of its own; false: a chain a level."},
+        metadata={"help": "One chain, which each level takes to powers of its own; false: one for each level."},
     )
     plan_steps: list[int] | None = field(
         default_factory=lambda: [1, 2, 4],
