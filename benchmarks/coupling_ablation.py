@@ -30,7 +30,7 @@ from trainers import CouplingTrainer, CouplingTrainingArguments
 
 
 TINY = ROOT / "recipes" / "tiny"
-CENTRE = {"states": 64, "levels": 4, "window": None}
+CENTRE = {"states": 64, "levels": 4, "window": None, "shared": False}
 CELLS = {
     "64 states, 4 levels": {},
     "16 states": {"states": 16},

@@ -2,7 +2,7 @@
 
     python -m benchmarks.coupling_levers MODEL --text FOLDER --train_text FOLDER [--updates 160]
 
-MODEL has a chain of four levels. A chain changes the law of each token as well as what tokens know of each other: its gain is
+MODEL has a chain of four levels, or a multiple of it. A chain changes the law of each token as well as what tokens know of each other: its gain is
 split into what independent draws from these single laws gain (at the first and last token of a block, which are special tokens,
 and at the others), and the rest, which is joint. Under spread locking each of four steps has a level of its own, so a change of
 a level is trained on its step of N = 4 alone, on the same blocks and plans as the others; two changes train the network too, by
@@ -119,10 +119,11 @@ class Level(nn.Module):
 
 
 def levels_of(model, level: int) -> dict[str, Level]:
-    """What is compared at one level, by name."""
+    """What is compared at the level of one step of four, by name."""
 
     def own(index: int) -> list[torch.Tensor]:
-        return model.coupling(model.get_input_embeddings().weight).at(index, torch.float32)
+        weights = model.coupling(model.get_input_embeddings().weight)
+        return weights.at(index * weights.levels // STEPS, torch.float32)
 
     def updated() -> nn.Module:
         return with_adapter(copy.deepcopy(model), LoraConfig(r=RANK, lora_alpha=RANK))
@@ -279,8 +280,8 @@ def main():
         load_model(options.model).eval().requires_grad_(False),
         AutoTokenizer.from_pretrained(options.model),
     )
-    if model.config.coupling is None or model.config.coupling["levels"] != STEPS:
-        raise SystemExit(f"{options.model} has no chain of {STEPS} levels: its coupling is {model.config.coupling}")
+    if model.config.coupling is None or model.config.coupling["levels"] % STEPS:
+        raise SystemExit(f"{options.model} has no chain of {STEPS} levels or a multiple of it: its coupling is {model.config.coupling}")
     length = model.config.max_position_embeddings
     held_out = text_blocks(read_texts(options.text), tokenizer, length, options.blocks)
     about = {"weights": fingerprint(model), "blocks": len(held_out), "tokens": length, "updates": options.updates}

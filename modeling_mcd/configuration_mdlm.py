@@ -32,7 +32,7 @@ NUMBERS = dict.fromkeys((*COUNTS, "conditioning_size", "max_position_embeddings"
     "initializer_range": NOT_NEGATIVE,
     "noise_epsilon": INSIDE_0_1,
 }
-COUPLING = {"states": 128, "levels": 4, "emission": "table", "window": None, "shared": False}
+COUPLING = {"states": 128, "levels": 4, "emission": "table", "window": None, "shared": True}
 EMISSIONS = ("table", "embedding")
 # Keywords of other models that look like ours and are none of our business.
 FOREIGN = ("sep_token_id", "cls_token_id", "unk_token_id", "decoder_start_token_id")
@@ -67,10 +67,10 @@ class MDLMConfig(PreTrainedConfig):
             gamma(1), the fraction still visible at full noise.
         mask_token_id (`int`, *optional*): Id of `[MASK]`; the last token when not given. Uniform noise has none.
         coupling (`dict`, *optional*): A chain that joins the tokens of a step, see `coupling_mdlm.py`; none by default.
-            `states` (128 by default); `levels`, chains for as many parts of the noise levels (4); `emission`, `"table"` or,
-            for large vocabularies, `"embedding"`: of low rank, against the token embedding; `window`, positions after which
-            the chain begins anew (null: never); `shared`, one chain for all levels, which each level takes to powers of its
-            own (false: they share nothing).
+            `states` (128 by default); `levels`, equal parts of the visible fraction that the chain differs between (4);
+            `shared`, one chain, which each level takes to powers of its own (true), or one for each level (false);
+            `emission`, `"table"` or, for large vocabularies, `"embedding"`: of low rank, against the token embedding;
+            `window`, positions after which the chain begins anew (null: never).
 
     Raises:
         ValueError: names the field, its value and the rule: for a number out of range, heads that do not divide the width,

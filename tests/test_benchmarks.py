@@ -66,7 +66,7 @@ def test_chains_on_remembered_rows_are_those_on_new_ones(build):
     for name, value in plain.state_dict().items():
         assert torch.equal(value, first.state_dict()[name]) and torch.equal(value, again.state_dict()[name]), name
     wider = coupling_ablation.train_chain(copy.deepcopy(model), blocks, 2, remembered, disable_tqdm=True, states=5)
-    assert wider.coupling.start.shape == (4, 5)
+    assert wider.coupling.start.shape == (1, 5)
 
 
 @pytest.mark.parametrize("sharing", ["gates", 2])
@@ -74,7 +74,7 @@ def test_a_chain_that_levels_share(build, sharing):
     """All levels are the same at first; what a level learns is its own, and what all learn is everyone's."""
     blocks, shape = (
         torch.randint(46, (144, 12), generator=torch.Generator().manual_seed(0)),
-        {"states": 3, "levels": 2},
+        {"states": 3, "levels": 2, "shared": False},
     )
     model = build().float()
     model.add_coupling(shape | {"emission": "table", "window": None})

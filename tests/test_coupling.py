@@ -285,7 +285,7 @@ def test_levels_are_equal_parts_of_the_visible_fraction():
 @pytest.mark.parametrize("emission", ["table", "embedding"])
 def test_a_shared_chain_is_taken_to_the_powers_of_its_level(build, emission, tmp_path):
     model = build()
-    model.add_coupling({"states": 3, "levels": 2, "shared": True, "emission": emission})
+    model.add_coupling({"states": 3, "levels": 2, "emission": emission})
     assert model.coupling.start.shape == (1, 3) and model.coupling.powers.eq(1).all()
     for weight in model.coupling.parameters():
         weight.data.normal_(generator=torch.Generator().manual_seed(0))
@@ -469,12 +469,12 @@ def test_a_chain_takes_two_thirds_of_the_cost_of_one_step():
 # --- On a network
 
 
-@pytest.fixture
-def coupled(build):
+@pytest.fixture(params=[True, False], ids=["shared", "a chain a level"])
+def coupled(build, request):
     """A small model with a strong chain of random weights."""
-    model = build(coupling={"states": 5, "levels": 2})
+    model = build(coupling={"states": 5, "levels": 2, "shared": request.param})
     for parameter in model.coupling.parameters():
-        parameter.data *= 8
+        parameter.data *= 3 if request.param else 8  # a shared one multiplies two of them
     return model
 
 
@@ -511,7 +511,12 @@ def test_a_new_coupling_changes_no_likelihood(build):
 
 @pytest.mark.parametrize(
     "coupling",
-    [{"states": 5}, {"states": 5, "window": 3}, {"states": 5, "emission": "embedding"}, {"states": 5, "shared": True}],
+    [
+        {"states": 5},
+        {"states": 5, "window": 3},
+        {"states": 5, "emission": "embedding"},
+        {"states": 5, "shared": False},
+    ],
 )
 def test_all_texts_under_one_plan_sum_to_one(build, coupling):
     model = build(vocab_size=4, mask_token_id=3, bos_token_id=0, eos_token_id=0, coupling=coupling)
@@ -631,10 +636,10 @@ def test_couplings_that_do_not_fit_are_refused(build, coupled, tmp_path):
     with pytest.raises(ValueError, match="the model has a coupling already"):
         coupled.add_coupling({})
     coupled.save_pretrained(tmp_path / "x")
-    other = build(coupling={"states": 5, "levels": 2}, vocab_size=40, mask_token_id=39, eos_token_id=1, bos_token_id=1)
+    other = build(coupling=coupled.config.coupling, vocab_size=40, mask_token_id=39, eos_token_id=1, bos_token_id=1)
     mixed = coupled.state_dict() | {"coupling.emission": other.state_dict()["coupling.emission"]}
     coupled.save_pretrained(tmp_path / "x", state_dict=mixed)
-    with pytest.raises(ValueError, match=r"coupling.emission has the shape \(2, 5, 40\), not \(2, 5, 48\)"):
+    with pytest.raises(ValueError, match=r"coupling.emission has the shape \(\d, 5, 40\), not \(\d, 5, 48\)"):
         load_model(tmp_path / "x")
     coupled.coupling.start.data[0, 0] = torch.nan
     coupled.save_pretrained(tmp_path / "x")

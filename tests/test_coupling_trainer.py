@@ -34,7 +34,7 @@ def test_training_is_on_the_samplers_own_plans(networks, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"plan_steps": None}, {"coupling_window": 5}, {"emission": "embedding"}, {"bf16": True}, {"shared": True}],
+    [{"plan_steps": None}, {"coupling_window": 5}, {"emission": "embedding"}, {"bf16": True}, {"shared": False}],
 )
 def test_only_the_chain_learns_and_it_learns(changes, networks, tmp_path):
     changes = {"window" if name == "coupling_window" else name: value for name, value in changes.items()}

@@ -36,14 +36,16 @@ class CouplingTrainingArguments(DistillationArguments):
     num_rounds: int = field(default=1, metadata={"help": "Equal parts of the run; the model is exported after each."})
     steps_per_round: int = field(default=2000, metadata={"help": "Steps in a round."})
     states: int = field(default=128, metadata={"help": "Hidden states S of the chain."})
-    levels: int = field(default=4, metadata={"help": "Chains for as many equal parts of the visible fraction."})
+    levels: int = field(
+        default=4, metadata={"help": "Equal parts of the visible fraction that the chain differs between."}
+    )
     emission: Literal[EMISSIONS] = field(
         default="table",
         metadata={"help": "What a token tells about the state: a table, or of low rank against the token embedding."},
     )
     window: int | None = field(default=None, metadata={"help": "Positions after which the chain begins anew."})
     shared: bool = field(
-        default=False,
+        default=True,
         metadata={"help": "One chain, which each level takes to powers of its own; false: one for each level."},
     )
     plan_steps: list[int] | None = field(
