@@ -281,7 +281,9 @@ def main():
         AutoTokenizer.from_pretrained(options.model),
     )
     if model.config.coupling is None or model.config.coupling["levels"] % STEPS:
-        raise SystemExit(f"{options.model} has no chain of {STEPS} levels or a multiple of it: its coupling is {model.config.coupling}")
+        raise SystemExit(
+            f"{options.model} has no chain of {STEPS} levels or a multiple of it: its coupling is {model.config.coupling}"
+        )
     length = model.config.max_position_embeddings
     held_out = text_blocks(read_texts(options.text), tokenizer, length, options.blocks)
     about = {"weights": fingerprint(model), "blocks": len(held_out), "tokens": length, "updates": options.updates}

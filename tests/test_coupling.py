@@ -601,7 +601,7 @@ def test_the_shipped_chain_is_over_the_shipped_teacher_and_better():
     tokenizer = AutoTokenizer.from_pretrained(TINY / "coupled")
     texts = text_blocks(read_texts(TINY / "text" / "validation"), tokenizer, 128, 4)
     alone, coupled = (step_bound(model, texts, steps=2, locking="spread", coupling=c) for c in (False, True))
-    assert coupled.minus(alone)[0] < -0.08
+    assert coupled.minus(alone)[0] < -0.2
     assert torch.equal(step_bound(teacher, texts, steps=2, locking="spread").nats, alone.nats)
 
 

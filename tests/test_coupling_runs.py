@@ -135,4 +135,4 @@ def test_a_chain_is_trained_for_a_student(method, inputs, distilled, tmp_path):
     if method == "mcd":
         shift = (after["coupling.transition"] - before["coupling.transition"]).abs().max()
         assert 0 < shift < 0.2, "two steps from where it was, not anew"
-    assert load_model(tmp_path / "run").generation_config.steps == 4
+    assert load_model(tmp_path / "run").generation_config.steps == 8

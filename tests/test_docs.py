@@ -104,7 +104,7 @@ def library(tmp_path_factory) -> Path:
     )
     tokenizer = character_tokenizer(model_max_length=256)
     coupled = copy.deepcopy(teacher)
-    coupled.add_coupling({"states": 128})  # as tiny_coupling.yaml says
+    coupled.add_coupling({"states": 256, "levels": 8})  # as tiny_coupling.yaml says
     for model, name in ((teacher, "teacher"), (coupled, "coupled"), (judge, "judge")):
         model.save_pretrained(tiny / name)
         tokenizer.save_pretrained(tiny / name)
