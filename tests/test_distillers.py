@@ -166,7 +166,10 @@ def coupling_by_hand(trainer, inputs, step):
         row = {name: value[b : b + 1] for name, value in inputs.items()}
         log_p = log_probabilities(trainer.model, x_0[b : b + 1].masked_fill(masked, MASK), gamma, row)[0]
         weights = trainer.model.coupling.start, trainer.model.coupling.transition, trainer.model.coupling.emission
-        start, transition, emission = (weight[int(4 * gamma)].detach() for weight in weights)
+        powers = trainer.model.coupling.powers[int(4 * gamma)].detach()
+        start, transition, emission = (
+            weight[0].detach() * power for weight, power in zip(weights, powers, strict=True)
+        )
         told = emission.softmax(dim=0)  # of the state [S], by each token
         known, joint = [], []
         for i in present[b].nonzero()[:, 0].tolist():
