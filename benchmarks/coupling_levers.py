@@ -2,9 +2,9 @@
 
     python -m benchmarks.coupling_levers MODEL --text FOLDER --train_text FOLDER [--updates 160]
 
-MODEL has a chain of four levels, or a multiple of it. A chain changes the law of each token as well as what tokens know of each other: its gain is
-split into what independent draws from these single laws gain (at the first and last token of a block, which are special tokens,
-and at the others), and the rest, which is joint. Under spread locking each of four steps has a level of its own, so a change of
+MODEL has a chain of four levels, or of a multiple of four. A chain changes the law of each token as well as what tokens know of
+each other: its gain is split into what independent draws from these single laws gain (at the first and last token of a block,
+which are special tokens, and at the others), and the rest, which is joint. Under spread locking each of four steps has a level of its own, so a change of
 a level is trained on its step of N = 4 alone, on the same blocks and plans as the others; two changes train the network too, by
 LoRA. Figures are nats per token of all the text, so those of the four steps add up. Every level is saved in
 `benchmarks/results/coupling_levers_NAME.json` as soon as it is measured, and the tables in `coupling_levers_NAME.md`: a command
@@ -282,7 +282,7 @@ def main():
     )
     if model.config.coupling is None or model.config.coupling["levels"] % STEPS:
         raise SystemExit(
-            f"{options.model} has no chain of {STEPS} levels or a multiple of it: its coupling is {model.config.coupling}"
+            f"{options.model} has no chain of {STEPS} levels or of a multiple of {STEPS}: its coupling is {model.config.coupling}"
         )
     length = model.config.max_position_embeddings
     held_out = text_blocks(read_texts(options.text), tokenizer, length, options.blocks)

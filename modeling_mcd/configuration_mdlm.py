@@ -67,7 +67,7 @@ class MDLMConfig(PreTrainedConfig):
             gamma(1), the fraction still visible at full noise.
         mask_token_id (`int`, *optional*): Id of `[MASK]`; the last token when not given. Uniform noise has none.
         coupling (`dict`, *optional*): A chain that joins the tokens of a step, see `coupling_mdlm.py`; none by default.
-            `states` (128 by default); `levels`, equal parts of the visible fraction that the chain differs between (4);
+            `states` (128 by default); `levels`, equal parts of the visible fraction, in each of which the chain is another (4);
             `shared`, one chain, which each level takes to powers of its own (true), or one for each level (false);
             `emission`, `"table"` or, for large vocabularies, `"embedding"`: of low rank, against the token embedding;
             `window`, positions after which the chain begins anew (null: never).

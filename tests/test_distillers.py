@@ -166,10 +166,11 @@ def coupling_by_hand(trainer, inputs, step):
         row = {name: value[b : b + 1] for name, value in inputs.items()}
         log_p = log_probabilities(trainer.model, x_0[b : b + 1].masked_fill(masked, MASK), gamma, row)[0]
         weights = trainer.model.coupling.start, trainer.model.coupling.transition, trainer.model.coupling.emission
-        powers = trainer.model.coupling.powers[int(4 * gamma)].detach()
-        start, transition, emission = (
-            weight[0].detach() * power for weight, power in zip(weights, powers, strict=True)
-        )
+        level, powers = int(4 * gamma), trainer.model.coupling.powers
+        if powers is None:
+            start, transition, emission = (weight[level].detach() for weight in weights)
+        else:
+            start, transition, emission = (weights[i][0].detach() * powers[level, i].item() for i in range(3))
         told = emission.softmax(dim=0)  # of the state [S], by each token
         known, joint = [], []
         for i in present[b].nonzero()[:, 0].tolist():
@@ -189,9 +190,9 @@ BY_HAND["coupling"] = coupling_by_hand
 
 @pytest.mark.parametrize("data", ["blocks", "prompted and padded"])
 @pytest.mark.parametrize("step", [0, 6])
-@pytest.mark.parametrize("method", METHODS)
-def test_loss_equals_the_formula_by_hand(method, step, data, networks, tmp_path):
-    trainer = make_trainer(method, networks, tmp_path)
+@pytest.mark.parametrize(("method", "changes"), [*((name, {}) for name in METHODS), ("coupling", {"shared": False})])
+def test_loss_equals_the_formula_by_hand(method, changes, step, data, networks, tmp_path):
+    trainer = make_trainer(method, networks, tmp_path, **changes)
     trainer.state.global_step = step
     inputs = {"input_ids": blocks()} if data == "blocks" else prompted()
     loss = trainer.compute_loss(trainer.model, inputs)

@@ -37,7 +37,7 @@ class CouplingTrainingArguments(DistillationArguments):
     steps_per_round: int = field(default=2000, metadata={"help": "Steps in a round."})
     states: int = field(default=128, metadata={"help": "Hidden states S of the chain."})
     levels: int = field(
-        default=4, metadata={"help": "Equal parts of the visible fraction that the chain differs between."}
+        default=4, metadata={"help": "Equal parts of the visible fraction; the chain is another one in each."}
     )
     emission: Literal[EMISSIONS] = field(
         default="table",
