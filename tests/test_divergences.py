@@ -343,6 +343,7 @@ SCRIPT = """
 import contextlib, os, sys
 import torch
 import torch.distributed as dist
+from evaluation.team import let_go
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from trainers.divergences import cross_entropy, divergence
 
@@ -413,6 +414,7 @@ if rank == 0:
 if world > 1:
     dist.barrier()
     dist.destroy_process_group()
+    let_go()
 """
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or shutil.which("ninja") is None,

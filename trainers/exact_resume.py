@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from evaluation.team import let_go
 from modeling_mcd.command_line import LOST_A_PROCESS, has_lost_a_process
 from modeling_mcd.files import read_object
 from trainers.adapters import is_adapted
@@ -185,6 +186,8 @@ class ExactResumeTrainer(ShardedTrainer):
     def end(self):
         """Finishes trackers and the process group, at the end of a command. transformers before 5.20 has no such method."""
         self.accelerator.end_training()
+        if self.args.world_size > 1:
+            let_go()
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
         if wanted is None or wanted is False:
