@@ -183,27 +183,33 @@ class Chain:
             drawn.shape,
             (self._cut(x, fill) for x, fill in ((evidence, 1), (present, False), (drawn, False), (uniforms, 0))),
         )
-        log_z, before = self._forward(evidence, present)
-        behind, states = torch.ones_like(before[0]), []  # what the positions on the right say about this one's state
-        for i in reversed(range(evidence.shape[1])):
-            known = evidence[:, i] * behind
-            state = _pick(before[i] * known, uniforms[:, i], temperature)
-            known = torch.where(drawn[:, i, None], nn.functional.one_hot(state, len(self.start)).to(known), known)
-            passed = known / known.sum(dim=-1, keepdim=True) @ self.transition.T
-            behind = torch.where(present[:, i, None], passed, behind)
-            states.append(state)
-        states = torch.stack(states[::-1], dim=1).where(log_z.isfinite()[:, None], -1)
+        log_z, joints = self._forward(evidence, present)
+        some, every, passed_over = (x.tolist() for x in (drawn.any(dim=0), drawn.all(dim=0), ~present.all(dim=0)))
+        back, here, uniforms = self.transition.T.contiguous(), evidence.unbind(dim=1), uniforms.unbind(dim=1)
+        behind = torch.ones_like(joints[0])  # what the positions on the right say about this one's state
+        states = [drawn.new_zeros(len(drawn), dtype=torch.long)] * len(joints)
+        for i in reversed(range(len(states))):
+            if some[i]:
+                states[i] = _pick(joints[i] * behind, uniforms[i], temperature)
+                passed = back[states[i]]
+            if not every[i]:
+                known = here[i] * behind
+                summed_out = known / known.sum(dim=-1, keepdim=True) @ back
+                passed = torch.where(drawn[:, i, None], passed, summed_out) if some[i] else summed_out
+            behind = torch.where(present[:, i, None], passed, behind) if passed_over[i] else passed
+        states = torch.stack(states, dim=1).where(log_z.isfinite()[:, None], -1)
         return states.view(shape[0], -1)[:, : shape[1]]
 
     def _forward(self, evidence: torch.Tensor, present: torch.BoolTensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The forward algorithm, scaled at each position: log Z [B], and the weights of each state before its evidence."""
-        state, before, scales = self.start.expand(len(evidence), -1), [], []
-        for here, there in zip(evidence.unbind(dim=1), present.unbind(dim=1), strict=True):
-            before.append(state)
-            joint = state * here
-            scales.append(joint.sum(dim=-1, keepdim=True))
-            state = torch.where(there[:, None], joint / scales[-1] @ self.transition, state)
-        return torch.cat(scales, dim=1).log().where(present, 0).sum(dim=1), before
+        """The forward algorithm, scaled at each position: log Z [B], and the weights of each state with its evidence."""
+        state, joints, scales = self.start.expand(len(evidence), -1), [], []
+        passed_over = (~present.all(dim=0)).tolist()
+        for i, here in enumerate(evidence.unbind(dim=1)):
+            joints.append(state * here)
+            scales.append(joints[i].sum(dim=-1, keepdim=True))
+            passed = joints[i] / scales[i] @ self.transition
+            state = torch.where(present[:, i, None], passed, state) if passed_over[i] else passed
+        return torch.cat(scales, dim=1).log().where(present, 0).sum(dim=1), joints
 
     def _cut(self, values: torch.Tensor, fill: float) -> torch.Tensor:
         """Values [B, L, ...] as windows [B * n, w, ...], the last one filled up."""
@@ -221,4 +227,5 @@ def _pick(weights: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> 
     if temperature != 1:
         weights = (weights / weights.amax(dim=-1, keepdim=True)) ** (1 / temperature)
     cumulative = weights.cumsum(dim=-1)
-    return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(dim=-1).clamp(max=weights.shape[-1] - 1)
+    found = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    return found[:, 0].clamp(max=weights.shape[-1] - 1)
