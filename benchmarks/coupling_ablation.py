@@ -46,6 +46,15 @@ CELLS = {
     "1 chain, 147 states, gates": {"states": 147, "sharing": "gates"},
     "1 chain, 147 states, powers": {"states": 147, "shared": True},
     "1 chain, 108 states, updates of rank 8": {"states": 108, "sharing": 8},
+    "shared, 64 states, 4 levels": {"shared": True},
+    "shared, 16 states": {"shared": True, "states": 16},
+    "shared, 256 states": {"shared": True, "states": 256},
+    "shared, 2 levels": {"shared": True, "levels": 2},
+    "shared, 8 levels": {"shared": True, "levels": 8},
+    "shared, 16 levels": {"shared": True, "levels": 16},
+    "shared, window 128": {"shared": True, "window": 128},
+    "shared, window 32": {"shared": True, "window": 32},
+    "shared, window 8": {"shared": True, "window": 8},
 }
 STEPS = (1, 2, 4)
 
