@@ -94,14 +94,20 @@ class Chains:
 
     def __init__(self, weights: CouplingWeights, window: int | None, dtype: torch.dtype = torch.float64):
         self.weights, self.window, self.dtype = weights, window, dtype
-        self.at = functools.cache(self._at)
+        self._chains: dict[int, Chain] = {}
 
     def levels_of(self, gamma: torch.Tensor) -> torch.LongTensor:
         """Numbers of the levels of rows whose tokens are visible with probability gamma: K equal parts of [0, 1]."""
         levels = self.weights.levels
         return (gamma * levels).long().clamp(max=levels - 1)
 
-    def _at(self, level: int) -> "Chain":
+    def at(self, level: int) -> "Chain":
+        """The chain of a level, made when it is first asked for."""
+        if level not in self._chains:
+            self._chains[level] = self._make(level)
+        return self._chains[level]
+
+    def _make(self, level: int) -> "Chain":
         start, transition, emission = self.weights.at(level, self.dtype)
         if self.weights.embedding is not None:
             # Standardised over the vocabulary: an embedding's numbers may be small, and have a mean that says nothing.

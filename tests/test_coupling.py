@@ -1,8 +1,10 @@
 """The coupled draw: normalisation and marginals by enumeration, its law by chi-squared, its gradient, toys that only it can do."""
 
 import dataclasses
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -275,6 +277,18 @@ def at_entropy(curve: list[tuple[float, float]], entropy: float) -> float:
         if low <= entropy <= high:
             return below + (above - below) * (entropy - low) / (high - low)
     return math.inf
+
+
+def test_chains_go_with_the_step_that_made_them():
+    """And not when garbage is collected: in training they hold the graph of their step."""
+    chains = Chains(weights(), None)
+    chain = weakref.ref(chains.at(0))
+    gc.disable()
+    try:
+        del chains
+        assert chain() is None
+    finally:
+        gc.enable()
 
 
 def test_levels_are_equal_parts_of_the_visible_fraction():
