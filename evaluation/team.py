@@ -2,13 +2,14 @@
 
 import contextlib
 import os
-import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from modeling_mcd.command_line import let_go
 
 
 class Team:
@@ -76,13 +77,3 @@ def launched_team() -> Iterator[Team]:
     finally:
         dist.destroy_process_group()
         let_go()
-
-
-def let_go():
-    """Waits for gloo's threads to release the tensors of the last exchange; to be called before a process ends.
-
-    A thread releases them just after the exchange, which takes the interpreter's lock: one that has begun to end aborts the
-    process then, in Python before 3.14 (pytorch/pytorch#179291). Destroying the group joins its threads only if nothing
-    refers to it, and DDP, FSDP and DeepSpeed do till the very end. A second is a thousand times what a thread needs.
-    """
-    time.sleep(1)

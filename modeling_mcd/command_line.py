@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterable
 
 from safetensors import SafetensorError
@@ -169,3 +170,13 @@ def disk_is_full(error: Exception) -> bool:
         "unexpected pos",  # torch.save, when it closes a file that it could not write to the end
     )
     return getattr(error, "errno", None) == errno.ENOSPC or any(part in str(error) for part in words)
+
+
+def let_go():
+    """Waits for gloo's threads to release the tensors of the last exchange; to be called before a process ends.
+
+    A thread releases them just after the exchange, and takes the interpreter's lock for it. Before Python 3.14 an interpreter
+    that has begun to end aborts the process then (pytorch/pytorch#179291). Destroying the group joins its threads only if nothing
+    refers to it, and DDP, FSDP and DeepSpeed do till the very end. A second is a thousand times what a thread needs.
+    """
+    time.sleep(1)

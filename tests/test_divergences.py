@@ -343,7 +343,7 @@ SCRIPT = """
 import contextlib, os, sys
 import torch
 import torch.distributed as dist
-from evaluation.team import let_go
+from modeling_mcd.command_line import let_go
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from trainers.divergences import cross_entropy, divergence
 

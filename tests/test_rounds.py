@@ -258,7 +258,8 @@ if size > 1:
     dist.init_process_group("gloo", f"file://{home}/rendezvous", timeout=timedelta(seconds=2), rank=rank, world_size=size)
 from evaluation import RunReport, load_judge
 from evaluation.options import EvaluationArguments
-from evaluation.team import ALONE, Ranks, let_go
+from evaluation.team import ALONE, Ranks
+from modeling_mcd.command_line import let_go
 from modeling_mcd.loading import load_model
 judge, tokenizer = load_judge(f"{home}/judge")
 protocol = EvaluationArguments(evaluation_samples=5, evaluation_seeds=2, evaluation_batch_size=2).protocol(judge, tokenizer)

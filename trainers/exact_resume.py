@@ -20,8 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from evaluation.team import let_go
-from modeling_mcd.command_line import LOST_A_PROCESS, has_lost_a_process
+from modeling_mcd.command_line import LOST_A_PROCESS, has_lost_a_process, let_go
 from modeling_mcd.files import read_object
 from trainers.adapters import is_adapted
 from trainers.checkpoints import (
