@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from modeling_mcd.command_line import let_go
+from modeling_mcd.command_line import wait_for_gloo_threads
 
 
 class Team:
@@ -76,4 +76,4 @@ def launched_team() -> Iterator[Team]:
         yield Ranks()
     finally:
         dist.destroy_process_group()
-        let_go()
+        wait_for_gloo_threads()

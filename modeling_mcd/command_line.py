@@ -172,11 +172,11 @@ def disk_is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or any(part in str(error) for part in words)
 
 
-def let_go():
-    """Waits for gloo's threads to release the tensors of the last exchange; to be called before a process ends.
+def wait_for_gloo_threads():
+    """Waits a second, in which gloo's threads release the tensors of the last exchange. Call it before a process ends.
 
     A thread releases them just after the exchange, and takes the interpreter's lock for it. Before Python 3.14 an interpreter
-    that has begun to end aborts the process then (pytorch/pytorch#179291). Destroying the group joins its threads only if nothing
-    refers to it, and DDP, FSDP and DeepSpeed do till the very end. A second is a thousand times what a thread needs.
+    that has begun to end aborts the process then (pytorch/pytorch#179291). Destroying the group joins its threads only if
+    nothing refers to it any more, and wrappers of a network (DDP, for example) may refer to it to the end.
     """
     time.sleep(1)

@@ -343,7 +343,7 @@ SCRIPT = """
 import contextlib, os, sys
 import torch
 import torch.distributed as dist
-from modeling_mcd.command_line import let_go
+from modeling_mcd.command_line import wait_for_gloo_threads
 from modeling_mcd import MDLMConfig, MDLMForMaskedDiffusion
 from trainers.divergences import cross_entropy, divergence
 
@@ -414,7 +414,7 @@ if rank == 0:
 if world > 1:
     dist.barrier()
     dist.destroy_process_group()
-    let_go()
+    wait_for_gloo_threads()
 """
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or shutil.which("ninja") is None,

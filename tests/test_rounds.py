@@ -259,7 +259,7 @@ if size > 1:
 from evaluation import RunReport, load_judge
 from evaluation.options import EvaluationArguments
 from evaluation.team import ALONE, Ranks
-from modeling_mcd.command_line import let_go
+from modeling_mcd.command_line import wait_for_gloo_threads
 from modeling_mcd.loading import load_model
 judge, tokenizer = load_judge(f"{home}/judge")
 protocol = EvaluationArguments(evaluation_samples=5, evaluation_seeds=2, evaluation_batch_size=2).protocol(judge, tokenizer)
@@ -279,7 +279,7 @@ if rank == size - 1:
     model.lm_head.bias.data[0] = float("nan")  # trouble of one process is that of all
 report.judge("bad", model, tokenizer)
 report.write()
-let_go()
+wait_for_gloo_threads()
 """
 
 

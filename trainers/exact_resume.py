@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from modeling_mcd.command_line import LOST_A_PROCESS, has_lost_a_process, let_go
+from modeling_mcd.command_line import LOST_A_PROCESS, has_lost_a_process, wait_for_gloo_threads
 from modeling_mcd.files import read_object
 from trainers.adapters import is_adapted
 from trainers.checkpoints import (
@@ -186,7 +186,7 @@ class ExactResumeTrainer(ShardedTrainer):
         """Finishes trackers and the process group, at the end of a command. transformers before 5.20 has no such method."""
         self.accelerator.end_training()
         if self.args.world_size > 1:
-            let_go()
+            wait_for_gloo_threads()
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
         if wanted is None or wanted is False:
