@@ -4,15 +4,18 @@
 
 By default the shipped teacher and the last students of `recipes/tiny.yaml` and `tiny_sdtt.yaml` in `runs/`. The N-step bound of each
 network under both lockings, then spread with the chain of `--chain` as it is, and with that chain trained on over this network:
-over the teacher too, which is the control. Each cell is saved in `benchmarks/results/coupling_students.json` as soon as it is measured,
+over the teacher too, which is the control. Then the seconds of a sample, of all networks in turn. Each cell is saved in `benchmarks/results/coupling_students.json` as soon as it is measured,
 and the table in `coupling_students.md`: a command that was killed goes on where it was.
 """
 
 import argparse
 import copy
 import json
+import statistics
+import time
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -32,6 +35,7 @@ PLANS = {
     "its teacher's chain": {"locking": "spread", "coupling": True},
     "the chain trained on": {"locking": "spread", "coupling": True},
 }
+TIMED = list(PLANS)[:3]  # a chain that is trained on costs what it did before
 
 
 def with_chain(model, chain):
@@ -41,6 +45,22 @@ def with_chain(model, chain):
         model.add_coupling(chain.config.coupling)
     model.coupling.load_state_dict(chain.coupling.state_dict())
     return model.eval()
+
+
+def seconds_of_a_sample(models: dict, steps: list[int], rows: int, runs: int = 3) -> dict[str, dict[str, float]]:
+    """Median seconds of a sample of `generate`, for each model with a chain, plan and number of steps; all take turns."""
+    times = {name: {f"{plan}, {n}": [] for plan in TIMED for n in steps} for name in models}
+    for run in range(runs):
+        for name, model in models.items():
+            for plan in TIMED:
+                for n in steps:
+                    start = time.perf_counter()
+                    model.generate(num_return_sequences=rows, steps=n, seed=run, **PLANS[plan])
+                    times[name][f"{plan}, {n}"].append((time.perf_counter() - start) / rows)
+    return {
+        name: {cell: round(statistics.median(values), 5) for cell, values in cells.items()}
+        for name, cells in times.items()
+    }
 
 
 def table(models: dict[str, dict], steps: list[int], tokens: int) -> str:
@@ -70,6 +90,22 @@ def table(models: dict[str, dict], steps: list[int], tokens: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_of_seconds(seconds: dict[str, dict[str, float]], steps: list[int], rows: int) -> str:
+    lines = [
+        f"Seconds of a sample of `generate`, {rows} at a time, median of 3; in brackets the ratio to the first network's independent draw.",
+        "",
+        "| network | N | " + " | ".join(TIMED) + " |",
+        "| --- | ---: |" + " ---: |" * len(TIMED),
+    ]
+    first = next(iter(seconds.values()))
+    for name, found in seconds.items():
+        for n in steps:
+            base = first[f"{TIMED[0]}, {n}"]
+            cells = [f"{found[f'{plan}, {n}']:.4f} ({found[f'{plan}, {n}'] / base:.2f})" for plan in TIMED]
+            lines.append("| " + " | ".join([name, str(n), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("models", nargs="*", metavar="NAME=MODEL", default=MODELS)
@@ -80,6 +116,8 @@ def main():
     parser.add_argument("--blocks", type=count, default=24)
     parser.add_argument("--batch_size", type=count, default=12)
     parser.add_argument("--length", type=count, default=256)
+    parser.add_argument("--timed_steps", type=count, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--rows", type=count, default=8, help="Samples that are drawn at a time where they are timed.")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "coupling_students", help="Of the chains.")
     options = parser.parse_args()
@@ -89,7 +127,8 @@ def main():
     about |= {"updates": options.updates, "learning_rate": options.learning_rate}
     path = options.results / "coupling_students.json"
     content = saved(path, about, models={})
-    for name, folder in (model.partition("=")[::2] for model in options.models):
+    models = dict(model.partition("=")[::2] for model in options.models)
+    for name, folder in models.items():
         network = load_model(folder)
         weights = fingerprint(with_chain(network, chain))
         if content["models"].get(name, {}).get("weights") != weights:
@@ -118,7 +157,12 @@ def main():
                 cells[f"{plan}, {n}"] = {"mean": round(bound.mean, 5), "nats": nats}
                 print(f"{name}, {plan}, {n}: {bound.mean:.4f} ± {bound.error:.4f}", flush=True)
                 write_atomically(path, json.dumps(content | circumstances()) + "\n")
+    networks = {name: with_chain(load_model(folder), chain) for name, folder in models.items()}
+    seconds = seconds_of_a_sample(networks, options.timed_steps, options.rows)
+    content["seconds"] = {"rows": options.rows, "threads": torch.get_num_threads(), "of": seconds}
+    write_atomically(path, json.dumps(content | circumstances()) + "\n")
     found = table(content["models"], options.steps, options.length)
+    found += "\n" + table_of_seconds(seconds, options.timed_steps, options.rows)
     write_atomically(path.with_suffix(".md"), found)
     print(found)
 

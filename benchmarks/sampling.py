@@ -227,7 +227,8 @@ def main():
                         + (f", waits: {row['waits_for_the_device']}" if "waits_for_the_device" in row else ""),
                         flush=True,
                     )
-    write_result(name, {"rows": rows, "settings": vars(options)}, options.output)
+    settings = {setting: value for setting, value in vars(options).items() if setting != "output"}
+    write_result(name, {"rows": rows, "settings": settings}, options.output)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def main():
             f"less by {-difference:.4f} ± {error:.4f}",
             flush=True,
         )
-    write_result("spread_rules", {"rows": rows, "settings": vars(options)}, options.output)
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    write_result("spread_rules", {"rows": rows, "settings": settings}, options.output)
 
 
 if __name__ == "__main__":
