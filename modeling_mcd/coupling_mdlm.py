@@ -76,6 +76,14 @@ class MDLMCoupling(nn.Module):
         if self.powers is not None:
             init.ones_(self.powers)
 
+    @torch.no_grad()
+    def separate(self):
+        """Gives each level a chain of its own in place of a shared one. It begins as what the level had: no law changes."""
+        shared = CouplingWeights(self.start, self.transition, self.emission, powers=self.powers)
+        levels = [shared.at(level, self.start.dtype) for level in range(shared.levels)]
+        self.start, self.transition, self.emission = (nn.Parameter(torch.stack(x)) for x in zip(*levels, strict=True))
+        self.powers = None
+
     def forward(self, embedding: torch.Tensor) -> CouplingWeights:
         """Views of the parameters, made in the network's forward for the wrappers that train it, as in `HeadRows`."""
         own = (weight.view_as(weight) for weight in (self.start, self.transition, self.emission))

@@ -523,6 +523,21 @@ def test_a_new_coupling_changes_no_likelihood(build):
     assert not torch.allclose(step_bound(model, texts, steps=2, locking="spread").nats, after.nats, rtol=1e-4)
 
 
+@pytest.mark.parametrize("emission", ["table", "embedding"])
+def test_a_shared_chain_and_its_separate_levels_are_one_law(build, emission):
+    model = build(coupling={"states": 5, "levels": 4, "emission": emission})
+    texts = torch.randint(0, 46, (3, 12), generator=torch.Generator().manual_seed(0))
+    for number, parameter in enumerate(model.coupling.parameters()):
+        parameter.data.normal_(generator=torch.Generator().manual_seed(number))
+    before = [step_bound(model, texts, steps=n, locking="spread").nats for n in (1, 4)]
+    one = model.coupling.powers.data.clone()
+    model.coupling.separate()
+    assert set(model.coupling.state_dict()) == {"start", "transition", "emission"} and len(model.coupling.start) == 4
+    for n, nats in zip((1, 4), before, strict=True):
+        torch.testing.assert_close(step_bound(model, texts, steps=n, locking="spread").nats, nats, rtol=1e-6, atol=0)
+    assert one.std() > 0.1, "the levels differ"
+
+
 @pytest.mark.parametrize(
     "coupling",
     [

@@ -112,6 +112,14 @@ def test_an_adapter_is_trained_beside_a_chain(inputs, tmp_path):
     assert not torch.equal(student.generate(**one), student.generate(**one, coupling=False))
 
 
+def train_chain(inputs, output, **changes):
+    settings = {"tokenizer": inputs / "tokenizer", "train_text": inputs / "text.txt", "block_length": BLOCK}
+    settings |= {"validation_text": inputs / "text.txt", "steps_per_round": 2, "states": STATES, "levels": LEVELS}
+    settings |= {"judge": "null", "output_dir": output, "disable_tqdm": True, "logging_steps": 1} | changes
+    recipe = str(RECIPE_FOLDER / "tiny_coupling.yaml")
+    run_mcd.main([recipe, *(f"--{key}={value}" for key, value in settings.items())])
+
+
 @pytest.mark.parametrize("method", ["mcd", "sdtt"])
 def test_a_chain_is_trained_for_a_student(method, inputs, distilled, tmp_path):
     """`tiny_coupling.yaml` on a round of MCD, whose chain goes on, and on one of SDTT, which gets its first."""
@@ -120,12 +128,7 @@ def test_a_chain_is_trained_for_a_student(method, inputs, distilled, tmp_path):
         student = tmp_path / "sdtt" / "round-1"
         changes = {"trainer": "sdtt", "delta": None, "num_rounds": 1, "teacher": inputs / "teacher"}
         run_mcd.main(arguments_for(inputs, student.parent, **changes))
-    settings = {"teacher": student, "tokenizer": inputs / "tokenizer", "train_text": inputs / "text.txt"}
-    settings |= {"validation_text": inputs / "text.txt", "block_length": BLOCK, "steps_per_round": 2}
-    settings |= {"states": STATES, "levels": LEVELS, "judge": "null", "output_dir": tmp_path / "run"}
-    settings |= {"disable_tqdm": True, "logging_steps": 1}
-    recipe = str(RECIPE_FOLDER / "tiny_coupling.yaml")
-    run_mcd.main([recipe, *(f"--{key}={value}" for key, value in settings.items())])
+    train_chain(inputs, tmp_path / "run", teacher=student)
     before, after = weights_of(student), weights_of(tmp_path / "run")
     for key, value in after.items():
         if key.startswith("coupling."):
@@ -136,3 +139,14 @@ def test_a_chain_is_trained_for_a_student(method, inputs, distilled, tmp_path):
         shift = (after["coupling.transition"] - before["coupling.transition"]).abs().max()
         assert 0 < shift < 0.2, "two steps from where it was, not anew"
     assert load_model(tmp_path / "run").generation_config.steps == 8
+
+
+def test_a_shared_chain_is_separated_once_and_resumes_bitwise(inputs, tmp_path):
+    train_chain(inputs, tmp_path / "run", teacher=inputs / "coupled", shared=False, save_steps=1)
+    shutil.copytree(tmp_path / "run" / "checkpoint-1", tmp_path / "again" / "checkpoint-1")
+    shutil.copy(tmp_path / "run" / "run.json", tmp_path / "again")
+    train_chain(inputs, tmp_path / "again", teacher=inputs / "coupled", shared=False, save_steps=1)
+    before, after = weights_of(tmp_path / "run"), weights_of(tmp_path / "again")
+    assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+    assert len(after["coupling.transition"]) == LEVELS and "coupling.powers" not in after
+    assert not load_model(tmp_path / "again").config.coupling["shared"]

@@ -99,6 +99,33 @@ def test_a_model_that_has_a_chain_goes_on_with_it(networks, tmp_path):
         make_trainer("coupling", kept, tmp_path, states=4)
 
 
+def test_a_shared_chain_goes_on_as_one_for_each_level(networks, tmp_path):
+    kept = copy.deepcopy(networks)
+    kept["absorbing"][1].add_coupling({"states": 3})
+    for parameter in kept["absorbing"][1].coupling.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    one = make_trainer("coupling", copy.deepcopy(kept), tmp_path, states=3)
+    settings = {"steps_per_round": 4, "num_rounds": 1, "report_to": "none", "disable_tqdm": True}
+    separate = make_trainer("coupling", copy.deepcopy(kept), tmp_path, states=3, shared=False, **settings)
+    losses = [trainer.compute_loss(trainer.model, {"input_ids": blocks()}).item() for trainer in (one, separate)]
+    separate.reset_noise()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    before = separate.model.coupling.transition.clone()
+    separate.train_dataset = [{"input_ids": row.tolist()} for row in blocks()] * 12
+    separate.train()
+    separate.save_model()
+    assert not separate.model.config.coupling["shared"] and (separate.model.coupling.transition != before).any()
+    loaded = type(separate.model).from_pretrained(tmp_path)
+    assert torch.equal(loaded.coupling.transition, separate.model.coupling.transition)
+    for wrong in ({"states": 4, "shared": False}, {"states": 3, "shared": False, "levels": 2}):
+        with pytest.raises(ValueError, match="the model's coupling is .*but the recipe says"):
+            make_trainer("coupling", copy.deepcopy(kept), tmp_path, **wrong)
+    with pytest.raises(
+        ValueError, match="the model's coupling is .*'shared': False.*but the recipe says .*'shared': True"
+    ):
+        make_trainer("coupling", {**kept, "absorbing": (loaded, loaded)}, tmp_path, states=3)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -31,7 +31,10 @@ from trainers.step_meter import trunk_of
 
 @dataclass
 class CouplingTrainingArguments(DistillationArguments):
-    """The shape of a new chain, and the plans that it is taught for. A model that has a chain goes on with it."""
+    """The shape of a new chain, and the plans that it is taught for.
+
+    A model that has a chain goes on with it; with `shared: false`, a shared one as one for each level.
+    """
 
     num_rounds: int = field(default=1, metadata={"help": "Equal parts of the run; the model is exported after each."})
     steps_per_round: int = field(default=2000, metadata={"help": "Steps in a round."})
@@ -91,6 +94,9 @@ class CouplingTrainer(DistillationTrainer):
         wanted = args.coupling()
         if model.coupling is None:
             model.add_coupling(wanted)
+        elif model.config.coupling["shared"] and model.config.coupling | {"shared": False} == wanted:
+            model.coupling.separate()
+            model.config.coupling = wanted
         elif model.config.coupling != wanted:
             raise ValueError(f"the model's coupling is {model.config.coupling}, but the recipe says {wanted}")
         model.generation_config.locking = args.locking  # what it is taught for is how it samples
