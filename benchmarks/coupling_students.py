@@ -4,8 +4,9 @@
 
 By default the shipped teacher and the last students of `recipes/tiny.yaml` and `tiny_sdtt.yaml` in `runs/`. The N-step bound of each
 network under both lockings, then spread with the chain of `--chain` as it is, and with that chain trained on over this network:
-over the teacher too, which is the control. Then the seconds of a sample, of all networks in turn. Each cell is saved in `benchmarks/results/coupling_students.json` as soon as it is measured,
-and the table in `coupling_students.md`: a command that was killed goes on where it was.
+over the teacher too, which is the control. Then the seconds of a sample, of all networks in turn. Each cell is saved in
+`benchmarks/results/coupling_students.json` as soon as it is measured, and the tables in `coupling_students.md`: a command that was
+killed goes on where it was.
 """
 
 import argparse
