@@ -122,6 +122,9 @@ def main():
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "coupling_students", help="Of the chains.")
     options = parser.parse_args()
+    for model in options.models:
+        if not all(model.partition("=")):
+            parser.error(f"a network is given as NAME=MODEL, not {model!r}")
     chain, tokenizer = load_model(options.chain), AutoTokenizer.from_pretrained(options.chain)
     held_out = text_blocks(read_texts(TINY / "text" / "validation"), tokenizer, options.length, options.blocks)
     about = {"chain": fingerprint(chain), "blocks": len(held_out), "tokens": options.length}

@@ -78,7 +78,7 @@ class MDLMCoupling(nn.Module):
 
     @torch.no_grad()
     def separate(self):
-        """Gives each level a chain of its own in place of a shared one. It begins as what the level had: no law changes."""
+        """Gives each level a chain of its own in place of the shared one: the shared one at its powers, so no law changes."""
         shared = CouplingWeights(self.start, self.transition, self.emission, powers=self.powers)
         levels = [shared.at(level, self.start.dtype) for level in range(shared.levels)]
         self.start, self.transition, self.emission = (nn.Parameter(torch.stack(x)) for x in zip(*levels, strict=True))

@@ -33,7 +33,8 @@ from trainers.step_meter import trunk_of
 class CouplingTrainingArguments(DistillationArguments):
     """The shape of a new chain, and the plans that it is taught for.
 
-    A model that has a chain goes on with it; with `shared: false`, a shared one as one for each level.
+    A model that has a chain of this shape goes on with it. A shared one is separated under `shared: false`: each level then has
+    a chain of its own, which begins as what the level had.
     """
 
     num_rounds: int = field(default=1, metadata={"help": "Equal parts of the run; the model is exported after each."})
@@ -49,7 +50,10 @@ class CouplingTrainingArguments(DistillationArguments):
     window: int | None = field(default=None, metadata={"help": "Positions after which the chain begins anew."})
     shared: bool = field(
         default=True,
-        metadata={"help": "One chain, which each level takes to powers of its own; false: one for each level."},
+        metadata={
+            "help": "One chain, which each level takes to powers of its own; false: one for each level, and a model's shared "
+            "chain is separated."
+        },
     )
     plan_steps: list[int] | None = field(
         default_factory=lambda: [1, 2, 4],
@@ -82,7 +86,8 @@ class CouplingTrainer(DistillationTrainer):
     """Trains the chain of a masked diffusion model, and nothing else. A model without one is given one.
 
     Raises:
-        ValueError: the model has a chain of another shape than the arguments say, or cannot have one.
+        ValueError: the model has a chain of another shape than the arguments say, other than a shared one under
+            `shared: false`; or it cannot have one.
     """
 
     has_teacher = False
@@ -98,7 +103,10 @@ class CouplingTrainer(DistillationTrainer):
             model.coupling.separate()
             model.config.coupling = wanted
         elif model.config.coupling != wanted:
-            raise ValueError(f"the model's coupling is {model.config.coupling}, but the recipe says {wanted}")
+            raise ValueError(
+                f"the model's coupling is {model.config.coupling}, but the recipe says {wanted}: give its settings, or a model "
+                "without a chain (only a shared one can change, by `shared: false`)"
+            )
         model.generation_config.locking = args.locking  # what it is taught for is how it samples
         if args.plan_steps is not None:
             model.generation_config.steps = max(args.plan_steps)
