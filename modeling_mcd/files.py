@@ -118,11 +118,18 @@ def lock_folder(folder: Path, purpose: str) -> Iterator[None]:
 
 def _open_and_lock(folder: Path) -> int | None:
     """A file descriptor that holds the lock; None if another process has it, -1 if the file system has no locks."""
+    attempts = 100
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the holder before us removed the folder that it had made
+        except (
+            FileExistsError,
+            FileNotFoundError,
+        ):  # the holder before us removed a folder that it had made, in between
+            attempts -= 1
+            if attempts == 0:
+                raise
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

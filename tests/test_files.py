@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -156,6 +158,38 @@ while added < 25:
     running = [subprocess.Popen(command, env=ENVIRONMENT) for _ in range(3)]
     assert [process.wait(timeout=120) for process in running] == [0] * 3
     assert int((tmp_path / "number").read_text()) == 75
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "is_dir"])
+def test_a_folder_that_is_removed_while_it_is_made_is_made_again(moment, tmp_path, monkeypatch):
+    """The holder before us removes it within our `mkdir`: between a parent and its child, or between "exists" and "is a folder"."""
+    folder, removals = tmp_path / "a" / "b", []
+    kept = getattr(os if moment == "mkdir" else Path, moment)
+
+    def late(path, *arguments):
+        if Path(path) == folder and folder.parent.exists() and len(removals) < 3:
+            removals.append(path)
+            shutil.rmtree(folder.parent)
+        return kept(path, *arguments)
+
+    if moment == "is_dir":
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(os if moment == "mkdir" else Path, moment, late)
+    with lock_folder(folder, "training"):
+        assert (folder / LOCK).exists()
+    assert removals
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(FileExistsError):
+        with lock_folder(tmp_path / "a", "training"):
+            pass
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for path in (tmp_path / "link", tmp_path / "link" / "b"):
+        with pytest.raises(FileExistsError):
+            with lock_folder(path, "training"):
+                pass
 
 
 def test_a_lock_makes_and_removes_only_its_own_folder(tmp_path):
